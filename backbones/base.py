@@ -1,0 +1,171 @@
+"""What every backbone shares: timm's contract around a stem, stages, a final norm and a head.
+
+A family assigns `stem`, `stages`, `norm` and `head`, and says which layout its stages work in. From an image
+`(batch, channels, height, width)` the stem makes the first map, each stage the next; outside, maps are NCHW.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from hybridzoo import checkpoints
+
+
+class Backbone(nn.Module):
+    """Base of every family; subclasses call `super().__init__()` and assign the attributes below.
+
+    Attributes:
+        stem: image -> first map.
+        stages: `nn.Sequential` of modules with a `grad_checkpointing` flag, map -> map.
+        norm: final norm, NCHW -> NCHW.
+        head: timm classifier head with `reset(num_classes, pool_type)` and `forward(x, pre_logits=...)`.
+        layout: of the maps between stages; channels-last maps are permuted (not copied) on their way out.
+        feature_info: one dict a stage, see `set_feature_info`.
+    """
+
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    stem: nn.Module
+    stages: nn.Sequential
+    norm: nn.Module
+    head: nn.Module
+    num_classes: int
+    num_features: int
+    head_hidden_size: int
+    feature_info: list[dict[str, Any]]
+
+    def set_feature_info(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
+        """Describe the stages' maps: `channels` and input pixels per map pixel (`reductions`), finest first."""
+        self.feature_info = [
+            dict(num_chs=c, reduction=r, module=f"stages.{i}")
+            for i, (c, r) in enumerate(zip(channels, reductions, strict=True))
+        ]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay although they have two dimensions or more."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that order the parameters from image to logits, for timm's layer-wise decay."""
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one; 0 classes leave pooled features, `global_pool=""` the map."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image -> last map after the final norm, NCHW."""
+        return self.norm(self._to_nchw(self.stages(self.stem(x))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Last map -> logits `(batch, num_classes)`, or pooled features if `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Maps of chosen stages, finest first, and the final map.
+
+        Args:
+            x: images `(batch, channels, height, width)`.
+            indices: stages to return, the last n if an int, all if `None`.
+            norm: apply the final norm to the last stage's map.
+            stop_early: do not run stages beyond the last one asked for.
+            output_fmt: `"NCHW"`.
+            intermediates_only: return only the list of maps.
+
+        Returns:
+            List of NCHW maps, or `(final map, list of maps)`.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW'; got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        deepest = len(self.stages) - 1
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages):
+            if i <= last or not stop_early:
+                x = stage(x)
+            if i in take:
+                feature = self._to_nchw(x)
+                intermediates.append(self.norm(feature) if norm and i == deepest else feature)
+        if intermediates_only:
+            return intermediates
+        x = self._to_nchw(x)
+        return (x if stop_early and last < deepest else self.norm(x)), intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen intermediates do not need; returns their indices."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _to_nchw(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
+
+
+def build(
+    family: Callable[..., Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any
+) -> Backbone:
+    """Create the variant `name` through timm, so that pretrained weights and `features_only` work as timm's own.
+
+    Args:
+        family: the class, called with a variant's row as first argument.
+        variants: the family's table, name -> frozen dataclass.
+        name: a key of `variants`.
+        pretrained: load the published weights of the model's card.
+        **kwargs: the class's own arguments; those that name a field of the row override it.
+    """
+    row = variants[name]
+    overrides = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(row) if f.name in kwargs}
+    return build_model_with_cfg(
+        family,
+        name,
+        pretrained,
+        model_cfg=dataclasses.replace(row, **overrides),
+        feature_cfg=dict(out_indices=tuple(range(len(row.depths))), feature_cls="getter"),
+        pretrained_filter_fn=lambda state, model: checkpoints.convert(state, name),
+        **kwargs,
+    )

@@ -1,0 +1,5 @@
+"""Operators: pure functions on tensors, one folder each (api, torch, reference)."""
+
+from hybridzoo.kernels.routed import bi_level_route, routed_attention2d
+
+__all__ = ["bi_level_route", "routed_attention2d"]

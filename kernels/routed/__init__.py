@@ -1,0 +1,5 @@
+"""Routed attention: each query region attends to the tokens of a short list of key regions."""
+
+from hybridzoo.kernels.routed.api import bi_level_route, routed_attention2d
+
+__all__ = ["bi_level_route", "routed_attention2d"]

@@ -1,0 +1,8 @@
+"""Errors a person can act on."""
+
+
+class UserError(Exception):
+    """Bad input: the message is one line that names the argument, the value and what to do instead.
+
+    The command line prints it and exits with code 2; everything else is a defect of ours and keeps its traceback.
+    """
