@@ -10,11 +10,11 @@ image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits (B
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class BiFormerConfig:
     mlp_ratio: float = 3.0
     topk: tuple[int, ...] = (1, 4, 16)
     overlapping: bool = True  # 3x3 stem and downsampling with conv position embeddings; else Swin's skeleton (stl)
-    padding: Padding = "bias"
+    padding: Padding = "bias"  # what stands beyond the edge, see BiLevelRoutingAttention
     last_lepe_of_value: bool = False  # stage 4's LePE reads v in stl_nchw, the attention's input elsewhere
     init_linear: bool = True  # stl_nchw's projections are convolutions, left at PyTorch's initialisation
 
@@ -132,9 +132,10 @@ class BiFormer(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0. The published runs used 0.1
             (tiny, stl), 0.15 (small), 0.4 (base).
         regions: regions per axis on every map, 7 as published for classification (the authors took 8 for 512-pixel
-            crops, 16 for COCO). `None`: one region per 32 x 32 pixels, the same grid at 224, cost linear in the area.
-        padding: what stands beyond the edge where regions do not divide a map, see `BiLevelRoutingAttention`; the
-            published code's own rule by default.
+            crops, 16 for COCO). `"auto"`: one region per 32 x 32 pixels, the same grid at 224, cost linear in the area.
+
+    Raises:
+        ValueError: `regions` is neither positive nor `"auto"`.
     """
 
     layout = "NHWC"
@@ -147,21 +148,21 @@ class BiFormer(Backbone):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        regions: int | tuple[int, int] | None = 7,
+        regions: int | tuple[int, int] | Literal["auto"] = 7,
     ) -> None:
         super().__init__()
+        if isinstance(regions, str) and regions != "auto":
+            raise ValueError(f'regions must be a number, (rows, columns) or "auto"; got {regions!r}')
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, STRIDES)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(cfg.depths)).tolist())
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
 
         def attention(stage: int, dim: int) -> nn.Module:
             if stage == len(cfg.dims) - 1:
                 return FullAttention(dim, LAST_STAGE_HEADS, cfg.last_lepe_of_value)
-            size = None if regions is not None else REGION_PIXELS // STRIDES[stage]
-            return BiLevelRoutingAttention(
-                dim, dim // HEAD_DIM, cfg.topk[stage], regions=regions, region_size=size, padding=cfg.padding
-            )
+            grid = dict(region_size=REGION_PIXELS // STRIDES[stage]) if regions == "auto" else dict(regions=regions)
+            return BiLevelRoutingAttention(dim, dim // HEAD_DIM, cfg.topk[stage], padding=cfg.padding, **grid)
 
         self.stem = Stem(in_chans, cfg.dims[0], cfg.overlapping)
         stages = []

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.kernels import bi_level_route, routed_attention2d
@@ -65,6 +66,8 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads; got dim={dim}, num_heads={num_heads}")
         if (regions is None) == (region_size is None):
             raise ValueError(f"give either regions or region_size; got regions={regions}, region_size={region_size}")
+        if min(regions if isinstance(regions, tuple) else (regions or region_size or 0,)) < 1:
+            raise ValueError(f"regions and region_size must be positive; got {regions}, {region_size}")
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
         self.num_heads = num_heads
@@ -97,8 +100,13 @@ class BiLevelRoutingAttention(nn.Module):
             fill = self.qkv.bias if self.padding == "bias" else torch.zeros_like(self.qkv.bias)
             qkv = _extend(qkv, beyond, fill.to(qkv.dtype))
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, dim // self.num_heads)).unbind(3)
-        routes = self._route(query, key, grid, size, (height, width))
-        out = routed_attention2d(query, key, value, routes, grid, scale=self.scale)[:, :height, :width].flatten(3)
+        if self.topk >= grid[0] * grid[1]:  # every region is routed to every other: nothing to choose
+            tokens = (t.flatten(1, 2).transpose(1, 2) for t in (query, key, value))
+            out = F.scaled_dot_product_attention(*tokens, scale=self.scale).transpose(1, 2).reshape(query.shape)
+        else:
+            routes = self._route(query, key, grid, size, (height, width))
+            out = routed_attention2d(query, key, value, routes, grid, scale=self.scale)
+        out = out[:, :height, :width].flatten(3)
         return self.proj(out + self._lepe(value.flatten(3), height, width))
 
     def _route(
@@ -107,11 +115,13 @@ class BiLevelRoutingAttention(nn.Module):
         if self.padding == "zeros" and real != key.shape[1:3]:
             # Means over real tokens only: undo the dilution of a key region by its zeros. (A query region's own
             # dilution scales all its logits alike and changes no choice.)
-            share = [(side - step * torch.arange(n, device=key.device)).clamp(max=step) / step
-                     for side, step, n in zip(real, size, grid, strict=True)]
+            share = [
+                (side - step * torch.arange(n, device=key.device)).clamp(max=step) / step
+                for side, step, n in zip(real, size, grid, strict=True)
+            ]
             rows, columns = (s.repeat_interleave(step) for s, step in zip(share, size, strict=True))
             key = key / (rows[:, None] * columns)[:, :, None, None].to(key.dtype)
-        return bi_level_route(query, key, grid, min(self.topk, grid[0] * grid[1]))
+        return bi_level_route(query, key, grid, self.topk)
 
     def _lepe(self, value: Tensor, height: int, width: int) -> Tensor:
         if self.padding == "zeros":  # the rewrite convolves the map as it was; the legacy code the extended one

@@ -27,8 +27,8 @@ def bi_level_route(
 ) -> Tensor:
     """For every region of `query`, the `topk` regions of `key` whose mean is most alike (its largest dot product).
 
-    One routing serves all heads. It is discrete, so no gradient flows through it, and it is computed in float32
-    whatever the inputs' precision: rounding flips near-ties.
+    One routing serves all heads. It is discrete, so no gradient flows through it, and it is computed in float32 or
+    wider whatever the inputs' precision: rounding flips near-ties.
 
     Args:
         query: `(batch, height, width, heads, head_dim)`.
@@ -106,9 +106,11 @@ def routed_attention2d(
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
     if scale is None:
         scale = query.shape[4] ** -0.5
+    if torch_impl.prefers_dense(query, routes):
+        return torch_impl.dense_forward(query, key, value, routes, grid, scale)
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         # An exported program must run where hybridzoo is not installed: plain PyTorch operators, no node of ours.
-        return torch_impl.forward(query, key, value, routes, grid, scale)
+        return torch_impl.region_forward(query, key, value, routes, grid, scale)
     return operators.routed_attention2d(query, key, value, routes, grid, scale)
 
 

@@ -1,9 +1,12 @@
-"""Routed attention as two `torch.library` operators, so that compilers see one node per direction."""
+"""Routed attention, grouped by region, as two `torch.library` operators: compilers see one node per direction."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from hybridzoo.kernels.routed import torch_impl
 
@@ -12,14 +15,14 @@ from hybridzoo.kernels.routed import torch_impl
 def routed_attention2d(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, regions: list[int], scale: float
 ) -> Tensor:
-    return torch_impl.forward(query, key, value, routes, (regions[0], regions[1]), scale)
+    return torch_impl.region_forward(query, key, value, routes, (regions[0], regions[1]), scale)
 
 
 @torch.library.custom_op("hybridzoo::routed_attention2d_backward", mutates_args=())
 def routed_attention2d_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Tensor, regions: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_impl.backward(grad, query, key, value, routes, (regions[0], regions[1]), scale)
+    return torch_impl.region_backward(grad, query, key, value, routes, (regions[0], regions[1]), scale)
 
 
 @routed_attention2d.register_fake
@@ -43,3 +46,10 @@ def _differentiate(ctx, grad):
 
 
 routed_attention2d.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.hybridzoo.routed_attention2d)
+def _flops(query, key, value, routes, regions, scale, *args, out_shape=None, **kwargs) -> int:
+    batch, height, width, heads, head_dim = query
+    keys = routes[2] * math.ceil(height / regions[0]) * math.ceil(width / regions[1])
+    return 2 * 2 * batch * height * width * heads * keys * head_dim  # q k^T and weights v, a multiply and an add each

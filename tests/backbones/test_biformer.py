@@ -1,0 +1,102 @@
+"""BiFormer equals the published networks and spends what its card says."""
+
+from __future__ import annotations
+
+import goldens
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import hybridzoo
+from hybridzoo.checkpoints import cards, convert
+from hybridzoo.kernels.routed import torch_impl
+
+FIXTURES = goldens.names("biformer", numeric=True)
+MANIFESTS = goldens.names("biformer", numeric=False)
+
+
+def model_of(fixture: str, **kwargs) -> torch.nn.Module:
+    name = fixture.split("_256x320")[0]
+    if fixture.endswith("nwin8"):
+        kwargs["regions"] = 8
+    return timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize("fixture", MANIFESTS)
+def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+    with torch.device("meta"):
+        model = model_of(fixture)
+        state = {key: torch.empty(shape) for key, shape, _ in goldens.manifest("biformer", fixture)["state_dict"]}
+        converted = convert(state, fixture.split("_256x320")[0])
+    ours = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in converted.items()} == ours
+    assert len(converted) == len(state)
+    assert sum(p.numel() for p in model.parameters()) == goldens.manifest("biformer", fixture)["params"]
+    assert convert(converted, model.default_cfg["architecture"]).keys() == converted.keys()
+
+
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_equals_the_published_network(fixture):
+    model = model_of(fixture).double().eval()
+    model.load_state_dict(convert(goldens.published_state("biformer", fixture), model.default_cfg["architecture"]))
+    data = goldens.numbers("biformer", fixture)
+    image = goldens.image(goldens.manifest("biformer", fixture)["input_shape"])
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(image)
+        goldens.assert_close(model.forward_head(final), data["logits"])
+    for i, feature in enumerate(maps):
+        assert feature.shape == tuple(data[f"stage{i}_shape"])
+        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+
+
+@pytest.fixture
+def meta():
+    """Models without storage. Every routed layer goes through the operator, whose formula counts the paper's MACs."""
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_impl, "prefers_dense", lambda query, routes: False)
+        yield
+
+
+def macs(model: torch.nn.Module, size: int) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, size, size))
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("card", cards("biformer*"), ids=lambda card: card.name)
+def test_cards_state_the_models_size_and_cost(card, meta):
+    model = timm.create_model(card.model)
+    assert sum(p.numel() for p in model.parameters()) == card.params
+    assert macs(model, card.input_size[1]) / 1e9 == pytest.approx(card.gmacs, abs=6e-4)
+
+
+def test_cost_is_linear_in_the_area_when_regions_follow_the_resolution(meta):
+    """The last stage attends fully, so the whole grows a little faster than the area; a fixed grid much faster."""
+    fixed, following = (timm.create_model("biformer_tiny", regions=r) for r in (7, "auto"))
+    assert macs(following, 224) == macs(fixed, 224)
+    growth_fixed, growth_following = (macs(m, 1024) / macs(m, 224) for m in (fixed, following))
+    area = (1024 / 224) ** 2
+    assert growth_following < area**1.1
+    assert growth_fixed > area**1.2
+
+
+def test_variant_fields_can_be_overridden():
+    model = timm.create_model("biformer_tiny", depths=(1, 1, 1, 1), dims=(32, 64, 128, 256), num_classes=5)
+    assert model(torch.randn(2, 3, 40, 56)).shape == (2, 5)
+    assert model.stages[1].blocks[0].attn.num_heads == 2
+
+
+@pytest.mark.parametrize("regions", ["7", 0, (7, -1)])
+def test_bad_region_count_is_named(regions):
+    with pytest.raises(ValueError, match="regions"):
+        timm.create_model("biformer_tiny", regions=regions)
+
+
+def test_unknown_argument_is_an_error():
+    with pytest.raises(TypeError, match="window_size"):
+        timm.create_model("biformer_tiny", window_size=7)
+
+
+def test_the_package_names_its_version():
+    assert hybridzoo.__version__

@@ -1,0 +1,219 @@
+"""What every registered model does, whatever its family: timm's contract, any size, gradients, compile, export."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from timm.models import is_model_in_modules, model_entrypoint
+from timm.optim import param_groups_layer_decay
+
+import hybridzoo  # noqa: F401  (registers the models)
+
+MODELS = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("hybridzoo.")]
+FAMILIES = {model_entrypoint(n).__module__: n for n in reversed(MODELS)}  # one small variant each
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A model is built once per test module run; tests that change it take a copy."""
+    cache = {}
+
+    def get(name: str) -> torch.nn.Module:
+        if name not in cache:
+            cache.clear()  # tests are ordered by model: one at a time in memory
+            torch.manual_seed(0)
+            cache[name] = timm.create_model(name, num_classes=7).eval()
+        return cache[name]
+
+    return get
+
+
+def image(height=64, width=96, batch=2):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_there_are_models():
+    assert len(MODELS) >= 5
+    assert not is_model_in_modules("biformer_tiny", ["vision_transformer"])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 57), (130, 97)])
+@pytest.mark.parametrize("name", MODELS)
+def test_any_size_forward(shared, name, size):
+    with torch.no_grad():
+        logits = shared(name)(image(*size))
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_reaches_every_parameter(shared, name):
+    model = copy.deepcopy(shared(name)).train()
+    model(image()).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{key} has no gradient"
+        assert parameter.grad.isfinite().all(), f"{key}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_cfg_is_complete(name):
+    model = timm.create_model(name)
+    cfg = model.default_cfg
+    assert {"url", "num_classes", "input_size", "pool_size", "mean", "std", "first_conv", "classifier"} <= cfg.keys()
+    state = model.state_dict()
+    assert f"{cfg['first_conv']}.weight" in state
+    assert f"{cfg['classifier']}.weight" in state
+    assert model.num_classes == cfg["num_classes"]
+    with torch.no_grad(), torch.device("meta"):
+        meta = model.to("meta").eval()
+        assert meta.forward_features(torch.empty(1, *cfg["input_size"])).shape[-2:] == tuple(cfg["pool_size"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_classifier_can_be_reset_or_removed(shared, name):
+    model = copy.deepcopy(shared(name))
+    with torch.no_grad():
+        features = model.forward_features(image())
+        assert features.shape[1] == model.num_features
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.head_hidden_size)
+        assert isinstance(model.get_classifier(), torch.nn.Linear)
+        model.reset_classifier(11)
+        assert model(image()).shape == (2, 11)
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(image()), pooled)
+        model.reset_classifier(0, "")
+        assert model(image()).shape == features.shape
+        headless = timm.create_model(name, num_classes=0, global_pool="max")
+        assert headless.eval()(image()).shape == (2, headless.num_features)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_intermediates_are_the_features(shared, name):
+    model = shared(name)
+    info = model.feature_info
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(image(130, 97))
+        torch.testing.assert_close(final, model.forward_features(image(130, 97)))
+        assert len(maps) == len(info)
+        for feature, entry in zip(maps, info, strict=True):
+            assert feature.shape[1] == entry["num_chs"]
+            for side, pixels in zip(feature.shape[2:], (130, 97), strict=True):
+                assert side in (pixels // entry["reduction"], -(-pixels // entry["reduction"]))
+        (second,) = model.forward_intermediates(image(130, 97), indices=[1], stop_early=True, intermediates_only=True)
+        torch.testing.assert_close(second, maps[1])
+        (last,) = model.forward_intermediates(image(130, 97), indices=1, norm=True, intermediates_only=True)
+        torch.testing.assert_close(last, final)
+        with pytest.raises(ValueError, match="output_fmt must be 'NCHW'"):
+            model.forward_intermediates(image(), output_fmt="NLC")
+        dense = timm.create_model(name, features_only=True, out_indices=(0, 2))
+        dense.load_state_dict(model.state_dict(), strict=False)
+        for got, index in zip(dense.eval()(image(130, 97)), (0, 2), strict=True):
+            torch.testing.assert_close(got, maps[index])
+        assert dense.feature_info.channels() == [info[0]["num_chs"], info[2]["num_chs"]]
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([0], prune_norm=True)
+        assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters()) / 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layer_decay_orders_the_parameters_from_image_to_logits(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.9
+    )
+    scale = {}
+    names = {id(p): key for key, p in model.named_parameters()}
+    for group in groups:
+        for p in group["params"]:
+            scale[names[id(p)]] = group["lr_scale"]
+            assert (group["weight_decay"] == 0) == (p.ndim <= 1 or names[id(p)] in model.no_weight_decay())
+    assert len(scale) == len(names)
+    assert scale[f"{model.default_cfg['classifier']}.weight"] == 1.0
+    assert scale[f"{model.default_cfg['first_conv']}.weight"] == min(scale.values())
+    ordered = [scale[key] for key in names.values() if ".blocks." in key]
+    assert ordered == sorted(ordered)
+    assert len(set(ordered)) == sum(len(stage.blocks) for stage in model.stages)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_grad_checkpointing_changes_nothing(shared, name):
+    plain, checkpointed = copy.deepcopy(shared(name)), copy.deepcopy(shared(name))
+    checkpointed.set_grad_checkpointing()
+    assert all(stage.grad_checkpointing for stage in checkpointed.stages)
+    kept = {}
+    for key, model in (("plain", plain), ("checkpointed", checkpointed)):
+        kept[key] = 0
+
+        def pack(t, key=key):
+            kept[key] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(image()).square().mean()
+        loss.backward()
+    assert kept["checkpointed"] < 0.6 * kept["plain"]
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_autocast_channels_last_and_determinism(shared, name):
+    model = copy.deepcopy(shared(name))
+    with torch.no_grad():
+        expected = model(image())
+        last = model.to(memory_format=torch.channels_last)(image().contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    model.train()
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        trained = copy.deepcopy(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = trained(image()).square().mean()
+        loss.backward()
+        runs.append([p.grad for p in trained.parameters()])
+    assert all(g.isfinite().all() for g in runs[0])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_drop_path_and_in_chans(name):
+    model = timm.create_model(name, in_chans=1, num_classes=3, drop_path_rate=0.5, drop_rate=0.2).train()
+    first, second = model(image()[:, :1]), model(image()[:, :1])
+    assert first.shape == (2, 3)
+    assert not torch.equal(first, second)
+    model.eval()
+    torch.testing.assert_close(model(image()[:, :1]), model(image()[:, :1]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles_as_one_graph(shared, name):
+    torch._dynamo.reset()
+    model = copy.deepcopy(shared(name))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(image())
+    torch.testing.assert_close(out, model(image()))
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_exports_with_a_dynamic_batch_and_onnx_agrees(shared, name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = shared(name)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(image(batch=3)), model(image(batch=3)))
+    file = io.BytesIO()
+    torch.onnx.export(model, (image(),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: image(batch=5).numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), model(image(batch=5)), rtol=1e-4, atol=1e-4)

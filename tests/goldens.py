@@ -1,0 +1,84 @@
+"""Numeric fixtures: what the published implementations compute, and the recipe that fills their weights.
+
+A fixture depends only on the names and shapes of the *published* state dict, so an implementation that can load a
+published checkpoint can be compared with it without ever having one. `golden/<family>/<variant>.json` lists the state
+dict; the `.npz` beside it, where there is one, holds logits and samples of the stages' maps, in float64. Networks
+amplify random weights: only float64 comparisons mean something.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "golden"
+TOLERANCE = 1e-9  # of the compared tensor's standard deviation
+
+
+def names(family: str, *, numeric: bool) -> list[str]:
+    """Fixtures of a family: all manifests, or only those with numbers."""
+    return sorted(p.stem for p in (FOLDER / family).glob("*.npz" if numeric else "*.json"))
+
+
+def manifest(family: str, name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / family / f"{name}.json").read_text())
+
+
+def numbers(family: str, name: str) -> dict[str, Tensor]:
+    with np.load(FOLDER / family / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def published_state(family: str, name: str) -> dict[str, Tensor]:
+    """The published state dict, names and shapes, with the recipe's deterministic float64 values."""
+    meta = manifest(family, name)
+    state = {}
+    for key, shape, dtype in meta["state_dict"]:
+        if not dtype.startswith("float"):
+            state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+            continue
+        value = _fill_value(key, tuple(shape))
+        for pattern, factor in meta.get("post_fill", ()):
+            if re.search(pattern, key):
+                value = value * factor
+        state[key] = torch.from_numpy(np.asarray(value))
+    return state
+
+
+def image(shape: list[int]) -> Tensor:
+    """Deterministic float64 image batch (B, 3, H, W)."""
+    return torch.from_numpy(np.random.RandomState(0).standard_normal(shape))
+
+
+def sample(feature: Tensor) -> Tensor:
+    """The up to 256 values of an NCHW map that fixtures record."""
+    flat = feature.contiguous().flatten()
+    index = np.sort(np.random.RandomState(1).choice(flat.numel(), size=min(256, flat.numel()), replace=False))
+    return flat[torch.from_numpy(index)]
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, std: float | None = None) -> None:
+    """Equal to 1e-9 of the expected tensor's standard deviation."""
+    scale = expected.double().std().item() if std is None else std
+    error = (actual.detach().double() - expected).abs().max().item() / scale
+    assert error < TOLERANCE, f"error {error:.1e} of the standard deviation"
+
+
+def _fill_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    noise = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    if len(shape) >= 2:
+        if len(shape) == 3 or shape[0] == 1:  # position embeddings and bias tables
+            return 0.1 * noise
+        return noise / np.sqrt(np.prod(shape[1:]))
+    if key.endswith("running_var"):
+        return 1.0 + 0.2 * np.abs(noise)
+    if key.endswith(("bias", "running_mean")):
+        return 0.1 * noise
+    return 1.0 + 0.1 * noise  # norm weights, layer scales, temperatures

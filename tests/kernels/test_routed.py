@@ -1,0 +1,256 @@
+"""Routed attention against its definition and the published implementation: values, gradients, odd shapes, errors."""
+
+from __future__ import annotations
+
+import goldens
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybridzoo.kernels import bi_level_route, routed_attention2d
+from hybridzoo.kernels.routed import operators, reference, torch_impl
+
+CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("bra_core_")]
+
+
+@pytest.fixture(params=["dense", "by region"])
+def grouping(request, monkeypatch):
+    """Run a test through each of the two groupings, whatever the shapes would choose."""
+    monkeypatch.setattr(torch_impl, "prefers_dense", lambda query, routes: request.param == "dense")
+
+
+def maps(batch, height, width, heads, head_dim, **kwargs):
+    return [torch.randn(batch, height, width, heads, head_dim, **kwargs) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_published_values_and_gradients(name, grouping):
+    meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    grid, size = tuple(meta["regions"]), meta["region_size"]
+    shape = data["q"].shape
+    leaves = [data[n].clone().requires_grad_() for n in "qkv"]
+    # The rewrite's zero tokens beyond the edge are attended to: to the operator they are tokens like others.
+    below, right = grid[0] * size[0] - shape[1], grid[1] * size[1] - shape[2]
+    q, k, v = (
+        torch.nn.functional.pad(t, (0, 0, 0, right, 0, below)).unflatten(-1, (meta["heads"], -1)) for t in leaves
+    )
+    if not (below or right):
+        routes = bi_level_route(q, k, grid, meta["topk"])
+        assert torch.equal(routes.sort(-1).values, data["topk_index"])
+    out = routed_attention2d(q, k, v, data["topk_index"], grid, scale=meta["scale"])
+    out = out.flatten(3)[:, : shape[1], : shape[2]]
+    goldens.assert_close(out, data["out"])
+    grads = torch.autograd.grad(out, leaves, data["grad_out"])
+    for grad, letter in zip(grads, "qkv", strict=True):
+        goldens.assert_close(grad, data[f"grad_{letter}"])
+
+
+@pytest.mark.parametrize("name", [n for n in CORES if "nchw" not in n])
+def test_published_region_logits(name):
+    meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    q, k = (data[n].unflatten(-1, (meta["heads"], -1)) for n in "qk")
+    logits = reference.route_logits(q, k, tuple(meta["regions"]), meta["scale"])
+    goldens.assert_close(logits, data["region_logits"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape_equals_the_definition(data):
+    rows, columns = data.draw(st.integers(1, 4), "rows"), data.draw(st.integers(1, 4), "columns")
+    # The last region of an axis may be smaller, but holds at least one token.
+    height = data.draw(st.integers(1, 3), "region height") * rows - data.draw(st.integers(0, 2), "missing rows")
+    width = data.draw(st.integers(1, 3), "region width") * columns - data.draw(st.integers(0, 2), "missing columns")
+    for side, count in ((height, rows), (width, columns)):
+        if side < 1 or (count - 1) * -(-side // count) >= side:
+            return
+    topk = data.draw(st.integers(1, rows * columns + 1), "topk")  # longer than the list of regions: duplicates
+    torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
+    batch, heads, head_dim = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5))
+    qkv = [t.requires_grad_() for t in maps(batch, height, width, heads, head_dim, dtype=torch.float64)]
+    routes = torch.randint(0, rows * columns, (batch, rows * columns, topk))
+    grad = torch.randn_like(qkv[0])
+    expected = reference.routed_attention2d(*qkv, routes, (rows, columns), 0.7)
+    expected_grads = torch.autograd.grad(expected, qkv, grad)
+    for function in (torch_impl.dense_forward, operators.routed_attention2d, torch_impl.region_forward):
+        out = function(*qkv, routes, (rows, columns), 0.7)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.autograd.grad(out, qkv, grad), expected_grads, rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck(grouping):
+    torch.manual_seed(0)
+    qkv = [t.requires_grad_() for t in maps(1, 3, 5, 2, 2, dtype=torch.float64)]
+    routes = torch.randint(0, 6, (1, 6, 3))
+    assert torch.autograd.gradcheck(lambda *t: routed_attention2d(*t, routes, (2, 3)), qkv)
+
+
+def test_operators_are_well_formed():
+    torch.manual_seed(0)
+    qkv = [t.requires_grad_() for t in maps(2, 6, 8, 2, 4)]
+    torch.library.opcheck(operators.routed_attention2d, (*qkv, torch.randint(0, 4, (2, 4, 2)), [2, 2], 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype, grouping):
+    torch.manual_seed(0)
+    qkv = [t.requires_grad_() for t in maps(2, 9, 12, 2, 16, dtype=torch.float64)]
+    low = [t.detach().to(dtype).requires_grad_() for t in qkv]
+    routes = torch.randint(0, 12, (2, 12, 4))
+    exact = reference.routed_attention2d(*qkv, routes, (3, 4), 0.25)
+    grad = torch.randn_like(exact)
+    exact_all = (exact, *torch.autograd.grad(exact, qkv, grad))
+    naive = reference.routed_attention2d(*low, routes, (3, 4), 0.25)
+    naive_all = (naive, *torch.autograd.grad(naive, low, grad.to(dtype)))
+    ours = routed_attention2d(*low, routes, (3, 4), scale=0.25)
+    ours_all = (ours, *torch.autograd.grad(ours, low, grad.to(dtype)))
+    for e, n, o in zip(exact_all, naive_all, ours_all, strict=True):
+        assert o.dtype == dtype
+        allowed = 2 * (n.double() - e).abs().max() + torch.finfo(dtype).eps * e.abs().max()
+        assert (o.double() - e).abs().max() <= allowed
+
+
+def test_strided_views_of_a_packed_projection(grouping):
+    torch.manual_seed(0)
+    packed = torch.randn(2, 6, 9, 3, 2, 4, requires_grad=True)
+    routes = torch.randint(0, 9, (2, 9, 3))
+    out = routed_attention2d(*packed.unbind(3), routes, 3)
+    (grad,) = torch.autograd.grad(out.sin().sum(), packed)
+    copies = [t.detach().contiguous().requires_grad_() for t in packed.unbind(3)]
+    expected = routed_attention2d(*copies, routes, 3)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grad.unbind(3), torch.autograd.grad(expected.sin().sum(), copies))
+
+
+def test_uninitialised_memory_is_never_read(grouping, monkeypatch):
+    """Deterministic mode fills every fresh allocation with NaN; odd sizes have the padding where one would leak."""
+    torch.manual_seed(0)
+    qkv = [t.requires_grad_() for t in maps(2, 7, 10, 2, 4)]
+    routes = torch.randint(0, 12, (2, 12, 2))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()  # the trap is set
+        out = routed_attention2d(*qkv, routes, (3, 4))
+        grads = torch.autograd.grad(out.sum(), qkv)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in (out, *grads))
+
+
+def test_gradients_are_the_same_bits_every_time(grouping):
+    torch.manual_seed(0)
+    qkv = [t.requires_grad_() for t in maps(4, 28, 28, 2, 16)]
+    routes = torch.randint(0, 49, (4, 49, 8))
+    first, second = (torch.autograd.grad(routed_attention2d(*qkv, routes, 7).square().sum(), qkv) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class _LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+def test_memory_stays_far_below_the_expanded_gather():
+    """The published backward zero-fills a gradient of regions x map; ours holds at most topk copies of the map."""
+    qkv = [t.requires_grad_() for t in maps(1, 56, 56, 2, 32)]
+    routes = torch.randint(0, 49, (1, 49, 1))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = routed_attention2d(*qkv, routes, 7)
+    assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in (*qkv, routes)}
+    grad = torch.randn_like(out)
+    with _LargestTensor() as largest:
+        torch_impl.region_backward(grad, *(t.detach() for t in qkv), routes, (7, 7), 1.0)
+    scores = 49 * 2 * 64 * 64
+    assert largest.numel <= max(qkv[0].numel(), scores)
+    assert largest.numel < 49 * qkv[0].numel() / 10
+
+
+def test_chunks_do_not_change_the_gradient(monkeypatch):
+    torch.manual_seed(0)
+    args = [torch.randn(2, 8, 8, 2, 4, dtype=torch.float64) for _ in range(4)]
+    routes = torch.randint(0, 16, (2, 16, 3))
+    whole = torch_impl.region_backward(*args, routes, (4, 4), 0.5)
+    monkeypatch.setattr(torch_impl, "CHUNK_SCORES", 1)
+    for a, b in zip(whole, torch_impl.region_backward(*args, routes, (4, 4), 0.5), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiles_and_exports_without_our_operator():
+    torch.manual_seed(0)
+    qkv = maps(2, 28, 28, 2, 8)
+    routes = torch.randint(0, 49, (2, 49, 4))  # too few for the dense grouping
+
+    def attend(q, k, v, routes):
+        return routed_attention2d(q, k, v, routes, 7)
+
+    expected = attend(*qkv, routes)
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(*qkv, routes), expected)
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, routes):
+            return attend(q, k, v, routes)
+
+    program = torch.export.export(Module(), (*qkv, routes))
+    assert not [n for n in program.graph.nodes if "hybridzoo" in str(n.target)]
+    torch.testing.assert_close(program.module()(*qkv, routes), expected)
+
+
+def test_routing_is_float32_without_gradient_whatever_the_context():
+    torch.manual_seed(0)
+    q, k, _ = maps(2, 14, 14, 2, 32)
+    q.requires_grad_()
+    plain = bi_level_route(q, k, 7, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bi_level_route(q, k, 7, 16).sort().values, plain.sort().values)
+    assert plain.dtype == torch.int64
+    assert not plain.requires_grad
+    # Half-precision inputs: the means and products may not round to half precision.
+    q16, k16 = q.detach().bfloat16(), k.bfloat16()
+    expected = reference.route_logits(q16.double(), k16.double(), (7, 7), 1.0).topk(16).indices
+    assert torch.equal(bi_level_route(q16, k16, 7, 16).sort().values, expected.sort().values)
+
+
+def test_routing_of_odd_maps_averages_real_tokens_only():
+    torch.manual_seed(0)
+    q, k, _ = maps(2, 7, 10, 2, 8, dtype=torch.float64)
+    expected = reference.route_logits(q, k, (3, 4), 1.0).topk(5).indices
+    assert torch.equal(bi_level_route(q, k, (3, 4), 5).sort().values, expected.sort().values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(query=torch.zeros(2, 8, 8, 16)), "query must have shape"),
+        (dict(query=torch.zeros(2, 8, 8, 2, 8, dtype=torch.int32)), "query must be a floating-point"),
+        (dict(key=torch.zeros(2, 8, 9, 2, 8)), "key must have the shape of query"),
+        (dict(value=torch.zeros(2, 8, 8, 2, 8).double()), "value must share dtype"),
+        (dict(routes=torch.zeros(2, 16, dtype=torch.int64)), "routes must have shape"),
+        (dict(routes=torch.zeros(2, 9, 1, dtype=torch.int64)), r"routes must have shape .*regions=16"),
+        (dict(routes=torch.zeros(2, 16, 1, dtype=torch.int32)), "routes must be int64"),
+        (dict(regions=0), "regions must be positive"),
+        (dict(regions=5), "regions=5 leaves a region without tokens on a map of height 8"),
+        (dict(regions=(4, 7)), "width 8"),
+        (dict(impl="cuda"), "impl must be one of auto, torch; got 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    args = dict(
+        query=torch.zeros(2, 8, 8, 2, 8), key=torch.zeros(2, 8, 8, 2, 8), value=torch.zeros(2, 8, 8, 2, 8),
+        routes=torch.zeros(2, 16, 1, dtype=torch.int64), regions=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        routed_attention2d(**{**args, **change})
+
+
+@pytest.mark.parametrize("topk", [0, 17])
+def test_topk_out_of_range_is_named(topk):
+    with pytest.raises(ValueError, match=f"topk must lie between 1 and the number of regions, 16; got {topk}"):
+        bi_level_route(torch.zeros(1, 8, 8, 1, 4), torch.zeros(1, 8, 8, 1, 4), 4, topk)
