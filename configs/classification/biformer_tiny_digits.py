@@ -1,0 +1,10 @@
+"""BiFormer-T on the embedded handwritten digits, from scratch.
+
+hybridzoo train biformer_tiny_digits
+
+About 3 minutes on two CPU cores; top-1 at least 97 %.
+"""
+
+_base_ = ["../_base_/classification_digits.py"]
+
+model = dict(name="biformer_tiny", regions="auto", drop_path_rate=0.05)

@@ -1,0 +1,61 @@
+"""A small image folder and a small run on it, for the tests of the engine."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine import Config
+from PIL import Image
+
+from hybridzoo.train.config import find_config, load_config
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests and their subprocesses add up in the same order, and do not fight for the cores."""
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ 3 x 12 and val/ 3 x 5 noisy images of 32 px; the colour tells the class, but for one in five of val."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)):
+        for channel, name in enumerate(reversed(CLASSES)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 160, (32, 32, 3))
+                pixels[..., (channel + (index == 4 and split == "val")) % 3] += 60
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+RunConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def run_config() -> RunConfig:
+    """Config of a run of seconds: ``run_config("model.drop_rate=0.1", ...)``."""
+
+    def make(*options: str) -> Config:
+        # The base, not the demo: tuning the demo must not move these tests.
+        base = find_config("biformer_tiny_digits").parents[1] / "_base_" / "classification_digits.py"
+        small = (
+            "model.name=test_vit",
+            "model.img_size=32",
+            "train_cfg.max_epochs=2",
+            "train_dataloader.batch_size=8",
+            "optim_wrapper.optimizer.lr=1e-3",
+            "param_scheduler=[{'type': 'CosineAnnealingLR', 'eta_min_ratio': 0.1, 'end': 6, 'by_epoch': True}]",
+        )
+        return load_config(base, [*small, *options])
+
+    return make

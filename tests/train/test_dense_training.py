@@ -1,0 +1,206 @@
+"""The demo configs of detection and segmentation through the engine: training, testing, prediction, own data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+from mmengine.registry import DATASETS, DefaultScope
+
+from hybridzoo.train import engine
+from hybridzoo.train.config import load_config
+from hybridzoo.train.digits import digits_root
+from hybridzoo.train.errors import UserError
+
+DEMOS = {"detection": "mask-rcnn_biformer_tiny_digits", "segmentation": "fpn_biformer_tiny_digits"}
+EACH = pytest.mark.parametrize("task", ["detection", "segmentation"])
+METRIC = {"detection": "coco/bbox_mAP_50", "segmentation": "mIoU"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return digits_root("scenes", root=tmp_path_factory.mktemp("data"), train=4, val=2)
+
+
+@pytest.fixture
+def own(data, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(data, tmp_path / "own"))
+
+
+def demo(task, *options):
+    return load_config(DEMOS[task], ["train_dataloader.batch_size=2", "train_cfg.max_epochs=1", *options])
+
+
+def configured(config, data):
+    engine.prepare(config).configure(config, data)
+    return config
+
+
+def build_dataset(config, loader="train_dataloader"):
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        return DATASETS.build(config[loader].dataset)
+
+
+@EACH
+def test_train_test_and_predict(task, data, tmp_path):
+    metrics = engine.train(demo(task), work_dir=tmp_path / "run", data=data, wandb=False)
+    assert 0 <= metrics[METRIC[task]] <= 100
+    checkpoint = tmp_path / "run" / "final.pth"
+    again = engine.test(demo(task), checkpoint, work_dir=tmp_path / "test", data=data)
+    assert again[METRIC[task]] == pytest.approx(metrics[METRIC[task]])
+
+    model = engine.build_for_inference(demo(task), checkpoint, "cpu")
+    names = ("background", *map(str, range(10))) if task == "segmentation" else tuple(map(str, range(10)))
+    assert tuple(model.dataset_meta["classes"]) == names
+    config = configured(demo(task), data)
+    sample = build_dataset(config, "test_dataloader")[0]
+    with torch.no_grad():
+        result = model.test_step({"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]})[0]
+    height, width = result.ori_shape
+    if task == "detection":
+        found = result.pred_instances
+        assert found.bboxes.shape == (len(found), 4)
+        assert found.masks.shape == (len(found), height, width)
+    else:
+        assert result.pred_sem_seg.data.shape == (1, height, width)
+        assert result.pred_sem_seg.data.max() <= 10
+
+
+@EACH
+def test_one_step_changes_backbone_and_heads(task, data):
+    config = configured(demo(task), data)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        from mmengine.registry import MODELS
+
+        torch.manual_seed(0)
+        model = MODELS.build(config.model)
+        model.init_weights()
+    dataset = build_dataset(config)
+    samples = [dataset[0], dataset[1]]
+    batch = {key: [sample[key] for sample in samples] for key in ("inputs", "data_samples")}
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optim_wrapper = engine.MMRunner.build_optim_wrapper.__get__(_Holder(model))(config.optim_wrapper)
+    losses = model.train().train_step(batch, optim_wrapper)
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    unchanged = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert unchanged <= {"neck.fpn_convs.3.conv.bias"}  # no region was drawn from the coarsest level
+    rates = {name: group["lr"] for group in optim_wrapper.param_groups for name in _names(model, group)}
+    assert rates["backbone.model.stem.conv1.weight"] < rates["backbone.model.stages.3.blocks.1.mlp.fc1.weight"]
+    assert rates["neck.fpn_convs.0.conv.weight"] == max(rates.values())
+
+
+class _Holder:
+    def __init__(self, model):
+        self.model = model
+
+
+def _names(model, group):
+    inside = {id(parameter) for parameter in group["params"]}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
+
+
+def test_detection_takes_the_classes_of_the_data(own):
+    for split in ("train", "val"):
+        path = own / "annotations" / f"{split}.json"
+        coco = json.loads(path.read_text())
+        coco["categories"] = [*coco["categories"], {"id": 99, "name": "nothing"}]
+        path.write_text(json.dumps(coco))
+    config = configured(demo("detection"), own)
+    assert config.model.roi_head.bbox_head.num_classes == config.model.roi_head.mask_head.num_classes == 11
+    assert build_dataset(config).metainfo["classes"][-1] == "nothing"
+    assert config.val_evaluator.ann_file == str(own / "annotations" / "val.json")
+
+
+def test_segmentation_takes_the_classes_of_the_data(own):
+    (own / "classes.txt").write_text((own / "classes.txt").read_text().rstrip() + "\nnothing\n")
+    config = configured(demo("segmentation"), own)
+    assert config.model.decode_head.num_classes == 12
+    assert build_dataset(config).metainfo["classes"][-1] == "nothing"
+
+
+def test_published_segmentation_recipe_on_own_data_keeps_class_zero(data):
+    """ADE20K's recipe maps id 0 to "ignore"; with a folder of one's own, id 0 is a class like the others."""
+    config = configured(load_config("upernet_biformer_small_160k_ade20k"), data)
+    assert config.model.auxiliary_head.num_classes == 11
+    train, val = build_dataset(config), build_dataset(config, "val_dataloader")
+    assert len(train) == 4
+    labels = val[0]["data_samples"].gt_sem_seg.data
+    mask = np.array(Image.open(sorted((data / "masks/val").iterdir())[0]))
+    assert np.array_equal(labels[0].numpy(), mask)
+
+
+def test_published_detection_recipe_on_own_data(data):
+    config = configured(load_config("retinanet_biformer_small_1x_coco"), data)
+    assert config.model.bbox_head.num_classes == 10
+    assert len(build_dataset(config)) == 4
+    assert config.test_evaluator.type == "CocoScenesMetric"
+
+
+def test_a_folder_in_cocos_own_layout_keeps_cocos_classes(data, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        shutil.copy(data / f"annotations/{split}.json", tmp_path / f"annotations/instances_{split}2017.json")
+    config = configured(load_config("mask-rcnn_biformer_small_1x_coco"), tmp_path)
+    assert config.model.roi_head.bbox_head.num_classes == 80
+    assert config.train_dataloader.dataset.type == "CocoDataset"
+    assert config.train_dataloader.dataset.data_root == str(tmp_path)
+    assert config.val_evaluator.ann_file == str(tmp_path / "annotations/instances_val2017.json")
+
+
+def test_a_folder_in_ade20ks_own_layout_keeps_its_classes(tmp_path):
+    for split in ("training", "validation"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+    config = configured(load_config("fpn_biformer_small_80k_ade20k"), tmp_path)
+    assert config.model.decode_head.num_classes == 150
+    assert {config[f"{split}_dataloader"].dataset.data_root for split in ("train", "val", "test")} == {str(tmp_path)}
+
+
+@EACH
+def test_unreadable_image_stops_or_is_skipped(task, own):
+    broken = sorted((own / "images/train").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(UserError, match=broken.name):
+        configured(demo(task), own)
+    config = configured(demo(task, "on_bad=skip"), own)
+    dataset = build_dataset(config)
+    assert len(dataset) == 3
+    assert broken.name not in {Path(dataset.get_data_info(i)["img_path"]).name for i in range(3)}
+
+
+def test_skipped_images_do_not_count_as_missed(own, tmp_path):
+    """A detector that finds everything in the readable images scores 1 although one image is unreadable."""
+    from mmengine.registry import METRICS
+
+    broken = sorted((own / "images/val").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:100])
+    config = configured(demo("detection", "on_bad=skip"), own)
+    dataset = build_dataset(config, "val_dataloader")
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        metric = METRICS.build({**config.val_evaluator, "metric": "bbox"})
+    metric.dataset_meta = dataset.metainfo
+    for i in range(len(dataset)):
+        info = dataset.get_data_info(i)
+        boxes = torch.tensor([instance["bbox"] for instance in info["instances"]])
+        labels = torch.tensor([instance["bbox_label"] for instance in info["instances"]])
+        found = {"bboxes": boxes, "labels": labels, "scores": torch.ones(len(boxes))}
+        metric.process({}, [{"img_id": info["img_id"], "ori_shape": (1, 1), "pred_instances": found}])
+    assert metric.evaluate(len(dataset))["coco/bbox_mAP"] == pytest.approx(1.0)
+
+
+@EACH
+def test_missing_data_says_so(task, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        configured(demo(task), tmp_path / "nowhere")
+    config = demo(task)
+    config.digits = None
+    with pytest.raises(UserError, match="--data"):
+        configured(config, None)

@@ -1,0 +1,482 @@
+"""Each stand-in for an operator of mmcv's compiled extension against its definition, by way of mmcv's own functions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("mmcv")
+from hybridzoo.train import mmcv_ops
+
+mmcv_ops.install()
+if not isinstance(sys.modules["mmcv._ext"].__spec__.loader, mmcv_ops._Loader):
+    pytest.skip("mmcv has its compiled operators here", allow_module_level=True)
+
+import mmcv.ops as ops  # noqa: E402  after install()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def rand(*shape, low=-1.0, high=1.0):
+    return torch.rand(*shape, dtype=torch.float64) * (high - low) + low
+
+
+def check(actual, expected, inputs):
+    """Values, and the gradient of a random weighting of them with respect to every input."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    weights = torch.randn_like(expected)
+    got = torch.autograd.grad((actual * weights).sum(), inputs)
+    want = torch.autograd.grad((expected * weights).sum(), inputs)
+    for name, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert b.abs().max() > 0, f"the test gives input {name} no gradient"
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def hat(plane, y, x):
+    """Bilinear interpolation of a zero-padded plane (H, W): a hat function on every pixel."""
+    rows, columns = (torch.arange(n, dtype=plane.dtype) for n in plane.shape)
+    weight_y = (1 - (y - rows).abs()).clamp(min=0)
+    weight_x = (1 - (x - columns).abs()).clamp(min=0)
+    return weight_y @ plane @ weight_x
+
+
+def roi_sample(plane, y, x):
+    """RoI Align's interpolation: the border is read up to one pixel outside, 0 beyond."""
+    height, width = plane.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return plane.new_zeros(())
+    return hat(plane, min(max(y, 0), height - 1), min(max(x, 0), width - 1))
+
+
+# ---------------------------------------------------------------- the stand-in module
+
+
+def test_missing_operator_raises_an_error_that_names_it():
+    with pytest.raises(mmcv_ops.OperatorNotProvided, match=r"'box_iou_rotated'.*install onedl-mmcv"):
+        ops.box_iou_rotated(torch.rand(2, 5), torch.rand(2, 5))
+    assert issubclass(mmcv_ops.OperatorNotProvided, NotImplementedError)
+    assert not hasattr(sys.modules["mmcv._ext"], "__wrapped__")  # dunder names stay absent
+
+
+def test_importlib_finds_the_stand_in_and_install_is_idempotent():
+    import importlib.util
+
+    module = sys.modules["mmcv._ext"]
+    mmcv_ops.install()
+    assert sys.modules["mmcv._ext"] is module
+    assert importlib.util.find_spec("mmcv._ext").loader is not None
+    assert "hybridzoo" in ops.get_compiler_version()
+
+
+def test_a_compiled_extension_is_left_alone(tmp_path):
+    """A fresh process in which `mmcv._ext` exists: install() must not replace it."""
+    (tmp_path / "_ext.py").write_text("REAL = True\n")
+    code = (
+        f"import mmcv; mmcv.__path__.append({str(tmp_path)!r})\n"
+        "from hybridzoo.train import mmcv_ops; mmcv_ops.install()\n"
+        "import mmcv._ext; assert mmcv._ext.REAL is True"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def naive_iou(a, b, offset=0):
+    width = min(a[2], b[2]) - max(a[0], b[0]) + offset
+    height = min(a[3], b[3]) - max(a[1], b[1]) + offset
+    inter = max(width, 0) * max(height, 0)
+    area = sum((c[2] - c[0] + offset) * (c[3] - c[1] + offset) for c in (a, b))
+    return inter / (area - inter)
+
+
+def random_boxes(n):
+    corner = rand(n, 2, low=0, high=20)
+    return torch.cat([corner, corner + rand(n, 2, low=1, high=15)], 1), rand(n, low=0)
+
+
+@pytest.mark.parametrize(("offset", "threshold"), [(0, 0.5), (1, 0.5), (0, 0.1), (1, 0.3)])
+def test_nms(offset, threshold):
+    boxes, scores = random_boxes(60)
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(naive_iou(boxes[i].tolist(), boxes[j].tolist(), offset) <= threshold for j in kept):
+            kept.append(i)
+    dets, index = ops.nms(boxes, scores, threshold, offset)
+    assert index.tolist() == kept
+    assert len(kept) < 60
+    torch.testing.assert_close(dets, torch.cat([boxes, scores[:, None]], 1)[kept])
+    assert ops.nms(boxes.half(), scores.half(), threshold, offset)[1].numel() > 0
+
+
+def test_nms_score_threshold_and_empty():
+    boxes, scores = random_boxes(30)
+    _, index = ops.nms(boxes, scores, 0.5, score_threshold=0.5, max_num=3)
+    assert index.numel() == 3
+    assert (scores[index] > 0.5).all()
+    assert ops.nms(boxes[:0], scores[:0], 0.5)[1].numel() == 0
+
+
+def test_batched_nms_never_mixes_classes():
+    boxes, scores = random_boxes(2)
+    boxes[1] = boxes[0]
+    assert ops.batched_nms(boxes, scores, torch.tensor([0, 1]), {"type": "nms", "iou_threshold": 0.5})[1].numel() == 2
+    assert ops.batched_nms(boxes, scores, torch.tensor([1, 1]), {"type": "nms", "iou_threshold": 0.5})[1].numel() == 1
+
+
+@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_soft_nms(method, offset):
+    boxes, scores = random_boxes(25)
+    left = dict(enumerate(scores.tolist()))
+    expected = []
+    while left:
+        best = max(left, key=left.__getitem__)
+        expected.append((best, left.pop(best)))
+        for i in list(left):
+            iou = naive_iou(boxes[best].tolist(), boxes[i].tolist(), offset)
+            if method == "gaussian":
+                left[i] *= math.exp(-(iou**2) / 0.4)
+            elif iou >= 0.3:
+                left[i] *= 0 if method == "naive" else 1 - iou
+            if left[i] < 0.2:
+                del left[i]
+    dets, index = ops.soft_nms(boxes, scores, 0.3, sigma=0.4, min_score=0.2, method=method, offset=offset)
+    assert index.tolist() == [i for i, _ in expected]
+    assert 1 < len(expected) < 25
+    torch.testing.assert_close(dets[:, :4], boxes[index])
+    torch.testing.assert_close(dets[:, 4], torch.tensor([s for _, s in expected], dtype=torch.float64))
+    assert ops.soft_nms(boxes[:0], scores[:0])[1].numel() == 0
+
+
+def test_nms_match():
+    boxes, scores = random_boxes(30)
+    order, groups = scores.argsort(descending=True).tolist(), []
+    taken = set()
+    for position, i in enumerate(order):
+        if i in taken:
+            continue
+        group = [i] + [
+            j
+            for j in order[position + 1 :]
+            if j not in taken and naive_iou(boxes[i].tolist(), boxes[j].tolist()) >= 0.3
+        ]
+        taken.update(group)
+        groups.append(group)
+    matched = ops.nms_match(torch.cat([boxes, scores[:, None]], 1), 0.3)
+    assert [g.tolist() for g in matched] == groups
+    assert max(map(len, groups)) > 1
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("mode", ["iou", "iof"])
+def test_bbox_overlaps(mode, offset):
+    a, b = random_boxes(5)[0], random_boxes(7)[0]
+    expected = torch.zeros(5, 7, dtype=torch.float64)
+    for i, j in itertools.product(range(5), range(7)):
+        iou = naive_iou(a[i].tolist(), b[j].tolist(), offset)
+        area_a, area_b = (float((c[2] - c[0] + offset) * (c[3] - c[1] + offset)) for c in (a[i], b[j]))
+        expected[i, j] = iou if mode == "iou" else iou * (area_a + area_b) / (1 + iou) / area_a
+    torch.testing.assert_close(ops.bbox_overlaps(a, b, mode, offset=offset), expected)
+    aligned = ops.bbox_overlaps(a, b[:5], mode, aligned=True, offset=offset)
+    torch.testing.assert_close(aligned, expected.diagonal())
+    point = torch.tensor([[3.0, 3.0, 3.0, 3.0]])
+    assert ops.bbox_overlaps(point, point).tolist() == [[0.0]]
+
+
+# ---------------------------------------------------------------- pooling
+
+ROIS = torch.tensor(
+    [
+        [0, 1.0, 2.0, 13.0, 17.0],
+        [1, 0.0, 0.0, 30.0, 21.0],  # the whole map and a little beyond
+        [1, 7.3, 5.1, 9.9, 6.2],  # smaller than a bin
+        [0, -6.0, -9.0, 4.0, 3.0],  # partly outside
+    ],
+    dtype=torch.float64,
+)
+
+
+def naive_roi_align(maps, rois, size, scale, ratio, mode, aligned):
+    out_h, out_w = size
+    shift = 0.5 if aligned else 0.0
+    pooled = []
+    for index, *corners in rois.tolist():
+        x1, y1, x2, y2 = (c * scale - shift for c in corners)
+        roi_h, roi_w = y2 - y1, x2 - x1
+        if not aligned:
+            roi_h, roi_w = max(roi_h, 1.0), max(roi_w, 1.0)
+        bin_h, bin_w = roi_h / out_h, roi_w / out_w
+        grid_h, grid_w = (ratio, ratio) if ratio > 0 else (math.ceil(bin_h), math.ceil(bin_w))
+        for plane in maps[int(index)]:
+            for i, j in itertools.product(range(out_h), range(out_w)):
+                samples = torch.stack(
+                    [
+                        roi_sample(plane, y1 + (i + (a + 0.5) / grid_h) * bin_h, x1 + (j + (b + 0.5) / grid_w) * bin_w)
+                        for a, b in itertools.product(range(grid_h), range(grid_w))
+                    ]
+                )
+                pooled.append(samples.max() if mode == "max" else samples.mean())
+    return torch.stack(pooled).view(len(rois), maps.size(1), out_h, out_w)
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize(("ratio", "aligned"), [(0, True), (2, True), (0, False), (1, False)])
+def test_roi_align(mode, ratio, aligned):
+    maps = rand(2, 3, 11, 15).requires_grad_()
+    layer = ops.RoIAlign((3, 2), spatial_scale=0.5, sampling_ratio=ratio, pool_mode=mode, aligned=aligned)
+    check(layer(maps, ROIS), naive_roi_align(maps, ROIS, (3, 2), 0.5, ratio, mode, aligned), [maps])
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_roi_align_bfloat16_and_no_rois(mode):
+    maps, rois = rand(2, 3, 11, 15).bfloat16().requires_grad_(), ROIS.bfloat16()
+    pooled = ops.roi_align(maps, rois, (3, 2), 0.5, 2, mode, True)
+    assert pooled.dtype == torch.bfloat16
+    exact = naive_roi_align(maps.double(), rois.double(), (3, 2), 0.5, 2, mode, True)
+    torch.testing.assert_close(pooled.double(), exact, rtol=2e-2, atol=2e-2)
+    pooled.sum().backward()
+    assert maps.grad.isfinite().all()
+    assert ops.roi_align(maps, rois[:0], (3, 2), 0.5, 2, mode, True).shape == (0, 3, 3, 2)
+
+
+def naive_roi_pool(maps, rois, size, scale):
+    height, width = maps.shape[-2:]
+    pooled = []
+    for index, x1, y1, x2, y2 in rois.tolist():
+        x1, y1, x2, y2 = x1 * scale, y1 * scale, (x2 + 1) * scale, (y2 + 1) * scale
+        for plane in maps[int(index)]:
+            for i, j in itertools.product(range(size[0]), range(size[1])):
+                top, bottom = y1 + i * (y2 - y1) / size[0], y1 + (i + 1) * (y2 - y1) / size[0]
+                left, right = x1 + j * (x2 - x1) / size[1], x1 + (j + 1) * (x2 - x1) / size[1]
+                rows = [y for y in range(height) if math.floor(top) <= y < math.ceil(bottom)]
+                columns = [x for x in range(width) if math.floor(left) <= x < math.ceil(right)]
+                pixels = [plane[y, x] for y in rows for x in columns]
+                pooled.append(torch.stack(pixels).max() if pixels else plane.new_zeros(()))
+    return torch.stack(pooled).view(len(rois), maps.size(1), *size)
+
+
+def test_roi_pool():
+    maps = rand(2, 3, 11, 15).requires_grad_()
+    check(ops.RoIPool((3, 2), 0.5)(maps, ROIS), naive_roi_pool(maps, ROIS, (3, 2), 0.5), [maps])
+
+
+def test_border_align():
+    maps = rand(2, 8, 7, 9).requires_grad_()
+    boxes = torch.cat([rand(2, 5, 2, low=0, high=3), rand(2, 5, 2, low=4, high=8)], -1)
+    pool = 4
+    out = torch.zeros(2, 2, 5, 4, dtype=torch.float64).tolist()
+    for b, c, n, side in itertools.product(range(2), range(2), range(5), range(4)):
+        x1, y1, x2, y2 = boxes[b, n].tolist()
+        ends = [((x1, y1), (x2, y1)), ((x1, y1), (x1, y2)), ((x1, y2), (x2, y2)), ((x2, y1), (x2, y2))][side]
+        (xa, ya), (xb, yb) = ends
+        points = [(ya + (yb - ya) * t / pool, xa + (xb - xa) * t / pool) for t in range(pool + 1)]
+        out[b][c][n][side] = torch.stack([roi_sample(maps[b, 2 * side + c], y, x) for y, x in points]).max()
+    expected = torch.stack([torch.stack([torch.stack([torch.stack(s) for s in n]) for n in c]) for c in out])
+    check(ops.BorderAlign(pool)(maps, boxes), expected, [maps])
+
+
+# ---------------------------------------------------------------- deformable convolutions, attention, masks
+
+
+def naive_deform_conv(x, offset, weight, mask, bias, stride, padding, dilation):
+    out_channels, per_group, kh, kw = weight.shape
+    groups, channels = x.size(1) // per_group, x.size(1)
+    offset_groups = offset.size(1) // (2 * kh * kw)
+    batch, _, height, width = offset.shape
+    result = []
+    for b, o, i, j in itertools.product(range(batch), range(out_channels), range(height), range(width)):
+        total = bias[o] if bias is not None else x.new_zeros(())
+        first = o // (out_channels // groups) * per_group
+        for c, u, v in itertools.product(range(per_group), range(kh), range(kw)):
+            g = (first + c) // (channels // offset_groups)
+            tap = g * kh * kw + u * kw + v
+            y = i * stride[0] - padding[0] + u * dilation[0] + offset[b, 2 * tap, i, j]
+            z = j * stride[1] - padding[1] + v * dilation[1] + offset[b, 2 * tap + 1, i, j]
+            value = hat(x[b, first + c], y, z) * weight[o, c, u, v]
+            total = total + (value if mask is None else value * mask[b, tap, i, j])
+        result.append(total)
+    return torch.stack(result).view(batch, out_channels, height, width)
+
+
+CONV = [  # stride, padding, dilation, groups, offset groups
+    ((1, 1), (1, 1), (1, 1), 1, 1),
+    ((2, 1), (0, 2), (1, 2), 2, 1),
+    ((1, 2), (2, 1), (2, 1), 1, 2),
+]
+
+
+def conv_inputs(stride, padding, dilation, groups, offset_groups):
+    x, weight = rand(1, 4, 5, 6), rand(2, 4 // groups, 3, 2)
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip((5, 6), (3, 2), stride, padding, dilation, strict=True)
+    ]
+    # Offsets of more than a pixel, away from whole numbers, where bilinear interpolation has a kink.
+    offset = rand(1, offset_groups * 2 * 6, *size, low=0.05, high=0.95) + torch.randint(-2, 2, (1,))
+    mask = rand(1, offset_groups * 6, *size, low=0)
+    return [t.requires_grad_() for t in (x, offset, weight, mask, rand(2))]
+
+
+@pytest.mark.parametrize("case", CONV)
+def test_deform_conv(case):
+    x, offset, weight, *_ = conv_inputs(*case)
+    expected = naive_deform_conv(x, offset, weight, None, None, *case[:3])
+    check(ops.deform_conv2d(x, offset, weight, *case), expected, [x, offset, weight])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("case", CONV)
+def test_modulated_deform_conv(case, with_bias):
+    x, offset, weight, mask, bias = conv_inputs(*case)
+    bias = bias if with_bias else None
+    expected = naive_deform_conv(x, offset, weight, mask, bias, *case[:3])
+    inputs = [x, offset, mask, weight] + [bias] * with_bias
+    check(ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *case), expected, inputs)
+
+
+def test_deform_conv_module_in_bfloat16_trains():
+    layer = ops.ModulatedDeformConv2dPack(4, 4, 3, padding=1).bfloat16()
+    layer(rand(1, 4, 6, 6).bfloat16()).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in layer.parameters())
+
+
+def test_ms_deform_attn():
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
+    shapes = torch.tensor([[4, 5], [2, 3]])
+    starts = torch.tensor([0, 20])
+    batch, queries, heads, dim, points = 2, 3, 2, 2, 2
+    value = rand(batch, 26, heads, dim).requires_grad_()
+    # Sample positions away from pixel centres (a kink), some outside the map.
+    where = rand(batch, queries, heads, 2, points, 2, low=-0.1, high=1.1).requires_grad_()
+    attention = rand(batch, queries, heads, 2, points, low=0).requires_grad_()
+    out = []
+    for b, q, h, d in itertools.product(range(batch), range(queries), range(heads), range(dim)):
+        total = value.new_zeros(())
+        for level, p in itertools.product(range(2), range(points)):
+            rows, columns = shapes[level].tolist()
+            start = starts[level]
+            plane = value[b, start : start + rows * columns, h, d].view(rows, columns)
+            x, y = where[b, q, h, level, p]
+            total = total + attention[b, q, h, level, p] * hat(plane, y * rows - 0.5, x * columns - 0.5)
+        out.append(total)
+    expected = torch.stack(out).view(batch, queries, heads * dim)
+    actual = MultiScaleDeformableAttnFunction.apply(value, shapes, starts, where, attention, 64)
+    check(actual, expected, [value, where, attention])
+
+
+def naive_carafe(features, masks, kernel, groups, scale):
+    batch, channels, height, width = features.shape
+    out = []
+    for b, c, i, j in itertools.product(range(batch), range(channels), range(height * scale), range(width * scale)):
+        total = features.new_zeros(())
+        for u, v in itertools.product(range(kernel), range(kernel)):
+            y, x = i // scale + u - kernel // 2, j // scale + v - kernel // 2
+            if 0 <= y < height and 0 <= x < width:
+                channel = c // (channels // groups) * kernel**2 + u * kernel + v
+                total = total + features[b, c, y, x] * masks[b, channel, i, j]
+        out.append(total)
+    return torch.stack(out).view(batch, channels, height * scale, width * scale)
+
+
+def test_carafe():
+    features, masks = rand(2, 4, 3, 4).requires_grad_(), rand(2, 2 * 9, 6, 8, low=0).requires_grad_()
+    expected = naive_carafe(features, masks, 3, 2, 2)
+    check(ops.CARAFE(3, 2, 2)(features, masks), expected, [features, masks])
+    expected = expected.detach()
+    torch.testing.assert_close(ops.CARAFENaive(3, 2, 2)(features, masks), expected)
+
+
+def test_carafe_naive_backward():
+    """Called directly: mmcv's own wrapper refuses this backward on a CPU."""
+    features, masks = rand(1, 4, 3, 4).requires_grad_(), rand(1, 2 * 9, 6, 8, low=0).requires_grad_()
+    expected = naive_carafe(features, masks, 3, 2, 2)
+    grads = [torch.zeros_like(features), torch.zeros_like(masks)]
+    weights = torch.randn_like(expected)
+    sys.modules["mmcv._ext"].carafe_naive_backward(
+        weights, features, masks, *grads, kernel_size=3, group_size=2, scale_factor=2
+    )
+    for got, want in zip(grads, torch.autograd.grad((expected * weights).sum(), [features, masks]), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_masked_conv():
+    layer = ops.MaskedConv2d(3, 4, 3, padding=1).double()
+    x, mask = rand(1, 3, 6, 7), torch.rand(1, 6, 7) > 0.5
+    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1) * mask
+    torch.testing.assert_close(layer(x, mask), expected)
+    assert 0 < mask.sum() < mask.numel()
+    assert layer(x, torch.zeros_like(mask)).abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["collect", "distribute"])
+def test_psa_mask(kind):
+    height, width, mask_h, mask_w = 3, 4, 5, 3
+    masks = rand(2, mask_h * mask_w, height, width).requires_grad_()
+    out = {}
+    for b, y, x, i, j in itertools.product(range(2), range(height), range(width), range(mask_h), range(mask_w)):
+        ty, tx = y + i - mask_h // 2, x + j - mask_w // 2
+        if 0 <= ty < height and 0 <= tx < width:
+            owner, target = y * width + x, ty * width + tx
+            key = (b, owner, target) if kind == "distribute" else (b, target, owner)
+            out[key] = masks[b, i * mask_w + j, y, x]
+    places = itertools.product(range(2), range(height * width), range(height * width))
+    expected = torch.stack([out.get(key, masks.new_zeros(())) for key in places]).view(2, 12, height, width)
+    check(ops.PSAMask(kind, (mask_h, mask_w))(masks), expected, [masks])
+
+
+# ---------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("gamma", [2.0, 0.0, 1.5])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_sigmoid_focal_loss(gamma, weighted, reduction):
+    logits = rand(6, 3, low=-4, high=4).requires_grad_()
+    target = torch.tensor([0, 1, 2, 2, 3, 3])  # 3: background
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64) if weighted else None
+    positive = target[:, None] == torch.arange(3)
+    p = 1 / (1 + torch.exp(-logits))
+    expected = torch.where(positive, -0.25 * (1 - p) ** gamma * torch.log(p), -0.75 * p**gamma * torch.log(1 - p))
+    if weighted:
+        expected = expected * torch.cat([weight, weight.new_ones(1)])[target][:, None]
+    if reduction == "mean":
+        expected = expected.sum() / 6  # mmcv: over rows, not elements
+    elif reduction == "sum":
+        expected = expected.sum()
+    actual = ops.sigmoid_focal_loss(logits, target, gamma, 0.25, weight, reduction)
+    if reduction == "none":  # mmcv multiplies grad_output into a gradient per element: any weighting may be checked
+        check(actual, expected, [logits])
+        return
+    torch.testing.assert_close(actual, expected)
+    got, want = (torch.autograd.grad(loss, logits)[0] for loss in (actual, expected))
+    torch.testing.assert_close(got, want)
+
+
+def test_focal_losses_survive_extreme_logits():
+    logits = torch.tensor([[100.0, -100.0], [-100.0, 100.0]], requires_grad=True)
+    for loss in (ops.sigmoid_focal_loss, ops.softmax_focal_loss):
+        value = loss(logits, torch.tensor([0, 0]), 0.5, 0.25, None, "sum")
+        (grad,) = torch.autograd.grad(value, logits)
+        assert value.isfinite()
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [2.0, 0.0, 0.5])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_softmax_focal_loss(gamma, weighted):
+    logits = rand(5, 4, low=-3, high=3).requires_grad_()
+    target = torch.tensor([0, 1, 2, 3, 3])
+    weight = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64) if weighted else None
+    p = torch.softmax(logits, 1)[torch.arange(5), target]
+    expected = (-0.25 * (1 - p) ** gamma * torch.log(p) * (weight[target] if weighted else 1)).sum()
+    check(ops.softmax_focal_loss(logits, target, gamma, 0.25, weight, "sum"), expected, [logits])

@@ -1,0 +1,141 @@
+"""Any timm model as the backbone of an mmdet detector or mmseg segmentor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from mmengine.registry import MODELS
+from timm.layers import LayerNorm2d
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.weights import load_matching, read_state_dict
+
+
+@MODELS.register_module()
+class PyramidBackbone(nn.Module):
+    """Feature maps of a timm model: image (B, 3, H, W) -> tuple of maps (B, channels[i], H / s_i, W / s_i).
+
+    Parameters keep timm's names below `model.`, so classification weights load as they are. Maps are always NCHW,
+    whatever the model uses inside. Image sizes are those that the model takes (ours: all from 32 px), and its own
+    rounding decides the size of the maps.
+
+    Args:
+        name: a model registered with timm, ours or timm's own.
+        out_indices: which levels to return, as timm counts them (`feature_info`): four-stage nets usually have levels
+            0-3 at strides 4-32, ResNets a level 0 at stride 2 before those.
+        out_norm: a fresh norm per level, on the output only (the trunk goes on without it): "LN" over channels,
+            "BN" BatchNorm, or None.
+        frozen_stages: no gradient and no changing statistics in the stem (0), the stem and the first k stages (k); -1
+            freezes nothing. Stages are the model's own `group_matcher(coarse=True)`.
+        norm_eval: keep BatchNorms at their running statistics while training; their weights still learn.
+        with_cp: recompute activations in backward to save memory, where the model can.
+        weights: checkpoint to start training from (safetensors or .pth); a classifier's head in it is ignored. Read by
+            `init_weights`, so testing and resuming do not need the file. `pretrained=True` takes timm's instead.
+        **model_args: for `timm.create_model`.
+
+    Attributes:
+        channels: width of each returned level.
+        strides: reduction of each returned level.
+
+    Raises:
+        UserError: unknown model, a level the model does not have, or weights of another model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_norm: Literal["LN", "BN"] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        weights: str | Path | None = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            raise UserError(f"backbone name={name!r}: timm knows no such model; `hybridzoo list` shows ours")
+        self.name = name
+        self.model_args = model_args
+        self.weights = weights
+        self.norm_eval = norm_eval
+        self.model = self._create()
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"backbone name={name!r}: this timm model cannot return intermediate maps")
+        levels = len(self.model.feature_info)
+        if bad := [i for i in out_indices if not 0 <= i < levels]:
+            raise UserError(
+                f"backbone out_indices={tuple(out_indices)}: {name} has levels 0 to {levels - 1}, not {bad[0]}"
+            )
+        self.out_indices = tuple(out_indices)
+        info = [self.model.feature_info[i] for i in self.out_indices]
+        self.channels = [level["num_chs"] for level in info]
+        self.strides = [level["reduction"] for level in info]
+        self._groups = {coarse: self._group(coarse) for coarse in (False, True)}
+        # The head and final norm never see a gradient here, and DDP stops at parameters that have none.
+        self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
+        if with_cp:
+            self.model.set_grad_checkpointing(True)
+        norm = {None: nn.Identity, "LN": LayerNorm2d, "BN": nn.BatchNorm2d}
+        if out_norm not in norm:
+            raise UserError(f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None")
+        self.out_norms = nn.ModuleList(norm[out_norm](width) for width in self.channels)
+        self._freeze(frozen_stages)
+
+    def _create(self) -> Any:  # Any: nn.Module does not declare what every timm model has
+        return timm.create_model(self.name, **self.model_args)
+
+    def _group(self, coarse: bool) -> dict[str, int]:
+        """Parameter name of the full timm model -> the number of its stage (coarse) or layer, counted from the stem."""
+        return group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+
+    def _freeze(self, stages: int) -> None:
+        groups = self._groups[True]
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and groups[name] > stages)
+        self.frozen = [
+            module
+            for module in self.model.modules()
+            if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own)
+        ]
+
+    def init_weights(self) -> None:
+        """Load `weights`, if given. mmengine calls this once before training, not before testing or resuming."""
+        if self.weights is None:
+            return
+        whole = self._create()  # with the head and norm that this backbone lacks, so that loading can be strict
+        load_matching(whole, read_state_dict(self.weights), allow_head_mismatch=True)
+        own = self.model.state_dict()
+        self.model.load_state_dict({key: value for key, value in whole.state_dict().items() if key in own})
+
+    def train(self, mode: bool = True) -> PyramidBackbone:
+        super().train(mode)
+        if mode:
+            for module in self.frozen:
+                module.eval()
+            if self.norm_eval:
+                for module in self.model.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = self.model.forward_intermediates(
+            x, indices=list(self.out_indices), output_fmt="NCHW", intermediates_only=True
+        )
+        return tuple(norm(level) for norm, level in zip(self.out_norms, maps, strict=True))
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """For timm's layer decay: parameter name -> layer number; the output norms belong to the last layer."""
+        groups, last = self._groups[coarse], max(self._groups[coarse].values())
+        return lambda name: groups.get(name.removeprefix("model."), last)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the model wants left undecayed."""
+        return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", tuple)()}

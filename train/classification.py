@@ -1,0 +1,207 @@
+"""Image classification for the engine: timm's datasets, transforms, mixing and losses around any timm model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from mmengine import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, METRICS, MODELS
+from timm.data import Mixup, create_dataset, create_transform
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.weights import load_matching, read_state_dict
+
+
+@MODELS.register_module()
+class ImageClassifier(BaseModel):
+    """A timm model with its training loss, as mmengine's runner drives it.
+
+    Args:
+        name: of the timm model.
+        num_classes: set by the data when the engine starts it.
+        pretrained: load timm's weights for the name.
+        mixup: arguments of ``timm.data.Mixup`` (``mixup_alpha``, ``cutmix_alpha``, ``switch_prob``, ...), or None.
+        label_smoothing: in [0, 1).
+        binary: binary cross-entropy over the classes instead of softmax.
+        data_preprocessor: mmengine's; the default moves the batch to the device.
+        **model_args: passed to ``timm.create_model`` (``drop_path_rate``, ``img_size``, ...).
+
+    Raises:
+        UserError: timm and this package know no such model; the message suggests the nearest names.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int = 1000,
+        pretrained: bool = False,
+        mixup: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        binary: bool = False,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__(data_preprocessor)
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+            raise UserError(f"unknown model {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+        self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
+        self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
+        self.loss: nn.Module
+        if binary:
+            self.loss = BinaryCrossEntropy(smoothing=0.0 if mixup else label_smoothing)
+        elif mixup:
+            self.loss = SoftTargetCrossEntropy()
+        else:
+            self.loss = LabelSmoothingCrossEntropy(label_smoothing)
+
+    def init_weights(self) -> None:
+        """Nothing: timm initialised the model, and mmengine's default would do it again over loaded weights."""
+
+    def load_weights(self, path: str | Path, *, allow_head_mismatch: bool) -> None:
+        """Load a file's weights into the timm model, see :func:`hybridzoo.train.weights.load_matching`."""
+        load_matching(self.model, read_state_dict(path), allow_head_mismatch=allow_head_mismatch)
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Any:
+        """Logits, losses or predictions.
+
+        Args:
+            inputs: (B, C, H, W), normalised.
+            targets: (B,) class indices; required for ``mode="loss"``.
+            mode: ``"tensor"`` -> (B, classes) logits; ``"loss"`` -> ``{"loss": scalar}``; ``"predict"`` -> a dict per
+                image with ``scores`` (classes,), summing to 1, and ``target``.
+        """
+        if mode == "loss":
+            assert targets is not None
+            if self.mixup is not None:
+                inputs, targets = self.mixup(inputs, targets)
+            return {"loss": self.loss(self.model(inputs).float(), targets)}
+        logits = self.model(inputs)
+        if mode == "tensor":
+            return logits
+        scores = logits.float().softmax(dim=-1)
+        known: Sequence[Any] = [None] * len(scores) if targets is None else targets.tolist()
+        return [{"scores": score, "target": target} for score, target in zip(scores, known, strict=True)]
+
+
+@DATASETS.register_module()
+def TimmDataset(
+    transform: dict[str, Any],
+    name: str = "",
+    root: str | None = None,
+    split: str = "train",
+    classes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """A dataset of ``timm.data.create_dataset``, giving (image (C, H, W), class index).
+
+    Args:
+        transform: arguments of ``timm.data.create_transform``.
+        name: ``""`` for an image folder, else timm's ``hfds/...``, ``wds/...``, ``torch/...``, ...
+        root: folder with a subfolder per split.
+        split: ``"train"``, ``"val"`` or what the dataset calls its parts.
+        classes: class names in the order of their indices.
+        exclude: image files to leave out.
+        **options: passed to ``create_dataset``.
+
+    Raises:
+        UserError: timm cannot open the dataset.
+    """
+    if classes and not name:
+        # Indices come from the training classes, also where a split lacks one of them.
+        options["class_map"] = {label: index for index, label in enumerate(classes)}
+    try:
+        dataset = create_dataset(name, root, split=split, **options)
+    except Exception as error:  # readers raise whatever their library raises
+        raise UserError(f"data {name or root} (split {split}): {error}") from error
+    if exclude:
+        bad = {str(path) for path in exclude}
+        dataset.reader.samples = [sample for sample in dataset.reader.samples if sample[0] not in bad]
+    dataset.transform = create_transform(**transform)
+    dataset.metainfo = {"classes": list(classes)}
+    return dataset
+
+
+@METRICS.register_module()
+class TopK(BaseMetric):
+    """Share of images, in percent, whose class is among the k best scored: ``accuracy/top1``, ``accuracy/top5``.
+
+    Args:
+        topk: the k.
+        **kwargs: of mmengine's ``BaseMetric``.
+    """
+
+    default_prefix = "accuracy"
+
+    def __init__(self, topk: Sequence[int] = (1, 5), **kwargs: Any) -> None:
+        # "gpu" means over the process group: mmengine's "cpu" leaves a folder in the working directory.
+        super().__init__(**{"collect_device": "gpu", **kwargs})
+        self.topk = tuple(topk)
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
+        scores = torch.stack([sample["scores"] for sample in data_samples])
+        targets = torch.as_tensor([sample["target"] for sample in data_samples], device=scores.device)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        # One integer an image, the place of its class: mmengine drops the samples that were only added to
+        # give each process the same number, which a batch's sum would not allow.
+        self.results.extend((order == targets[:, None]).int().argmax(dim=1).tolist())
+
+    def compute_metrics(self, results: list[int]) -> dict[str, float]:
+        return {f"top{k}": 100.0 * sum(place < k for place in results) / len(results) for k in self.topk}
+
+
+def configure(config: Config, data: Path | None) -> None:
+    """Put the data's place and classes into ``config``, in place, after checking the images.
+
+    Args:
+        config: of a classification run.
+        data: image folder with ``train/<class>/`` and ``val/<class>/``; default the config's own.
+
+    Raises:
+        UserError: no data, or data that cannot be trained on.
+    """
+    from hybridzoo.train.layouts import check_classification  # decodes images: only where training needs it
+
+    sets = [config[key].dataset for key in ("train_dataloader", "val_dataloader", "test_dataloader") if config.get(key)]
+    named = sets[0].get("name", "")
+    if data is not None and named:
+        for dataset in sets:  # the user's folder replaces the config's hfds/..., wds/...
+            dataset.name = named = ""
+    skipped: list[Path] = []
+    root = data or (Path(config.data_root) if config.get("data_root") else None)
+    if root is None and config.get("digits"):
+        from hybridzoo.train.digits import digits_root
+
+        root = digits_root(**config.digits)
+    if named:  # not files of ours to look through: the config says how many classes there are
+        classes = list(config.get("class_names") or (str(index) for index in range(config.model.num_classes)))
+    elif root is None:
+        raise UserError("no data: give an image folder with train/ and val/ in it (--data DIR), or set data_root")
+    else:
+        for split in ("train", "val"):  # without them timm would measure on the training images
+            if root.is_dir() and not (root / split).is_dir():
+                raise UserError(f"data {root}: has no folder {split}/; expected {root}/{{train,val}}/<class name>/*")
+        classes = check_classification(root, on_bad=config.get("on_bad", "stop"), skipped=skipped)
+    for dataset in sets:
+        dataset.root = None if root is None else str(root)
+        dataset.classes = classes
+        dataset.exclude = [str(path) for path in skipped]
+    config.model.num_classes = len(classes)
+    batch = config.train_dataloader.batch_size
+    if config.model.get("mixup") and batch % 2:
+        raise UserError(f"train_dataloader.batch_size={batch}: mixup pairs the images, choose an even number")
+
+
+def eval_transform(config: Config) -> Any:
+    """The transform of validation images, PIL image -> (C, H, W), as ``config`` has it."""
+    return create_transform(**config.val_dataloader.dataset.transform)

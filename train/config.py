@@ -1,0 +1,138 @@
+"""Configs by short name or path, with options merged in."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine import Config, ConfigDict
+from mmengine.config.utils import MODULE2PACKAGE
+
+import hybridzoo.configs
+from hybridzoo.train.errors import UserError
+
+# `mmseg::` bases: mmengine looks for a distribution called mmsegmentation, which may be onedl's.
+MODULE2PACKAGE["mmseg"] = "mmseg"
+
+TASKS = ("classification", "detection", "segmentation")
+
+# Top-level keys that mmengine's Runner or our engine reads although a config need not name them.
+_OPTIONAL_KEYS = {
+    "activation_checkpointing",
+    "amp_dtype",
+    "auto_scale_lr",
+    "class_names",
+    "compile",
+    "custom_hooks",
+    "data_root",
+    "env_cfg",
+    "find_unused_parameters",
+    "log_level",
+    "log_processor",
+    "model_wrapper_cfg",
+    "on_bad",
+    "param_scheduler",
+    "randomness",
+    "sync_bn",
+    "visualizer",
+    "work_dir",
+}
+
+
+def list_configs() -> dict[str, Path]:
+    """Short name (the file's stem) -> path of every config that comes with the package, by task, then name."""
+    root = Path(hybridzoo.configs.__path__[0])
+    return {path.stem: path for task in TASKS for path in sorted((root / task).glob("*.py")) if path.stem != "__init__"}
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The file of a config given by short name (``biformer_tiny_digits``) or by path.
+
+    Raises:
+        UserError: neither; the message suggests the nearest names.
+    """
+    known = list_configs()
+    text = str(name_or_path)
+    if text.removesuffix(".py") in known:
+        return known[text.removesuffix(".py")]
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list --configs` shows the known ones"
+    raise UserError(f"unknown config {text!r}: {hint}")
+
+
+def load_config(name_or_path: str | Path, options: Sequence[str] = ()) -> Config:
+    """Read a config with its bases and merge options into it.
+
+    Args:
+        name_or_path: short name or path, see :func:`find_config`.
+        options: ``key.subkey=value`` strings; a value is a Python literal, a bare word or a comma-separated list.
+
+    Raises:
+        UserError: unknown config, a config that does not parse, or a malformed option.
+    """
+    path = find_config(name_or_path)
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a config is Python: anything can go wrong inside it
+        raise UserError(f"config {path}: {type(error).__name__}: {_first_line(error)}") from error
+    if config.get("task") not in TASKS:
+        raise UserError(f"config {path}: has to set task to one of {', '.join(TASKS)}, got {config.get('task')!r}")
+    for option in options:
+        _assign(config, *_parse_option(option, config), option)
+    return config
+
+
+def _assign(config: Config, key: str, value: Any, option: str) -> None:
+    """Put ``value`` in the place ``key``; a dict replaces what was there, unlike in a config file."""
+    *path, last = key.split(".")
+    node: Any = config
+    for depth, part in enumerate([*path, last]):
+        if isinstance(node, list | tuple):
+            if not part.isdigit() or int(part) >= len(node):
+                place = ".".join(path[:depth])
+                raise UserError(f"option {option!r}: {place} has the elements 0 to {len(node) - 1}, not {part}")
+        elif not isinstance(node, dict | Config):
+            raise UserError(f"option {option!r}: {'.'.join(path[:depth])} is {node!r}, nothing can be set inside it")
+        slot: Any = int(part) if isinstance(node, list | tuple) else part
+        if depth == len(path):
+            node[slot] = value
+        else:
+            if isinstance(node, dict | Config) and node.get(slot) is None:
+                node[slot] = ConfigDict()
+            node = node[slot]
+
+
+def _parse_option(option: str, config: Config) -> tuple[str, Any]:
+    key, equals, text = option.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"option {option!r}: expected key=value, e.g. train_cfg.max_epochs=10")
+    top = key.split(".")[0]
+    known = set(config.keys()) | _OPTIONAL_KEYS
+    if top not in known:
+        near = difflib.get_close_matches(top, known, n=3, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"option {option!r}: the config has no {top!r}{hint}")
+    return key, _parse_value(text.strip(), option)
+
+
+def _parse_value(text: str, option: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        if text[:1] in "[({" and text:
+            raise UserError(f"option {option!r}: {text!r} is no Python literal (quote the words inside)") from None
+        return [_parse_value(part.strip(), option) for part in text.split(",")] if "," in text else text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,385 @@
+"""One engine for the three tasks: mmengine's runner, started, resumed, tested and stopped the same way for all."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import errno
+import importlib
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from mmengine import Config
+from mmengine.dist import is_main_process
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import BaseLoop
+from mmengine.runner import Runner as MMRunner
+from torch import nn
+
+import hybridzoo  # noqa: F401 - registers the models with timm
+from hybridzoo.train import hooks, optim, progress, seeding
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.tracking import add_wandb
+from hybridzoo.train.weights import load_matching, read_checkpoint, read_state_dict
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_runs = itertools.count()
+
+
+class Runner(MMRunner):
+    """mmengine's runner with a quiet terminal, seeded samples and initial weights that have to fit."""
+
+    initial_weights: Path | None = None
+    _train_dataloader: Any
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(log_level, log_file, **kwargs)
+        for handler in logger.handlers:  # everything is in the log file; a person sees ProgressHook
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.ERROR)
+        return logger
+
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        if isinstance(self._train_dataloader, dict):
+            self._train_dataloader = seeding.seeded_dataloader(self._train_dataloader, self.seed)
+        built = super().build_train_loop(loop)
+        if len(built.dataloader) == 0:
+            batch = self.cfg.train_dataloader.get("batch_size")
+            raise UserError(f"train_dataloader.batch_size={batch}: larger than the training set, choose a smaller one")
+        return built
+
+    def load_or_resume(self) -> None:
+        if self.initial_weights is not None:  # mmengine has initialised the model by now
+            load_weights(self.model, self.initial_weights, allow_head_mismatch=True)
+        super().load_or_resume()
+
+    def dump_config(self) -> None:
+        if self._train_loop is not None:  # a test leaves the training's config as it is
+            super().dump_config()
+
+
+def prepare(config: Config) -> ModuleType:
+    """Import what ``config``'s task needs, so that its registries know all names, and return the task's module.
+
+    Raises:
+        UserError: the task's extra is not installed.
+    """
+    task = config.task
+    try:
+        if task != "classification":
+            importlib.import_module("hybridzoo.train.mmcv_ops").install()
+        return importlib.import_module(f"hybridzoo.train.{task}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hybridzoo"):
+            raise
+        extra = "train" if task == "classification" else task
+        raise UserError(f"{task} needs {error.name}: pip install 'hybridzoo[{extra}]'") from error
+    except ImportError as error:
+        if "libGL" not in str(error):
+            raise
+        raise UserError(
+            f"{task} needs OpenCV, whose build with windows misses {str(error).split(':')[0]}: "
+            "pip install --force-reinstall --no-deps opencv-python-headless"
+        ) from error
+
+
+def train(
+    config: Config,
+    *,
+    work_dir: str | Path | None = None,
+    resume: bool = False,
+    amp: bool = False,
+    launcher: str = "none",
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    wandb: bool = True,
+    seed: int | None = None,
+) -> dict[str, float]:
+    """Train, validate and save as ``config`` says.
+
+    Args:
+        config: from :func:`hybridzoo.train.config.load_config`; it is not changed.
+        work_dir: where checkpoints, logs, the resolved config and at the end ``final.pth`` (weights and meta only) go.
+            Default ``work_dirs/<config name>``.
+        resume: go on from the newest readable checkpoint in ``work_dir``; from the start where there is none.
+        amp: mixed precision in the config's ``amp_dtype``.
+        launcher: ``"pytorch"`` under torchrun, else ``"none"``.
+        weights: file to start from: of a whole model, or of the backbone alone.  The class heads may differ.
+        data: the user's own data instead of the config's, in the task's layout.
+        wandb: log to Weights & Biases, offline where it cannot be reached.
+        seed: default the config's, or with ``resume`` the interrupted run's.
+
+    Returns:
+        The metrics of the last validation.
+
+    Raises:
+        UserError: bad input, a loss that is not finite, or a full disk.
+    """
+    config = copy.deepcopy(config)
+    task = prepare(config)
+    with _process_group(launcher):
+        task.configure(config, Path(data) if data is not None else None)
+        folder = _set_up(config, work_dir, launcher)
+        if seed is not None:
+            config.randomness = {**config.get("randomness", {}), "seed": int(seed)}
+        if amp:
+            optim.use_amp(config.optim_wrapper, config.get("amp_dtype", "bfloat16"))
+        add_wandb(config, folder, on=wandb)
+
+        checkpoint = latest_checkpoint(folder) if resume else None
+        if is_main_process():
+            hooks.remove_leftovers(folder)
+            if resume:
+                print(f"resuming from {checkpoint}" if checkpoint else f"nothing to resume in {folder}: starting anew")
+        if checkpoint is not None:
+            config.resume, config.load_from = True, str(checkpoint)
+            if seed is None:  # loaders are built before mmengine looks at the checkpoint's seed
+                config.randomness["seed"] = read_checkpoint(checkpoint)["meta"]["seed"]
+            weights = None
+        elif weights is not None and "backbone" in config.model and not _is_whole_model(weights):
+            config.model.backbone.weights, weights = str(weights), None
+
+        with _running(folder):
+            runner = Runner.from_cfg(config)
+            runner.initial_weights = Path(weights) if weights is not None else None
+            try:
+                runner.train()
+                metrics = _validation_metrics(runner)
+                if not metrics and runner.val_loop is not None:  # resumed after the last epoch
+                    runner.val_loop.run()
+                    metrics = _validation_metrics(runner)
+                _save_final(runner)
+                if is_main_process():
+                    print(f"weights: {folder / 'final.pth'}")
+            finally:
+                _close(runner)
+    return metrics
+
+
+def test(
+    config: Config,
+    checkpoint: str | Path,
+    *,
+    work_dir: str | Path | None = None,  # noqa: PT028
+    launcher: str = "none",  # noqa: PT028
+    data: str | Path | None = None,  # noqa: PT028
+) -> dict[str, float]:
+    """Measure a checkpoint on the test set, or on the validation set where ``config`` has no test set.
+
+    Args:
+        config: as it was trained.
+        checkpoint: its weights; they have to fit completely.
+        work_dir: for the log, default ``work_dirs/<config name>``.
+        launcher: as in :func:`train`.
+        data: as in :func:`train`.
+
+    Returns:
+        Metric -> value.
+
+    Raises:
+        UserError: bad input, or a checkpoint of another model.
+    """
+    config = copy.deepcopy(config)
+    task = prepare(config)
+    with _process_group(launcher):
+        task.configure(config, Path(data) if data is not None else None)
+        folder = _set_up(config, work_dir, launcher)
+        if not config.get("test_dataloader"):
+            config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
+            config.test_cfg = {key: value for key, value in (config.get("val_cfg") or {}).items() if key != "type"}
+        unused = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
+        for key in (*unused, "val_dataloader", "val_cfg", "val_evaluator"):
+            config[key] = None
+        for key in ("checkpoint", "seed", "stop_on_nan", "param_scheduler", "sync_buffers", "sampler_seed"):
+            config.default_hooks[key] = None
+        _drop_missing_hooks(config)
+        with _running(folder):
+            runner = Runner.from_cfg(config)
+            load_weights(runner.model, checkpoint, allow_head_mismatch=False)
+            try:
+                return {name: float(value) for name, value in runner.test().items() if isinstance(value, Real)}
+            finally:
+                _close(runner)
+
+
+def build_for_inference(config: Config, checkpoint: str | Path, device: str | torch.device | None = None) -> nn.Module:
+    """The trained model in evaluation mode, without any data.
+
+    Args:
+        config: as it was trained.
+        checkpoint: its weights; they have to fit completely.
+        device: default a GPU where there is one.
+
+    Returns:
+        The model; ``model.dataset_meta["classes"]`` has the class names in the checkpoint, else the classes' numbers.
+
+    Raises:
+        UserError: unreadable checkpoint, or one of another model.
+    """
+    config = copy.deepcopy(config)
+    prepare(config)
+    meta = read_checkpoint(checkpoint).get("meta")
+    names = tuple(meta.get("class_names", ()) if isinstance(meta, dict) else ())
+    if names:
+        _set_num_classes(config.model, len(names))
+    else:  # weights that somebody else trained
+        names = tuple(str(index) for index in range(_num_classes(config.model)))
+    config.model.pop("pretrained", None)
+    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
+        model = MODELS.build(config.model)
+    load_weights(model, checkpoint, allow_head_mismatch=False)
+    model.dataset_meta = {"classes": names}
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, by the time written inside it; files that cannot be read are skipped."""
+    found: list[tuple[float, Path]] = []
+    for path in itertools.chain(Path(folder).glob("epoch_*.pth"), Path(folder).glob("iter_*.pth")):
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            print(f"skipping {error}")
+            continue
+        if "optimizer" in content:
+            found.append((float(content["meta"].get("saved_at", path.stat().st_mtime)), path))
+    return max(found)[1] if found else None
+
+
+def load_weights(model: nn.Module, path: str | Path, *, allow_head_mismatch: bool) -> None:
+    """Load a file into a model of any task; all of it has to fit, see :func:`hybridzoo.train.weights.load_matching`."""
+    inner: Any = model.module if is_model_wrapper(model) else model
+    if hasattr(inner, "load_weights"):
+        inner.load_weights(path, allow_head_mismatch=allow_head_mismatch)
+    else:
+        load_matching(inner, read_state_dict(path, strip=False), allow_head_mismatch=allow_head_mismatch)
+
+
+def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
+    """Fill in what depends on this machine and this call; return the work folder."""
+    stem = Path(config.filename).stem if config.filename else "run"
+    folder = Path(work_dir or config.get("work_dir") or Path("work_dirs", stem))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"work_dir {folder}: cannot be made ({error.strerror})") from error
+    config.work_dir = str(folder)
+    # mmengine keeps one object per name and names runs by the second: two in one process would share their state.
+    config.experiment_name = f"{stem}_{next(_runs)}"
+    config.launcher = launcher
+    if launcher != "none" and not torch.cuda.is_available():
+        wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
+        wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
+        config.model_wrapper_cfg = {**wrapper, **(config.get("model_wrapper_cfg") or {})}
+    checkpoint = config.default_hooks.get("checkpoint") or {}
+    steps = (config.get("optim_wrapper") or {}).get("accumulative_counts", 1)
+    if not checkpoint.get("by_epoch", True) and checkpoint.get("interval", steps) % steps:
+        raise UserError(  # a checkpoint holds no gradients
+            f"default_hooks.checkpoint.interval={checkpoint.interval}: choose a multiple of accumulative_counts={steps}"
+        )
+    for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        loader = config.get(key)
+        if loader and not loader.get("num_workers"):  # torch refuses both without workers
+            loader.persistent_workers = False
+            loader.pop("prefetch_factor", None)
+    return folder
+
+
+@contextlib.contextmanager
+def _process_group(launcher: str) -> Iterator[None]:
+    """Join torchrun's other processes.  mmengine would ask for a GPU even where the processes talk over gloo."""
+    if launcher == "pytorch" and not torch.distributed.is_initialized():
+        if "RANK" not in os.environ:
+            raise UserError("launcher='pytorch': start it by torchrun --nproc-per-node 2 -m hybridzoo train ...")
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        # Once for the life of the process: a second group over torchrun's store may meet the first one's addresses.
+        atexit.register(torch.distributed.destroy_process_group)
+    try:
+        yield
+    except BaseException:
+        atexit.unregister(torch.distributed.destroy_process_group)  # it would wait for processes that wait for this one
+        raise
+
+
+@contextlib.contextmanager
+def _running(folder: Path) -> Iterator[None]:
+    """Say a full disk in one line; keep the libraries' advice to their own callers off the terminal."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(mmengine|mmcv|mmdet|mmseg)\.")
+            yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise UserError(
+                f"work_dir {folder}: {error.strerror}; the checkpoints there are intact: make room and use --resume"
+            ) from error
+        raise
+
+
+def _is_whole_model(weights: str | Path) -> bool:
+    """Whether a file holds a detector or segmentor, not a backbone alone."""
+    return any(name.startswith("backbone.") for name in read_state_dict(weights, strip=False))
+
+
+def _validation_metrics(runner: Runner) -> dict[str, float]:
+    scalars = runner.message_hub.log_scalars
+    names = [name for name in scalars if name.startswith("val/") and name not in ("val/time", "val/data_time")]
+    return {name.removeprefix("val/"): float(scalars[name].current()) for name in names}
+
+
+def _save_final(runner: Runner) -> None:
+    meta = {"epoch": runner.epoch, "iter": runner.iter}
+    runner.save_checkpoint(
+        runner.work_dir,
+        "final.pth",
+        save_optimizer=False,
+        save_param_scheduler=False,
+        meta=meta,
+        backend_args={"backend": "atomic"},
+    )
+
+
+def _close(runner: Runner) -> None:
+    for hook in runner.hooks:
+        if isinstance(hook, progress.ProgressHook):
+            hook.close()
+
+
+def _drop_missing_hooks(config: Config) -> None:
+    """mmengine accepts None for its own default hooks only."""
+    own = {"runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"}
+    config.default_hooks = {key: hook for key, hook in config.default_hooks.items() if hook is not None or key in own}
+
+
+def _set_num_classes(node: Any, num_classes: int) -> None:
+    """Set every ``num_classes`` in the config of a model: of the classifier, or of the box, mask and decode heads."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "num_classes":
+                node[key] = num_classes
+            else:
+                _set_num_classes(value, num_classes)
+    elif isinstance(node, list | tuple):
+        for item in node:
+            _set_num_classes(item, num_classes)
+
+
+def _num_classes(node: Any) -> int:
+    """The first ``num_classes`` in the config of a model, 0 without one."""
+    if isinstance(node, dict):
+        return int(node.get("num_classes") or next(filter(None, map(_num_classes, node.values())), 0))
+    return next(filter(None, map(_num_classes, node)), 0) if isinstance(node, list | tuple) else 0

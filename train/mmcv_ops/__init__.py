@@ -1,0 +1,81 @@
+"""`mmcv._ext` without a compiler: the operators mmdet and mmseg call, from torchvision and plain PyTorch.
+
+mmcv's Python side asks its compiled extension for functions by name. Where that extension is missing, `install()` puts
+a module of the same name in its place. Signatures, in-place outputs and index conventions are the extension's own, so
+that `mmcv.ops` stays untouched; each operator is tested against its definition in `tests/train/test_mmcv_ops.py`.
+A name we do not provide exists too (mmcv looks all of them up at import) and raises `OperatorNotProvided` when called.
+
+boxes: non-maximum suppression and overlaps · pooling: RoI and border pooling · sampling: deformable convolution and
+attention, CARAFE, masked convolution, PSA masks · losses: focal losses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from hybridzoo.train.errors import UserError
+
+NAME = "mmcv._ext"
+_MODULES = ("boxes", "losses", "pooling", "sampling")
+
+
+class OperatorNotProvided(NotImplementedError):
+    """An operator of mmcv's compiled extension that neither torchvision nor this package has."""
+
+
+class _Loader:
+    """Fills the stand-in module. A loader, so that `pkgutil`, `importlib.util.find_spec` and reload find their way."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None  # the default module object will do
+
+    def exec_module(self, module: ModuleType) -> None:
+        for part in _MODULES:
+            operators = importlib.import_module(f"{__name__}.{part}")
+            module.__dict__.update({name: getattr(operators, name) for name in operators.__all__})
+        module.__dict__["get_compiler_version"] = lambda: "none (operators from hybridzoo and torchvision)"
+        module.__dict__["get_compiling_cuda_version"] = lambda: "none (operators from hybridzoo and torchvision)"
+        module.__dict__["__getattr__"] = _not_provided
+
+
+def _not_provided(name: str) -> Callable[..., Any]:
+    if name.startswith("__"):  # interpreter and import machinery probe these; an operator never has such a name
+        raise AttributeError(f"module {NAME!r} has no attribute {name!r}")
+
+    def operator(*_: Any, **__: Any) -> Any:
+        raise OperatorNotProvided(
+            f"mmcv operator {name!r} has no substitute here: install onedl-mmcv with its compiled operators to use it"
+        )
+
+    operator.__name__ = name
+    return operator
+
+
+def install() -> None:
+    """Make `mmcv.ops` importable and usable without mmcv's compiled extension.
+
+    Does nothing where the real `mmcv._ext` is installed (one that is broken keeps its own ImportError), nor when called
+    again. Call it before anything imports `mmcv.ops`, mmdet or mmseg.
+
+    Raises:
+        UserError: mmcv itself is not installed.
+    """
+    try:
+        importlib.import_module(NAME)
+        return
+    except ModuleNotFoundError as missing:
+        if missing.name == "mmcv":
+            raise UserError("mmcv is not installed: pip install 'hybridzoo[detection,segmentation]'") from None
+        if missing.name != NAME:
+            raise
+    spec = importlib.machinery.ModuleSpec(NAME, _Loader())  # type: ignore[arg-type]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    sys.modules["mmcv"]._ext = module  # type: ignore[attr-defined]

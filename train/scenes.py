@@ -1,0 +1,71 @@
+"""What detection and segmentation share: where the data lies, and putting class names and counts into a config."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine import Config
+
+from hybridzoo.train.errors import UserError
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without what others print and warn: mmdet and mmseg about missing extras, pycocotools about its progress."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def find_root(config: Config, data: Path | None) -> Path:
+    """The data folder: the user's, else the embedded digits if the config asks for them, else the config's own.
+
+    Raises:
+        UserError: the config names no data and the user gave none.
+    """
+    if data is not None:
+        return data
+    if config.get("data_root"):
+        return Path(config.data_root)
+    if config.get("digits"):
+        from hybridzoo.train.digits import digits_root
+
+        return digits_root(**config.digits)
+    raise UserError("no data: give a folder (--data DIR) or set data_root in the config")
+
+
+def datasets(config: Config, split: str) -> Iterator[Any]:
+    """The configs of all datasets that read `split` ("train" or "val"; test reads val), inside wrappers too."""
+    for key in ("train_dataloader",) if split == "train" else ("val_dataloader", "test_dataloader"):
+        yield from (node for node in dicts((config.get(key) or {}).get("dataset")) if "data_prefix" in node)
+
+
+def evaluators(config: Config, kind: str) -> Iterator[Any]:
+    """The configs of all validation and test metrics whose type is `kind`."""
+    for key in ("val_evaluator", "test_evaluator"):
+        yield from (node for node in dicts(config.get(key)) if node.get("type") == kind)
+
+
+def set_classes(config: Config, names: Sequence[str]) -> None:
+    """Name the classes in every dataset, and count them in every head of the model."""
+    for split in ("train", "val"):
+        for dataset in datasets(config, split):
+            dataset.metainfo = {"classes": tuple(names)}
+    for head in dicts(config.model):
+        if "num_classes" in head:
+            head.num_classes = len(names)
+
+
+def dicts(node: Any) -> Iterator[Any]:
+    """`node` and everything below it that is a dict."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for item in node:
+            yield from dicts(item)
