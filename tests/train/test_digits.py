@@ -1,0 +1,265 @@
+"""The embedded data: same bytes everywhere, whole or absent, and annotations that agree with the pixels."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybridzoo.train import digits
+from hybridzoo.train.digits import digits_root
+from hybridzoo.train.errors import UserError
+
+GENERATE = "import sys; from hybridzoo.train.digits import digits_root; from pathlib import Path; "
+SMALL = "print(digits_root('scenes', root=Path(sys.argv[1]), train=5, val=3))"
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return digits_root("scenes", root=tmp_path_factory.mktemp("data"), train=24, val=12)
+
+
+@pytest.fixture(scope="module")
+def strokes_folder(tmp_path_factory):
+    return digits_root("classification", root=tmp_path_factory.mktemp("data"))
+
+
+def test_same_bytes_in_every_process_and_at_once(tmp_path):
+    here = fingerprint(digits_root("scenes", root=tmp_path / "here", train=5, val=3))
+    command = [sys.executable, "-c", GENERATE + SMALL, str(tmp_path / "there")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(said) == 1
+    assert [str(path) for path in (tmp_path / "there").iterdir()] == list(said)  # nobody left a partial folder
+    assert fingerprint(Path(said.pop())) == here
+    assert len(here) == 2 * 8 + 2 + 1  # images, maps, annotations, classes
+
+
+def test_seed_and_counts_name_and_change_the_scenes(tmp_path, scenes):
+    other = digits_root("scenes", root=tmp_path, seed=1, train=2, val=1)
+    assert other != scenes
+    first = [np.asarray(Image.open(folder / "images/train/00000.png")) for folder in (scenes, other)]
+    assert first[0].shape != first[1].shape or (first[0] != first[1]).any()
+
+
+def test_second_call_reads_what_the_first_wrote(tmp_path):
+    folder = digits_root("scenes", root=tmp_path, train=1, val=1)
+    (folder / "mark").touch()
+    assert digits_root("scenes", root=tmp_path, train=1, val=1) == folder
+    assert (folder / "mark").exists()
+
+
+def test_environment_names_the_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRIDZOO_DATA", str(tmp_path / "env"))
+    assert digits_root("scenes", train=1, val=1).parent == tmp_path / "env"
+    monkeypatch.delenv("HYBRIDZOO_DATA")
+    monkeypatch.chdir(tmp_path)
+    assert digits_root("scenes", train=1, val=1).parent == tmp_path / "data"
+
+
+def test_killed_process_leaves_no_data_that_looks_whole(tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", GENERATE + SMALL.replace("train=5", "train=5000"), str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/images/train/*.png")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".")
+    # the next call with the same arguments clears it away once it is surely nobody's
+    os.utime(leftover, (0, 0))
+    monkeypatch.setattr(digits, "_write_scenes", _stop)
+    with pytest.raises(RuntimeError, match="far enough"):
+        digits_root("scenes", root=tmp_path, train=5000, val=3)
+    assert not list(tmp_path.iterdir())
+
+
+def _stop(*_):
+    raise RuntimeError("far enough")
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes; a scene has more
+    try:
+        with pytest.raises(UserError, match=r"digits: cannot write .*: File too large; set HYBRIDZOO_DATA"):
+            digits_root("scenes", root=tmp_path, train=2, val=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("boxes", {}, "kind is 'boxes'; use 'classification' or 'scenes'"),
+        ("scenes", {"seed": -1}, "seed is -1"),
+        ("scenes", {"train": 0}, "train is 0"),
+        ("scenes", {"val": 1.5}, "val is 1.5"),
+    ],
+)
+def test_bad_arguments(tmp_path, kind, options, message):
+    with pytest.raises(UserError, match=message):
+        digits_root(kind, root=tmp_path, **options)
+
+
+def test_root_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        digits_root("scenes", root=tmp_path / "file", train=1, val=1)
+
+
+def test_split_falls_between_two_writers_sheets():
+    train, val = digits.load_strokes("train"), digits.load_strokes("val")
+    assert (len(train[0]), len(val[0])) == (1415, 382)
+    # every writer copied the same page: it opens with 0..9 three times over, and the page before has come to its end
+    assert val[1][:30].tolist() == train[1][:30].tolist() == [*range(10)] * 3
+    assert val[1][:60].tolist() == train[1][:60].tolist()
+    assert train[1][-20:].tolist() == [int(digit) for digit in "75447282257954884908"]
+    assert train[0].min() == 0
+    assert train[0].max() == 1
+
+
+def test_classification_folder_holds_every_stroke_under_its_digit(strokes_folder):
+    for split in ("train", "val"):
+        strokes, labels = digits.load_strokes(split)
+        assert sorted(path.name for path in (strokes_folder / split).iterdir()) == list(digits.CLASSES)
+        files = {int(path.stem): path for path in (strokes_folder / split).glob("*/*.png")}
+        assert sorted(files) == list(range(len(labels)))
+        for index in range(0, len(labels), 50):
+            assert files[index].parent.name == str(labels[index])
+            picture = Image.open(files[index])
+            assert picture.size == (32, 32)
+            back = 255 - np.asarray(picture.resize((10, 10), Image.Resampling.BOX), float)[1:-1, 1:-1]
+            assert np.corrcoef(back.ravel(), strokes[index].ravel())[0, 1] > 0.9
+
+
+def test_annotations_agree_with_pixels(scenes):
+    coco_api = pytest.importorskip("pycocotools.coco")
+    names = (scenes / "classes.txt").read_text().split()
+    assert names == ["background", *"0123456789"]
+    for split, count in (("train", 24), ("val", 12)):
+        coco = coco_api.COCO(scenes / "annotations" / f"{split}.json")
+        assert len(coco.imgs) == count
+        assert {cat["id"]: cat["name"] for cat in coco.dataset["categories"]} == dict(enumerate(names[1:], 1))
+        for entry in coco.imgs.values():
+            classes = np.asarray(Image.open(scenes / "masks" / split / entry["file_name"]))
+            image = Image.open(scenes / "images" / split / entry["file_name"])
+            assert image.mode == "RGB"
+            assert image.size == (entry["width"], entry["height"]) == classes.shape[::-1]
+            assert 2 <= len(coco.imgToAnns[entry["id"]]) <= 6
+            drawn = np.zeros_like(classes)
+            for annotation in coco.imgToAnns[entry["id"]]:
+                mask = coco.annToMask(annotation).astype(bool)
+                assert not drawn[mask].any()  # a pixel belongs to one digit: the one on top
+                drawn[mask] = annotation["category_id"]
+                y, x = np.nonzero(mask)
+                assert annotation["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+                assert annotation["area"] == mask.sum() > 80
+                assert annotation["iscrowd"] == 0
+            assert (drawn == classes).all()
+
+
+def test_digits_stand_out_from_the_background_in_brightness(scenes):
+    # what makes the task learnable, and readable with any colour vision
+    for file in (scenes / "images/train").iterdir():
+        bright = np.asarray(Image.open(file).convert("L"), float)
+        inside = np.asarray(Image.open(scenes / "masks/train" / file.name)) > 0
+        assert abs(bright[inside].mean() - bright[~inside].mean()) > 50, file.name
+
+
+def test_scenes_vary():
+    strokes, labels = digits.load_strokes("train")
+    made = [digits.compose_scene(np.random.default_rng(i), strokes, labels) for i in range(150)]
+    assert {scene.image.shape[:2] for scene in made} == {(h, w) for w, h in digits.SIZES}
+    assert {len(scene.digits) for scene in made} == {2, 3, 4, 5, 6}
+    assert {digit for scene in made for digit in scene.digits} == set(range(10))
+    dark = np.mean([scene.image[scene.instances == 0].mean() < 110 for scene in made])
+    assert 0.15 < dark < 0.45
+    heights = [np.ptp(np.nonzero(scene.instances == 1)[0]) for scene in made]
+    assert min(heights) < 40 < 55 < max(heights)
+    for scene in made:
+        assert sorted(np.unique(scene.instances)) == list(range(len(scene.digits) + 1))
+
+
+def test_no_digit_is_mostly_hidden(monkeypatch):
+    """Paint the same scenes in flat colours and count what is left of each digit."""
+    covers: list[np.ndarray] = []
+    paint = digits._paint
+
+    def watch(image, cover, x, y, colour):
+        whole = np.zeros(image.shape[:2], bool)
+        whole[y : y + cover.shape[0], x : x + cover.shape[1]] = cover > 0.5
+        covers.append(whole)
+        paint(image, cover, x, y, colour)
+
+    monkeypatch.setattr(digits, "_paint", watch)
+    strokes, labels = digits.load_strokes("train")
+    overlapping = 0
+    for i in range(60):
+        covers.clear()
+        scene = digits.compose_scene(np.random.default_rng(i), strokes, labels)
+        assert len(covers) == len(scene.digits)  # whatever is painted is annotated
+        for index, whole in enumerate(covers, 1):
+            left = (scene.instances == index).sum() / whole.sum()
+            assert left >= digits.MIN_VISIBLE
+            overlapping += left < 1
+    assert overlapping > 20  # overlap is part of the task
+
+
+def test_each_split_draws_from_its_own_strokes(tmp_path, monkeypatch):
+    real = digits.load_strokes
+
+    def low_for_train(split):
+        strokes, labels = real(split)
+        keep = labels < 5 if split == "train" else labels >= 5
+        return strokes[keep], labels[keep]
+
+    monkeypatch.setattr(digits, "load_strokes", low_for_train)
+    folder = digits_root("scenes", root=tmp_path, train=8, val=8)
+    for split, allowed in (("train", {1, 2, 3, 4, 5}), ("val", {6, 7, 8, 9, 10})):
+        coco = json.loads((folder / "annotations" / f"{split}.json").read_text())
+        assert {annotation["category_id"] for annotation in coco["annotations"]} <= allowed
+
+
+def test_mmdet_reads_boxes_and_masks(scenes):
+    pytest.importorskip("mmdet")
+    from hybridzoo.train import mmcv_ops
+
+    mmcv_ops.install()
+    from mmcv.transforms import LoadImageFromFile
+    from mmdet.datasets import CocoDataset
+    from mmdet.datasets.transforms import LoadAnnotations
+
+    data = CocoDataset(
+        ann_file="annotations/val.json",
+        data_prefix={"img": "images/val/"},
+        data_root=str(scenes),
+        metainfo={"classes": digits.CLASSES},
+        pipeline=[],
+        test_mode=True,
+    )
+    assert len(data) == 12
+    load_image, load_truth = LoadImageFromFile(), LoadAnnotations(with_bbox=True, with_mask=True)
+    for index in range(12):
+        read = load_truth(load_image(data.get_data_info(index)))
+        classes = np.asarray(Image.open(scenes / "masks/val" / Path(read["img_path"]).name))
+        assert len(read["gt_masks"]) == len(read["gt_bboxes"]) == len(read["gt_bboxes_labels"]) > 1
+        assert not read["gt_ignore_flags"].any()
+        for mask, label in zip(read["gt_masks"].masks, read["gt_bboxes_labels"], strict=True):
+            assert set(classes[mask.astype(bool)]) == {label + 1}
