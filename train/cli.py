@@ -1,0 +1,259 @@
+"""The command line: `hybridzoo list | info | train | test | predict`.
+
+Verbs import what they need when they run: `list` and `info` work where mmengine is missing.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybridzoo.train import tables
+from hybridzoo.train.errors import UserError
+
+if TYPE_CHECKING:
+    import mmengine
+
+# The extra that brings a package which a verb did not find.
+EXTRAS = {
+    "matplotlib": "train",
+    "mmengine": "train",
+    "PIL": "train",
+    "sklearn": "train",
+    "wandb": "train",
+    "mmcv": "detection,segmentation",
+    "mmdet": "detection",
+    "pycocotools": "detection",
+    "mmseg": "segmentation",
+}
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+
+
+class Launcher(str, Enum):
+    none = "none"
+    pytorch = "pytorch"
+
+
+class OnBadImage(str, Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A name from `list --configs`, or a file.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file that `train` wrote.")]
+CfgOptions = Annotated[
+    list[str] | None,
+    typer.Option("--cfg-options", metavar="K=V ...", help="Change the config: train_cfg.max_epochs=5 ..."),
+]
+WorkDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Logs and checkpoints; default work_dirs/CONFIG.")]
+Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Your own data; its classes are found by themselves.")]
+Processes = Annotated[Launcher, typer.Option("--launcher", help="pytorch: torchrun started this process.")]
+
+
+def examples(*commands: str) -> str:
+    """The end of a verb's help; tests/train/test_cli.py runs each line that starts with a dollar sign."""
+    return "\n\n".join(["[bold]Example[/bold]", *(f"$ hybridzoo {command}" for command in commands)])
+
+
+@app.callback(invoke_without_command=True, epilog=examples("list", "info biformer_tiny"))
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Hybrid convolution/attention vision backbones: find one, train it, look at what it predicts."""
+    if version:
+        from hybridzoo import __version__
+
+        print(f"hybridzoo {__version__}")
+
+
+@app.command("list", epilog=examples("list", "list 'biformer_s*'", "list --configs digits"))
+def list_(
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="A part of the name, or with * and ?.")] = "",
+    configs: Annotated[bool, typer.Option("--configs", help="List training configs instead of models.")] = False,
+) -> None:
+    """List the models, or the training configs."""
+    if configs:
+        from hybridzoo.train.model_info import find_configs
+
+        tables.show(tables.configs(find_configs(pattern)))
+    else:
+        from hybridzoo.train.model_info import find_models, summarize
+
+        tables.show(tables.models([summarize(name) for name in find_models(pattern)]))
+
+
+@app.command(epilog=examples("info biformer_tiny"))
+def info(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model, with or without .tag; timm's too.")],
+) -> None:
+    """Show a model's size and cost, feature maps, input, published accuracy and licence."""
+    from hybridzoo.train.model_info import facts
+
+    with tables.waiting(f"counting {name}"):
+        found = facts(name)
+    tables.show(tables.model(found))
+
+
+@app.command(
+    epilog=examples(
+        "train biformer_tiny_digits --work-dir runs/digits",
+        "train biformer_tiny_digits --cfg-options train_cfg.max_epochs=1",
+    )
+)
+def train(
+    config: ConfigName,
+    cfg_options: CfgOptions = None,
+    data: Data = None,
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Start the backbone from this file.")] = None,
+    work_dir: WorkDir = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of all randomness.")] = None,
+    on_bad_image: Annotated[OnBadImage | None, typer.Option(help="At an image that cannot be read.")] = None,
+    no_wandb: Annotated[bool, typer.Option("--no-wandb", help="Do not log to Weights & Biases.")] = False,
+    launcher: Processes = Launcher.none,
+) -> None:
+    """Train a classifier, detector or segmentor."""
+    from hybridzoo.train import engine
+
+    loaded = _load(config, cfg_options)
+    if weights is not None:
+        _existing(weights, "--weights")
+    if on_bad_image is not None:
+        loaded.on_bad = on_bad_image.value
+    scores = engine.train(
+        loaded,
+        work_dir=work_dir,
+        resume=resume,
+        amp=amp,
+        launcher=launcher.value,
+        weights=weights,
+        data=data,
+        wandb=not no_wandb,
+        seed=seed,
+    )
+    _print_scores(scores)
+
+
+@app.command("test", epilog=examples("test biformer_tiny_digits runs/digits/final.pth"))
+def evaluate(
+    config: ConfigName,
+    checkpoint: Checkpoint,
+    cfg_options: CfgOptions = None,
+    data: Data = None,
+    work_dir: WorkDir = None,
+    launcher: Processes = Launcher.none,
+) -> None:
+    """Measure a trained checkpoint on the validation data."""
+    from hybridzoo.train import engine
+
+    _existing(checkpoint, "CHECKPOINT")
+    scores = engine.test(_load(config, cfg_options), checkpoint, work_dir=work_dir, launcher=launcher.value, data=data)
+    _print_scores(scores)
+
+
+@app.command(epilog=examples("predict biformer_tiny_digits runs/digits/final.pth photo.png"))
+def predict(
+    config: ConfigName,
+    checkpoint: Checkpoint,
+    source: Annotated[Path, typer.Argument(metavar="IMAGE_OR_FOLDER", help="An image, or a folder and all below it.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the drawn pictures.")] = Path("predictions"),
+    score: Annotated[
+        float, typer.Option(min=0, max=1, metavar="X", help="Detection: leave out boxes below this score.")
+    ] = 0.3,
+    cfg_options: CfgOptions = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU where there is one.")
+    ] = None,
+) -> None:
+    """Print and draw what a trained checkpoint sees in images."""
+    from hybridzoo.train.predict import find_images
+    from hybridzoo.train.predict import predict as run_prediction
+
+    _existing(checkpoint, "CHECKPOINT")
+    _existing(source, "IMAGE_OR_FOLDER")
+    predictions = run_prediction(_load(config, cfg_options), checkpoint, source, out, score=score, device=device)
+    tables.show(tables.predictions(predictions, source))
+    skipped = len(find_images(source)) - len(predictions)
+    drawn = f"{_counted(len(predictions), 'picture')} drawn in {out}"
+    print(f"{drawn}, {_counted(skipped, 'image')} skipped" if skipped else drawn)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line; bad input becomes one line on stderr.
+
+    Args:
+        argv: words after the program's name; none shows the help.
+
+    Returns:
+        0 when the verb did its work, 2 on bad input or where a package is missing, 130 when interrupted.
+    """
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(spread_options(argv) or ["--help"], prog_name="hybridzoo", standalone_mode=False)
+        if code == 130:  # newer typers swallow it
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _fail(f'this needs {package}; type: pip install "hybridzoo[{EXTRAS[package]}]"')
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # A wrong option, argument or verb.  The class moved between typer's versions; its method has not.
+        if not hasattr(error, "format_message"):
+            raise
+        where = getattr(getattr(error, "ctx", None), "command_path", f"hybridzoo {argv[0]}")
+        return _fail(f"{error.format_message().rstrip('.')} (see: {where} --help)")
+
+
+def spread_options(argv: Sequence[str]) -> list[str]:
+    """Repeat `--cfg-options` before each of its k=v words, as typer wants: `-o a b` becomes `-o a -o b`.
+
+    Words with an equals sign belong to the last `--cfg-options` before them until another option begins.
+    """
+    spread: list[str] = []
+    collecting = False
+    for position, word in enumerate(argv):
+        if word == "--":
+            return [*spread, *argv[position:]]
+        if word.startswith("-"):
+            collecting = word.partition("=")[0] == "--cfg-options"
+        elif collecting and "=" in word and spread[-1] != "--cfg-options":
+            spread.append("--cfg-options")
+        spread.append(word)
+    return spread
+
+
+def _load(name: str, options: Sequence[str] | None) -> "mmengine.Config":
+    import hybridzoo.backbones  # noqa: F401  registers the models that configs name
+    from hybridzoo.train.config import load_config
+
+    return load_config(name, options or ())
+
+
+def _existing(path: Path, argument: str) -> None:
+    if not path.exists():
+        raise UserError(f"{argument} {path}: no such file or folder")
+
+
+def _print_scores(scores: dict[str, float]) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:  # one of torchrun's processes speaks for all
+        tables.show(tables.scores(scores))
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

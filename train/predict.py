@@ -1,0 +1,238 @@
+"""Prediction on images: read, run a trained model, draw.  One function serves the three tasks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine import Config
+from mmengine.dataset import Compose
+from mmengine.registry import DefaultScope
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from hybridzoo.train import draw
+from hybridzoo.train.classification import eval_transform
+from hybridzoo.train.engine import build_for_inference
+from hybridzoo.train.errors import UserError
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+TOP = 5  # classes that a classifier's prediction lists
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model saw in one image; the lists run in parallel, best first.
+
+    Attributes:
+        image: the file that was read.
+        drawn: the picture that was written.
+        task: "classification", "detection" or "segmentation".
+        labels: class names: the five likeliest, one for each object found, or those present in the map.
+        scores: probability, confidence, or share of the image's pixels; each 0 to 1.
+        boxes: (N, 4) left, top, right, bottom in pixels of the image; detection only.
+        areas: pixels in each object's mask; detectors with masks only.
+    """
+
+    image: Path
+    drawn: Path
+    task: str
+    labels: list[str]
+    scores: list[float]
+    boxes: Tensor | None = None
+    areas: list[int] | None = None
+
+
+def predict(
+    config: Config,
+    checkpoint: Path,
+    source: Path,
+    out: Path,
+    *,
+    score: float = 0.3,
+    device: str | None = None,
+) -> list[Prediction]:
+    """Run a checkpoint on an image, or on every image below a folder, and draw each result.
+
+    Images are visited in the order of their paths.  In a folder, files that cannot be read are named on stderr and
+    left out.  Pictures are PNG files that keep the folder's structure; no input is ever overwritten.
+
+    Args:
+        config: the config that the checkpoint was trained with.
+        checkpoint: a file that training wrote.
+        source: an image file or a folder.
+        out: folder for the pictures; made when missing.
+        score: objects below this confidence are left out (detection only).
+        device: "cpu", "cuda", "cuda:1", ...; default: the first GPU, else the CPU.
+
+    Raises:
+        UserError: there is no image, none can be read, a picture would replace an input or cannot be written, or
+            `build_for_inference` refuses the checkpoint.
+    """
+    images = find_images(source)
+    pictures = _pictures(images, source, out)
+    model = build_for_inference(config, checkpoint, device)
+    see = {"classification": _classify, "detection": _detect, "segmentation": _segment}[config.task](config, model)
+
+    found: list[Prediction] = []
+    unreadable: list[str] = []
+    quiet = Console(stderr=True)
+    for path in track(images, "predicting", console=quiet, transient=True, disable=not quiet.is_terminal):
+        try:
+            image = read_image(path)
+        except UserError as error:
+            if path == source:
+                raise
+            unreadable.append(str(error))
+            continue
+        seen, picture = see(image, score)
+        _save(picture, pictures[path])
+        found.append(Prediction(image=path, drawn=pictures[path], task=config.task, **seen))
+    if not found:
+        raise UserError(f"{source}: none of {len(images)} images can be read; the first: {unreadable[0]}")
+    for line in unreadable:
+        quiet.print(f"skipped: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+def find_images(source: Path) -> list[Path]:
+    """`source` itself, or the image files below it in the order of their paths, hidden ones left out.
+
+    Raises:
+        UserError: nothing is there, or the folder holds no image.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: no such image or folder")
+    below = (path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    images = sorted(path for path in below if not any(p.startswith(".") for p in path.relative_to(source).parts))
+    if not images:
+        raise UserError(f"{source}: no image below this folder (looked for {' '.join(sorted(SUFFIXES))})")
+    return images
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a whole image as RGB, upright.
+
+    Raises:
+        UserError: the file is no image, is truncated, or is absurdly large.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image that can be read" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"{path}: {reason}") from error
+
+
+# Each of the three returns what looks at one image: (image, least score) -> (fields of Prediction, drawn picture).
+See = Callable[[Image.Image, float], tuple[dict[str, Any], Image.Image]]
+
+
+def _classify(config: Config, model: nn.Module) -> See:
+    transform = eval_transform(config)
+
+    def see(image: Image.Image, score: float) -> tuple[dict[str, Any], Image.Image]:
+        with torch.no_grad():
+            inputs = transform(image)[None].to(next(model.parameters()).device)
+            shares = model(inputs, mode="predict")[0]["scores"].cpu()
+        values, indices = shares.topk(min(TOP, len(shares)))
+        names = _names(model, indices)
+        best = [(names[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
+        seen = {"labels": [name for name, _ in best], "scores": [value for _, value in best]}
+        return seen, draw.draw_classification(image, best)
+
+    return see
+
+
+def _detect(config: Config, model: nn.Module) -> See:
+    infer = _mm_inference(config, model)
+
+    def see(image: Image.Image, score: float) -> tuple[dict[str, Any], Image.Image]:
+        objects = infer(image).pred_instances.cpu()
+        objects = objects[objects.scores >= score]
+        objects = objects[objects.scores.argsort(descending=True, stable=True)]
+        names = _names(model, objects.labels)
+        masks = objects.masks if "masks" in objects else None
+        seen = {
+            "labels": [names[i] for i in objects.labels.tolist()],
+            "scores": objects.scores.tolist(),
+            "boxes": objects.bboxes,
+            "areas": None if masks is None else masks.flatten(1).sum(1).tolist(),
+        }
+        return seen, draw.draw_boxes(image, objects.bboxes, objects.labels, objects.scores, masks, names)
+
+    return see
+
+
+def _segment(config: Config, model: nn.Module) -> See:
+    infer = _mm_inference(config, model)
+
+    def see(image: Image.Image, score: float) -> tuple[dict[str, Any], Image.Image]:
+        classes = infer(image).pred_sem_seg.data[0].cpu()
+        names = _names(model, classes)
+        counts = classes.flatten().bincount(minlength=len(names)).tolist()
+        order = sorted((i for i, count in enumerate(counts) if count), key=lambda i: -counts[i])
+        seen = {"labels": [names[i] for i in order], "scores": [counts[i] / classes.numel() for i in order]}
+        return seen, draw.draw_segmentation(image, classes, names)
+
+    return see
+
+
+def _names(model: Any, indices: Tensor) -> list[str]:
+    """Names for all class indices up to the largest given: those of the training data, else numbers.
+
+    Published weights, unlike what `train` writes, carry no names.
+    """
+    known = list(model.dataset_meta["classes"])
+    needed = int(indices.max()) + 1 if indices.numel() else 0
+    return known + [str(i) for i in range(len(known), needed)]
+
+
+def _mm_inference(config: Config, model: Any) -> Callable[[Image.Image], Any]:
+    """Image -> mmdet's or mmseg's data sample, through the test pipeline without its reading of files."""
+    steps = config.test_dataloader.dataset.pipeline
+    steps = [step for step in steps if not step["type"].split(".")[-1].startswith("Load")]
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        pipeline = Compose([{"type": "LoadImageFromNDArray"}, *steps])
+
+    def infer(image: Image.Image) -> Any:
+        pixels = np.asarray(image)[:, :, ::-1].copy()  # OpenMMLab's images are BGR
+        packed = pipeline({"img": pixels, "img_id": 0})
+        with torch.no_grad():
+            return model.test_step({"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]})[0]
+
+    return infer
+
+
+def _pictures(images: list[Path], source: Path, out: Path) -> dict[Path, Path]:
+    """Where each image's drawing goes: out/<path below the folder>.png, with the old suffix kept if two would meet."""
+    inputs = {image.resolve() for image in images}
+    root = source if source.is_dir() else source.parent
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        # The next run would take the drawings for images.
+        raise UserError(f"--out {out}: lies in the folder of the images; choose a folder outside {source}")
+    pictures: dict[Path, Path] = {}
+    taken: set[Path] = set()
+    for image in images:
+        target = (out / image.relative_to(root)).with_suffix(".png")
+        if target in taken:
+            target = out / f"{image.relative_to(root)}.png"
+        if target.resolve() in inputs:
+            raise UserError(f"--out {out}: the drawing would replace {image}; choose another folder")
+        taken.add(target)
+        pictures[image] = target
+    return pictures
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path} ({error.strerror or error})") from error

@@ -1,0 +1,137 @@
+"""The tables that the command line prints: aligned on a terminal, whole and plain on a pipe."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hybridzoo.train.model_info import Facts, Summary
+    from hybridzoo.train.predict import Prediction
+
+_WIDEST = 10_000  # columns: on a pipe no line is ever wrapped
+
+
+def show(table: Table) -> None:
+    """Print to stdout: fitted to a terminal, or plain text without trailing blanks into a pipe or file."""
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+        return
+    plain = Console(file=StringIO(), width=_WIDEST, color_system=None, force_terminal=False)
+    with plain.capture() as captured:
+        plain.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr while something runs that has no steps to count; nothing where stderr is no terminal."""
+    with Console(stderr=True).status(f"{what} ..."):
+        yield
+
+
+def models(summaries: Iterable["Summary"]) -> Table:
+    """One line per model; top-1 in per cent, input as the side or height x width in pixels."""
+    table = _table("name!", "family", "params>", "input>", "top-1>", "licence")
+    for s in summaries:
+        short = (s.licence or "-").partition(" (")[0]  # `info` has the remark in brackets
+        top1 = f"{s.top1:.1f}" if s.top1 is not None else "-"
+        table.add_row(s.name, s.family, millions(s.params), pixels(s.input_size), top1, short)
+    return table
+
+
+def configs(entries: Iterable[tuple[str, str, str]]) -> Table:
+    """One line per config: name, task, what its docstring says first."""
+    table = _table("name!", "task", "about")
+    for entry in entries:
+        table.add_row(*entry)
+    return table
+
+
+def model(f: "Facts") -> Table:
+    """Everything known about one model, a fact a line; what nobody published is a dash."""
+    published = [f"{name} {value:g} %" for name, value in (("top-1", f.top1), ("top-5", f.top5)) if value is not None]
+    lines = {
+        "model": f.name,
+        "family": f.family,
+        "paper": f.paper,
+        "parameters": f"{f.params:,} ({millions(f.params)})",
+        "MACs": f"{f.macs / 1e9:.2f} G for {pixels(f.input_size)} px",
+        "strides": " ".join(map(str, f.strides)),
+        "channels": " ".join(map(str, f.channels)),
+        "input": f"{f.input_size[0]} x {f.input_size[1]} x {f.input_size[2]}, {f.interpolation}, crop {f.crop_pct:g}",
+        "mean": " ".join(f"{value:g}" for value in f.mean),
+        "std": " ".join(f"{value:g}" for value in f.std),
+        "classes": f"{f.num_classes:,}",
+        "published": ", ".join(published),
+        "source": f.source,
+        "licence": f.licence,
+        "tags": " ".join(f.tags),
+        "weights": f.weights,
+        "notes": f.notes,
+    }
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in lines.items():
+        table.add_row(label, value or "-")
+    return table
+
+
+def scores(values: dict[str, float]) -> Table:
+    """One line per metric."""
+    table = _table("metric", "value>")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4g}")
+    return table
+
+
+def predictions(found: Sequence["Prediction"], source: Path) -> Table:
+    """A line per class (classification, segmentation) or object (detection) of each image, best first."""
+    task = found[0].task
+    if task == "detection":
+        masks = any(p.areas is not None for p in found)
+        table = _table("image", "class", "score>", "left>", "top>", "right>", "bottom>", *["mask px>"] * masks)
+    else:
+        table = _table("image", "class", "share>" if task == "segmentation" else "probability>")
+    for p in found:
+        name = str(p.image.relative_to(source)) if p.image != source else p.image.name
+        if not p.labels:
+            table.add_row(name, "nothing found")
+        for i, (label, score) in enumerate(zip(p.labels, p.scores, strict=True)):
+            cells = [name, label, f"{score:.2f}" if task == "detection" else f"{100 * score:.1f} %"]
+            if p.boxes is not None:
+                cells += [f"{edge:.0f}" for edge in p.boxes[i].tolist()]
+            if p.areas is not None:
+                cells.append(str(p.areas[i]))
+            table.add_row(*cells)
+    return table
+
+
+def millions(count: int) -> str:
+    """13142760 -> "13.1 M"."""
+    return f"{count / 1e6:.1f} M"
+
+
+def pixels(input_size: Sequence[int]) -> str:
+    """(3, 224, 224) -> "224"; (3, 256, 320) -> "256x320"."""
+    _, height, width = input_size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def _table(*columns: str) -> Table:
+    """An empty table; a title's last letter says more: ">" a column of numbers, "!" names that stay on one line."""
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold"
+    )
+    for title in columns:
+        justify: Literal["left", "right"] = "right" if title.endswith(">") else "left"
+        # Where a narrow terminal would cut a text, folding keeps every letter of it.
+        table.add_column(title.rstrip(">!"), justify=justify, no_wrap=title[-1] in ">!", overflow="fold")
+    return table
