@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from numbers import Real
 from typing import Any
 
 import torch
@@ -96,5 +97,5 @@ class ProgressHook(Hook):
 
 
 def _format(metrics: dict[str, Any] | None) -> str:
-    scalars = ((name, value) for name, value in (metrics or {}).items() if isinstance(value, int | float))
+    scalars = ((name, value) for name, value in (metrics or {}).items() if isinstance(value, Real))
     return "  ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in scalars)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridzoo import checkpoints
 from hybridzoo.train.errors import UserError
 
 # Where training scripts put the weights: mmengine and timm, DeiT and its descendants, torch.hub.
@@ -90,14 +91,14 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mism
 
     Args:
         model: a timm model, or a detector or segmentor.
-        state: name -> tensor.
+        state: name -> tensor, under our names or those of the authors' published files.
         allow_head_mismatch: let the classifier differ (another number of classes, or no classifier on either side).
             Its fitting part is loaded, the rest keeps its values.
 
     Raises:
         UserError: names the first tensors that do not fit; the model is untouched.
     """
-    own = model.state_dict()
+    own, state = model.state_dict(), _in_our_names(model, state)
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     reshaped = [name for name in state if name in own and state[name].shape != own[name].shape]
@@ -119,6 +120,13 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mism
         raise UserError(f"the weights do not fit {_name(model)}: {'; '.join(parts)}")
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     model.load_state_dict(fitting, strict=False)
+
+
+def _in_our_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published names become ours where the model's family has a key map; our own names stay as they are."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    architecture = cfg.get("architecture", "")
+    return checkpoints.convert(state, architecture) if checkpoints.cards(architecture) else state
 
 
 def _in_head(model: nn.Module, name: str) -> bool:

@@ -15,7 +15,7 @@ on_bad = "stop"
 _width = 64
 _strides = [4, 8, 16, 32]
 model = dict(
-    backbone=dict(_delete_=True, type="PyramidBackbone", out_norm="LN", norm_eval=True),
+    backbone=dict(_delete_=True, type="PyramidBackbone", out_norm="LN"),
     neck=dict(out_channels=_width, num_outs=4),
     rpn_head=dict(in_channels=_width, feat_channels=_width, anchor_generator=dict(strides=_strides)),
     roi_head=dict(
@@ -79,7 +79,6 @@ optim_wrapper = dict(
     type="OptimWrapper",
     constructor="TimmParamGroups",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(layer_decay=0.8),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

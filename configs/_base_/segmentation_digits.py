@@ -18,7 +18,7 @@ _norm = dict(type="BN", requires_grad=True)
 model = dict(
     pretrained=None,
     data_preprocessor=dict(size=_crop),
-    backbone=dict(_delete_=True, type="PyramidBackbone", out_norm="LN", norm_eval=True),
+    backbone=dict(_delete_=True, type="PyramidBackbone", out_norm="LN"),
     neck=dict(out_channels=_width),
     decode_head=dict(
         in_channels=[_width] * 4, channels=64, num_classes=11, norm_cfg=_norm, loss_decode=dict(avg_non_ignore=True)
@@ -67,7 +67,6 @@ optim_wrapper = dict(
     type="OptimWrapper",
     constructor="TimmParamGroups",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(layer_decay=0.8),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

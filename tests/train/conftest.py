@@ -1,25 +1,16 @@
 """A small image folder and a small run on it, for the tests of the engine."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mmengine import Config
 from PIL import Image
 
 from hybridzoo.train.config import find_config, load_config
 
 CLASSES = ("blue", "green", "red")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tests and their subprocesses add up in the same order, and do not fight for the cores."""
-    torch.set_num_threads(1)
-    os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
 
 
 @pytest.fixture(scope="session")

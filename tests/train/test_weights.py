@@ -130,3 +130,20 @@ def test_detector_heads_may_differ_but_not_its_neck() -> None:
     load_matching(detector(3, 4), detector(80, 4).state_dict(), allow_head_mismatch=True)
     with pytest.raises(UserError, match=r"'neck.weight'"):
         load_matching(detector(3, 4), detector(80, 5).state_dict(), allow_head_mismatch=True)
+
+
+def test_published_files_load_under_our_names(tmp_path):
+    """The authors' training checkpoints: raw weights beside an EMA and the options of their script."""
+    import goldens
+
+    import hybridzoo  # noqa: F401  registers the models
+
+    state = {key: value.float() for key, value in goldens.published_state("biformer", "biformer_tiny").items()}
+    ema = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save(
+        {"model": state, "model_ema": ema, "args": argparse.Namespace(lr=1)}, tmp_path / "biformer_tiny_best.pth"
+    )
+    model = timm.create_model("biformer_tiny", num_classes=3)
+    load_matching(model, read_state_dict(tmp_path / "biformer_tiny_best.pth"), allow_head_mismatch=True)
+    torch.testing.assert_close(model.stem.conv1.weight, state["downsample_layers.0.0.weight"])
+    torch.testing.assert_close(model.stages[3].blocks[0].mlp.fc2.bias, state["stages.3.0.mlp.3.bias"])

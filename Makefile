@@ -1,0 +1,51 @@
+# Everything here makes its own environment in .venv first; PYTHON chooses the interpreter (3.10 or later).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help setup demo test test-fast lint types bench docs clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.done  ## make .venv with pinned, known-good versions (about 6 GB: PyTorch brings its GPU libraries)
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python 3.10 or later is needed; make PYTHON=python3.11 ...")'
+	@echo "== making $(VENV) and installing PyTorch, timm, mmdet, mmseg: some minutes, mostly download"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt "setuptools>=77" wheel
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[all]"
+	@# Two builds of OpenCV arrive by dependency; the one without windows must win, the other wants a desktop's libGL.
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --force-reinstall opencv-python-headless
+	@touch $@
+
+demo: setup  ## fine-tune one backbone on three tasks on the embedded data, show scores, write pictures to demo/
+	@echo "== training on handwritten digits: three tasks, about a quarter of an hour on two cores"
+	$(BIN)/python -m hybridzoo.train.demo --out demo
+
+test: setup  ## every test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+test-fast: setup  ## without the slow ones
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow"
+
+lint: setup  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy; it sees the mapped folders through links
+	@mkdir -p .links/hybridzoo
+	@for room in backbones checkpoints configs kernels layers train; do ln -sfn ../../$$room .links/hybridzoo/$$room; done
+	@for file in __init__.py __main__.py py.typed; do ln -sf ../../hybridzoo/$$file .links/hybridzoo/$$file; done
+	$(BIN)/mypy
+
+bench: setup  ## speed tables, ours beside what one would run otherwise
+	$(BIN)/python benchmarks/routed_attention.py
+
+docs: demo  ## take the demo's pictures into docs/
+	cp demo/classification.png demo/detection.png demo/segmentation.png demo/curves.png docs/
+
+clean:  ## remove what the targets above made, save .venv
+	rm -rf demo data work_dirs build dist *.egg-info .links .pytest_cache .mypy_cache .ruff_cache

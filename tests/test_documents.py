@@ -1,0 +1,57 @@
+"""What the documents say runs: README's Python blocks, docstring examples, and the commands' configs and models."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+from hybridzoo.checkpoints import cards
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+ROOMS = ["hybridzoo.kernels.routed.api", "hybridzoo.layers.bi_level_routing"]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda b: b.splitlines()[-1])
+def test_readme_examples_run(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_docstring_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_readme_names_configs_that_exist():
+    from hybridzoo.train.config import list_configs
+
+    named = set(re.findall(r"hybridzoo (?:train|test|predict) (\S+)", README))
+    assert len(named) >= 4
+    assert named <= set(list_configs())
+
+
+def test_readme_table_equals_the_cards():
+    rows = dict(re.findall(r"^\| (`.*?`) \| (.*?) \| .*\|$", README, re.M))
+    for card in cards():
+        (parameters,) = [value for names, value in rows.items() if f"`{card.model}`" in names]
+        assert parameters == f"{card.params / 1e6:.1f} M"
+    assert {card.model for card in cards()} <= set(timm.list_models())
+
+
+def test_readme_pictures_exist():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_nothing_names_a_path_of_somebodys_machine():
+    for file in ROOT.glob("*.md"):
+        assert "/home/" not in file.read_text()
+        assert "/work/" not in file.read_text()
