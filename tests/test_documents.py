@@ -32,7 +32,7 @@ def test_docstring_examples_run(name):
 def test_readme_names_configs_that_exist():
     from hybridzoo.train.config import list_configs
 
-    named = set(re.findall(r"hybridzoo (?:train|test|predict) (\S+)", README))
+    named = set(re.findall(r"hybridzoo (?:train|test|predict) ([\w-]+)", README))
     assert len(named) >= 4
     assert named <= set(list_configs())
 

@@ -55,7 +55,10 @@ class ImageClassifier(BaseModel):
         if not timm.is_model(name):
             near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
             raise UserError(f"unknown model {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
-        self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
+        try:
+            self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
+        except TypeError as error:  # an argument of another family's, left in the config
+            raise UserError(f"model {name}: {error}; leave it out, e.g. by model.<argument>=none") from error
         self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.loss: nn.Module
         if binary:

@@ -21,7 +21,7 @@ from hybridzoo.train.model_info import Summary
 
 VERBS = sorted(get_command(cli.app).commands)
 # What makes a run of the examples a matter of seconds.
-TINY = ["model.name=test_resnet", "train_cfg.max_epochs=1", "train_dataloader.batch_size=256"]
+TINY = ["model.name=test_resnet", "model.regions=none", "train_cfg.max_epochs=1", "train_dataloader.batch_size=256"]
 
 
 @pytest.fixture
@@ -184,7 +184,9 @@ def test_options_reach_the_run(call, here):
     assert not list(here.glob("w/*/wandb"))
     assert not (here / "w" / "wandb").exists()
 
-    code, out, err = call("test", "biformer_tiny_digits", "w/final.pth", "--cfg-options", "model.name=test_resnet18")
+    code, out, err = call(
+        "test", "biformer_tiny_digits", "w/final.pth", "--cfg-options", "model.name=test_resnet18", "model.regions=none"
+    )
     assert code == 2
     assert "w/final.pth" not in out
 

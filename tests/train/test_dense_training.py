@@ -78,6 +78,7 @@ def test_train_test_and_predict(task, data, tmp_path):
 @EACH
 def test_one_step_changes_backbone_and_heads(task, data):
     config = configured(demo(task), data)
+    config.optim_wrapper.paramwise_cfg = dict(layer_decay=0.8)
     with DefaultScope.overwrite_default_scope(config.default_scope):
         from mmengine.registry import MODELS
 

@@ -20,7 +20,13 @@ from hybridzoo.train.digits import digits_root
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.predict import Prediction, find_images, predict, read_image
 
-CLASSIFIER = ["model.name=test_vit", "model.drop_path_rate=0.0", "model.img_size=32", "train_cfg.max_epochs=1"]
+CLASSIFIER = [
+    "model.name=test_vit",
+    "model.regions=none",
+    "model.drop_path_rate=0.0",
+    "model.img_size=32",
+    "train_cfg.max_epochs=1",
+]
 DENSE = {
     "mask-rcnn_biformer_tiny_digits": [str(digit) for digit in range(10)],
     "fpn_biformer_tiny_digits": ["background", *(str(digit) for digit in range(10))],
