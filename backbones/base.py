@@ -34,7 +34,7 @@ class Backbone(nn.Module):
     stem: nn.Module
     stages: nn.Sequential
     norm: nn.Module
-    head: nn.Module
+    head: Any  # a timm head; nn.Module does not declare its methods
     num_classes: int
     num_features: int
     head_hidden_size: int
@@ -68,6 +68,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -150,9 +151,7 @@ class Backbone(nn.Module):
         return x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
 
 
-def build(
-    family: Callable[..., Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any
-) -> Backbone:
+def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any) -> Any:
     """Create the variant `name` through timm, so that pretrained weights and `features_only` work as timm's own.
 
     Args:

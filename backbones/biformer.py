@@ -10,6 +10,7 @@ image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits (B
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -87,6 +88,9 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, overlapping: bool) -> None:
         super().__init__()
+        self.act: nn.Module = nn.Identity()
+        self.conv2: nn.Module = nn.Identity()
+        self.norm2: nn.Module = nn.Identity()
         if overlapping:  # sizes round up; no activation after the second norm
             self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
             self.norm1 = nn.BatchNorm2d(dim // 2)
@@ -96,7 +100,6 @@ class Stem(nn.Module):
         else:
             self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4)
             self.norm1 = nn.BatchNorm2d(dim)
-            self.act = self.conv2 = self.norm2 = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
@@ -156,7 +159,7 @@ class BiFormer(Backbone):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, STRIDES)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
 
         def attention(stage: int, dim: int) -> nn.Module:
             if stage == len(cfg.dims) - 1:
@@ -183,7 +186,8 @@ def _init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-_SMALL_DEPTHS, _STL = (4, 4, 18, 4), dict(depths=(2, 2, 6, 2), dims=(96, 192, 384, 768), mlp_ratio=4.0)
+_SMALL_DEPTHS = (4, 4, 18, 4)
+_STL: dict[str, Any] = dict(depths=(2, 2, 6, 2), dims=(96, 192, 384, 768), mlp_ratio=4.0)
 
 VARIANTS = {
     "biformer_tiny": BiFormerConfig((2, 2, 8, 2), (64, 128, 256, 512)),

@@ -67,8 +67,9 @@ def _all_cards() -> tuple[Card, ...]:
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name):
         family = json.loads(file.read_text(encoding="utf-8"))
         for entry in family["cards"]:
-            merged: dict[str, Any] = {**family["common"], **entry, "family": file.name.removesuffix(".json")}
-            found.append(Card(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}))
+            merged = {**family["common"], **entry, "family": file.name.removesuffix(".json")}
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+            found.append(Card(**fields))
     return tuple(found)
 
 
@@ -77,7 +78,7 @@ def cards(pattern: str = "*") -> list[Card]:
     return [c for c in _all_cards() if fnmatch.fnmatch(c.model, pattern) or fnmatch.fnmatch(c.name, pattern)]
 
 
-def timm_cfgs(family: str, *, first_conv: str, classifier: str) -> dict[str, dict[str, Any]]:
+def timm_cfgs(family: str, *, first_conv: str, classifier: str) -> dict[str, Any]:
     """The family's cards as timm default configurations, name -> dict.
 
     Args:

@@ -82,7 +82,11 @@ class BiLevelRoutingAttention(nn.Module):
 
     def region_grid(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Number of regions (rows, columns) on a map of this size, and tokens per region (height, width)."""
-        wanted = self.regions or (math.ceil(height / self.region_size), math.ceil(width / self.region_size))
+        if self.region_size is not None:
+            wanted = (math.ceil(height / self.region_size), math.ceil(width / self.region_size))
+        else:
+            assert self.regions is not None
+            wanted = self.regions
         sizes, counts = [], []
         for side, count in zip((height, width), wanted, strict=True):
             size = max(1, side // count) if self.padding == "zeros" else math.ceil(side / count)
@@ -101,8 +105,8 @@ class BiLevelRoutingAttention(nn.Module):
             qkv = _extend(qkv, beyond, fill.to(qkv.dtype))
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, dim // self.num_heads)).unbind(3)
         if self.topk >= grid[0] * grid[1]:  # every region is routed to every other: nothing to choose
-            tokens = (t.flatten(1, 2).transpose(1, 2) for t in (query, key, value))
-            out = F.scaled_dot_product_attention(*tokens, scale=self.scale).transpose(1, 2).reshape(query.shape)
+            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(query.shape)
         else:
             routes = self._route(query, key, grid, size, (height, width))
             out = routed_attention2d(query, key, value, routes, grid, scale=self.scale)

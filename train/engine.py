@@ -282,7 +282,7 @@ def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
         wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
         wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
         config.model_wrapper_cfg = {**wrapper, **(config.get("model_wrapper_cfg") or {})}
-    checkpoint = config.default_hooks.get("checkpoint") or {}
+    checkpoint: Any = config.default_hooks.get("checkpoint") or {}
     steps = (config.get("optim_wrapper") or {}).get("accumulative_counts", 1)
     if not checkpoint.get("by_epoch", True) and checkpoint.get("interval", steps) % steps:
         raise UserError(  # a checkpoint holds no gradients
