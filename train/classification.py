@@ -16,7 +16,6 @@ from mmengine.registry import DATASETS, METRICS, MODELS
 from timm.data import Mixup, create_dataset, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torchvision.transforms import Compose, RandomInvert
 
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import load_matching, read_state_dict
@@ -105,7 +104,6 @@ def TimmDataset(
     split: str = "train",
     classes: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    invert: float = 0.0,
     **options: Any,
 ) -> Any:
     """A dataset of ``timm.data.create_dataset``, giving (image (C, H, W), class index).
@@ -117,7 +115,6 @@ def TimmDataset(
         split: ``"train"``, ``"val"`` or what the dataset calls its parts.
         classes: class names in the order of their indices.
         exclude: image files to leave out.
-        invert: probability that an image becomes its negative before the transform (ink on paper, chalk on slate).
         **options: passed to ``create_dataset``.
 
     Raises:
@@ -133,8 +130,7 @@ def TimmDataset(
     if exclude:
         bad = {str(path) for path in exclude}
         dataset.reader.samples = [sample for sample in dataset.reader.samples if sample[0] not in bad]
-    steps = create_transform(**transform)
-    dataset.transform = Compose([RandomInvert(invert), steps]) if invert else steps
+    dataset.transform = create_transform(**transform)
     dataset.metainfo = {"classes": list(classes)}
     return dataset
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_harmless_types()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_harmless_types()), _statistics_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and safetensors each raise their own kinds
@@ -142,6 +143,22 @@ def _in_head(model: nn.Module, name: str) -> bool:
 def _name(model: nn.Module) -> str:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return cfg.get("architecture") or type(model).__name__
+
+
+@contextlib.contextmanager
+def _statistics_kept() -> Iterator[None]:
+    """Unpickling a HistoryBuffer overwrites the methods that all of them share, with what we put in getattr's place."""
+    try:
+        from mmengine.logging import HistoryBuffer
+    except ImportError:
+        yield
+        return
+    kept = dict(HistoryBuffer._statistics_methods)
+    try:
+        yield
+    finally:
+        HistoryBuffer._statistics_methods.clear()
+        HistoryBuffer._statistics_methods.update(kept)
 
 
 def _harmless_types() -> list[Any]:

@@ -12,7 +12,6 @@ train_dataloader = dict(
     persistent_workers=False,
     pin_memory=False,
     dataset=dict(
-        invert=0.5,  # chalk on slate as they come, ink on paper in the scenes that detectors are fine-tuned on
         transform=dict(_delete_=True, input_size=32, is_training=True, scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0),
     ),
 )

@@ -62,7 +62,7 @@ test_evaluator = val_evaluator
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=5, val_interval=5)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=5, val_interval=1)
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="TimmParamGroups",

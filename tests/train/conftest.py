@@ -41,7 +41,6 @@ def run_config() -> RunConfig:
         base = find_config("biformer_tiny_digits").parents[1] / "_base_" / "classification_digits.py"
         small = (
             "model.name=test_vit",
-            "train_dataloader.dataset.invert=0.0",
             "model.img_size=32",
             "train_cfg.max_epochs=2",
             "train_dataloader.batch_size=8",

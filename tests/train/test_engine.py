@@ -72,9 +72,9 @@ def test_a_run_leaves_what_inference_and_tests_need(
     assert config.model.num_classes == 1000, "train changed the caller's config"
 
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 12, lines
+    assert len(lines) == 13, lines  # two an epoch, and where the weights are
     assert lines[0].startswith("epoch 1/6  loss ")
-    assert lines[-1].split() == ["validation", "top1", f"{metrics['accuracy/top1']:.4g}", "top5", "100"]
+    assert lines[-2].split() == ["validation", "top1", f"{metrics['accuracy/top1']:.4g}", "top5", "100"]
     assert "Epoch(train)" in next(tmp_path.glob("*/*.log")).read_text()
     assert any("accuracy/top1" in json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).open())
 

@@ -147,3 +147,10 @@ def test_published_files_load_under_our_names(tmp_path):
     load_matching(model, read_state_dict(tmp_path / "biformer_tiny_best.pth"), allow_head_mismatch=True)
     torch.testing.assert_close(model.stem.conv1.weight, state["downsample_layers.0.0.weight"])
     torch.testing.assert_close(model.stages[3].blocks[0].mlp.fc2.bias, state["stages.3.0.mlp.3.bias"])
+
+
+def test_reading_a_checkpoint_with_logs_leaves_logging_as_it_was(tmp_path: Path) -> None:
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "message_hub": {"loss": buffer}}, tmp_path / "old.pth")
+    read_checkpoint(tmp_path / "old.pth")
+    assert HistoryBuffer([1.0, 3.0], [1, 1]).statistics("current") == 3.0
