@@ -42,7 +42,7 @@ types: setup  ## mypy; it sees the mapped folders through links
 	$(BIN)/mypy
 
 bench: setup  ## speed tables, ours beside what one would run otherwise
-	$(BIN)/python benchmarks/routed_attention.py
+	$(BIN)/python benchmarks/routed_attention.py --out benchmarks/routed_attention_cpu.md
 
 docs: demo  ## take the demo's pictures into docs/
 	cp demo/classification.png demo/detection.png demo/segmentation.png demo/curves.png docs/
