@@ -53,5 +53,4 @@ def test_readme_pictures_exist():
 
 def test_nothing_names_a_path_of_somebodys_machine():
     for file in ROOT.glob("*.md"):
-        assert "/home/" not in file.read_text()
-        assert "/work/" not in file.read_text()
+        assert not re.search(r"/(home|root|tmp|Users|work)/", file.read_text()), file.name
