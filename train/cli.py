@@ -205,9 +205,10 @@ def run(argv: Sequence[str]) -> int:
             raise
         return _fail(f'this needs {package}; type: pip install "hybridzoo[{EXTRAS[package]}]"')
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # mmengine's bare `except` turns it into another
+            return _interrupted()
         # A wrong option, argument or verb.  The class moved between typer's versions; its method has not.
         if not hasattr(error, "format_message"):
             raise
@@ -252,6 +253,11 @@ def _print_scores(scores: dict[str, float]) -> None:
 
 def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
 
 
 def _fail(message: str) -> int:

@@ -1,11 +1,10 @@
 """The command line as a person meets it: verbs, options, help, and what bad input says."""
 
-import _thread
 import re
 import shlex
+import signal
 import subprocess
 import sys
-import threading
 from io import StringIO
 from pathlib import Path
 
@@ -199,17 +198,30 @@ def test_options_reach_the_run(call, here):
     assert "epoch 1/2" not in out
 
 
-def test_interrupting_a_training_exits_130(call, here):
-    timer = threading.Timer(3, _thread.interrupt_main)
-    timer.start()
-    try:
-        code, _, err = call(
-            *["train", "biformer_tiny_digits", "--no-wandb", "--cfg-options", *TINY, "train_cfg.max_epochs=1000"]
-        )
-    finally:
-        timer.cancel()
-    assert code == 130
+def test_interrupting_a_training_exits_130(here):
+    argv = ["train", "biformer_tiny_digits", "--no-wandb", "--cfg-options", *TINY, "train_cfg.max_epochs=1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "hybridzoo", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert any(line.startswith("epoch 1/1000") for line in process.stdout)  # it trains by now
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert err.strip().endswith("interrupted")
+
+
+def test_interruption_is_seen_through_libraries_that_swallow_it(call, monkeypatch):
+    """mmengine turns a Ctrl-C that arrives while it writes its config into a SyntaxError."""
+
+    def swallowing(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        except:  # noqa: E722 - as mmengine writes it
+            raise SyntaxError("Failed to format the config file")  # noqa: B904
+
+    monkeypatch.setattr(model_info, "our_models", swallowing)
+    code, _, err = call("list")
+    assert (code, err.strip()) == (130, "interrupted")
 
 
 def _examples(call, verb: str) -> list[str]:
