@@ -45,7 +45,7 @@ class Step:
 STEPS = (
     Step("classification", "biformer_tiny_digits"),
     Step("detection", "mask-rcnn_biformer_tiny_digits", starts_from="classification"),
-    Step("segmentation", "fpn_biformer_tiny_digits", starts_from="classification"),
+    Step("segmentation", "segformer_biformer_tiny_digits", starts_from="classification"),
 )
 
 

@@ -4,8 +4,12 @@ scikit-learn carries 1,797 handwritten digits (the test part of UCI's "Optical R
 8x8 values of 0..16).  From them this file writes two folders in the layouts that `hybridzoo.train.layouts` describes,
 the same that a user's own data has:
 
-- "classification": every stroke as a 32x32 grey PNG, ``{train,val}/<digit>/<index>.png``;
-- "scenes": colour images of 2 to 6 digits with COCO boxes and masks, and semantic maps.
+- "classification": every stroke on 32x32 pixels of paper, ``{train,val}/<digit>/<index>-<drawing>.png``, six times
+  for training (other ink, paper, size and place), once for validation;
+- "scenes": sheets of about 96x96 pixels with 3 to 5 digits, COCO boxes and masks, and semantic maps.
+
+Both are drawn alike, digits of about 22 to 34 pixels in coloured ink, so that what the classifier learns serves the
+other two.
 
 The strokes come sheet by sheet: every writer copied the same page of about 130 digits, and the sheets follow one
 another.  The last three of the fourteen are held out, so validation shows hands that training never saw.
@@ -34,12 +38,12 @@ from hybridzoo.train.errors import UserError
 Kind = Literal["classification", "scenes"]
 Split = Literal["train", "val"]
 
-VERSION = 1  # raise it whenever the same seed would give other bytes: folders are named after it
+VERSION = 2  # raise it whenever the same seed would give other bytes: folders are named after it
 CLASSES = tuple("0123456789")
 TRAIN_STROKES = 1415  # strokes 0..1414 are the first eleven sheets, 1415..1796 the last three
-SIZES = ((128, 128), (128, 128), (128, 128), (160, 112), (112, 160), (144, 120))  # scenes, width x height
-MIN_VISIBLE = 0.75  # the least share of a digit's pixels that digits drawn later leave uncovered
-MAX_BOX_IOU = 0.25  # stays well under the usual NMS thresholds, so that overlapping digits can both be found
+SIZES = ((96, 96), (96, 96), (96, 96), (120, 88), (88, 120), (104, 96))  # of scenes, width x height
+MIN_VISIBLE = 0.85  # the least share of a digit's pixels that digits drawn later leave uncovered
+MAX_BOX_IOU = 0.1  # stays well under the usual NMS thresholds, so that overlapping digits can both be found
 
 
 def digits_root(kind: Kind, *, root: Path | None = None, seed: int = 0, train: int = 600, val: int = 120) -> Path:
@@ -102,28 +106,51 @@ def load_strokes(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _write_classification(folder: Path) -> None:
-    for split in ("train", "val"):
+    side, drawings = 32, {"train": 6, "val": 1}
+    for which, split in enumerate(("train", "val")):
         strokes, labels = load_strokes(split)
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)
         for index, (stroke, label) in enumerate(zip(strokes, labels, strict=True)):
-            ink = _smooth(stroke, 32, 32, threshold=0.45, softness=0.35)
-            image = Image.fromarray((235 - 205 * ink).round().astype(np.uint8))  # dark ink on light paper
-            image.save(folder / split / CLASSES[label] / f"{index:04d}.png")
+            for drawing in range(drawings[split]):
+                rng = np.random.default_rng([which, index, drawing])
+                image = _background(rng, side, side)
+                cover = _draw(rng, stroke, rng.uniform(30, 36), side - 4, side - 4)
+                y, x = (int(rng.integers(2, side - extent - 1)) for extent in cover.shape)
+                _paint(image, cover, x, y, _ink_colour(rng, rng.random()))
+                name = f"{index:04d}-{drawing}.png"
+                Image.fromarray(_finish(rng, image)).save(folder / split / CLASSES[label] / name)
 
 
-def _smooth(
-    stroke: NDArray[np.float32], width: int, height: int, angle: float = 0.0, *, threshold: float, softness: float
+# Drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _draw(
+    rng: np.random.Generator, stroke: NDArray[np.float32], size: float, height: int, width: int
 ) -> NDArray[np.float32]:
-    """Enlarge an (8, 8) stroke to (height, width) coverage in 0..1, with a margin of one original pixel.
+    """An (8, 8) stroke as coverage in 0..1, cut to its ink, at most (height, width).
 
-    Bicubic, then a smooth step around `threshold`, which turns the grey blur into a stroke with a clean edge.
+    `size` is the height in pixels of the stroke with a margin of one original pixel; width and angle vary a little.
     """
-    picture = Image.fromarray(np.pad(stroke, 1)).resize((width, height), Image.Resampling.BICUBIC)
-    if angle:
-        picture = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    step = np.clip((np.asarray(picture) - threshold) / (2 * softness) + 0.5, 0, 1).astype(np.float32)
-    return step * step * (3 - 2 * step)
+    # a heavy hand needs a higher threshold to keep the holes of its 8s, a light one a lower to stay in one piece
+    threshold = float(np.clip(0.43 + 2.0 * (stroke.mean() - 0.31), 0.28, 0.62))
+    extent = (round(size * rng.uniform(0.85, 1.15)), round(size))
+    picture = Image.fromarray(np.pad(stroke, 1)).resize(extent, Image.Resampling.BICUBIC)
+    picture = picture.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+    # a smooth step around the threshold turns the grey blur into a stroke with a clean edge
+    step = np.clip((np.asarray(picture) - threshold) / 0.4 + 0.5, 0, 1).astype(np.float32)
+    cover = step * step * (3 - 2 * step)
+    rows, columns = np.flatnonzero(cover.max(1) > 0.02), np.flatnonzero(cover.max(0) > 0.02)
+    cover = cover[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    if cover.shape[0] <= height and cover.shape[1] <= width:
+        return cover
+    return _draw(rng, stroke, 0.95 * size, height, width)
+
+
+def _finish(rng: np.random.Generator, image: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """(H, W, 3) in 0..255, with paper grain, as bytes."""
+    grain = 2 * rng.standard_normal((*image.shape[:2], 1), np.float32)
+    return np.clip(image + grain, 0, 255).round().astype(np.uint8)
 
 
 # Scenes -----------------------------------------------------------------------------------------------------------
@@ -142,35 +169,26 @@ class Scene:
 
 
 def compose_scene(rng: np.random.Generator, strokes: NDArray[np.float32], labels: NDArray[np.int64]) -> Scene:
-    """Draw 2 to 6 digits of different sizes and inks on a textured background.
+    """Draw 3 to 5 digits of different sizes and inks on textured paper.
 
     A digit drawn later covers earlier ones.  A place where it would hide more than `1 - MIN_VISIBLE` of one of them is
     drawn again, so that every digit in the picture is annotated and none is annotated that cannot be read.
     """
     width, height = SIZES[rng.integers(len(SIZES))]
-    dark = bool(rng.random() < 0.3)
-    image = _background(rng, width, height, dark)
+    image = _background(rng, width, height)
     instances = np.zeros((height, width), np.uint8)
     digits: list[int] = []
     full: NDArray[np.int64] = np.zeros(0, np.int64)  # pixels of each digit before anything covered it,
     visible: NDArray[np.int64] = np.zeros(0, np.int64)  # and those that are left
     boxes: list[tuple[int, int, int, int]] = []
     hue = rng.random()
-    wanted = int(rng.integers(2, 7))
+    wanted = int(rng.integers(3, 6))
     for _ in range(20 * wanted):
         if len(digits) == wanted:
             break
         which = int(rng.integers(len(labels)))
-        size = rng.uniform(42, 80)  # with its margin: about 33 to 64 px of ink
-        # a heavy hand needs a higher threshold to keep the holes of its 8s, a light one a lower to stay in one piece
-        threshold = float(np.clip(0.43 + 2.0 * (strokes[which].mean() - 0.31), 0.28, 0.62))
-        size_x, angle = size * rng.uniform(0.85, 1.15), rng.uniform(-14, 14)
-        cover = _smooth(strokes[which], round(size_x), round(size), angle, threshold=threshold, softness=0.13)
-        rows, columns = np.flatnonzero(cover.max(1) > 0.02), np.flatnonzero(cover.max(0) > 0.02)
-        cover = cover[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        cover = _draw(rng, strokes[which], rng.uniform(30, 44), height - 5, width - 5)
         h, w = cover.shape
-        if h > height - 4 or w > width - 4:
-            continue
         x, y = int(rng.integers(2, width - w - 1)), int(rng.integers(2, height - h - 1))
         box = (x, y, x + w, y + h)
         if any(_iou(box, other) > MAX_BOX_IOU for other in boxes):
@@ -181,28 +199,26 @@ def compose_scene(rng: np.random.Generator, strokes: NDArray[np.float32], labels
         if (visible - hidden < MIN_VISIBLE * full).any():
             continue
         hue += rng.uniform(0.13, 0.37)  # neighbours in time differ in colour
-        _paint(image, cover, x, y, _ink_colour(rng, hue, dark))
+        _paint(image, cover, x, y, _ink_colour(rng, hue))
         digits.append(int(labels[which]))
         instances[window][ink] = len(digits)
         visible = np.append(visible - hidden, ink.sum())
         full = np.append(full, ink.sum())
         boxes.append(box)
-    image += 2 * rng.standard_normal((height, width, 1), np.float32)  # paper grain
-    return Scene(np.clip(image, 0, 255).round().astype(np.uint8), instances, digits)
+    return Scene(_finish(rng, image), instances, digits)
 
 
-def _background(rng: np.random.Generator, width: int, height: int, dark: bool) -> NDArray[np.float32]:
+def _background(rng: np.random.Generator, width: int, height: int) -> NDArray[np.float32]:
     """(H, W, 3) float in 0..255: two tints blended by a cloud, then ruled lines, squares, dots or nothing."""
     hue = rng.random()
     tints = []
     for _ in range(2):
-        value = rng.uniform(0.14, 0.30) if dark else rng.uniform(0.80, 0.97)
-        saturation = rng.uniform(0.2, 0.5) if dark else rng.uniform(0.03, 0.22)
+        value, saturation = rng.uniform(0.80, 0.97), rng.uniform(0.03, 0.22)
         tints.append(np.array(colorsys.hsv_to_rgb((hue + rng.uniform(-0.12, 0.12)) % 1, saturation, value)) * 255)
     coarse = Image.fromarray(rng.random((5, 5), dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     cloud = np.clip(np.asarray(coarse), 0, 1)[..., None]
     image = (tints[0] * cloud + tints[1] * (1 - cloud)).astype(np.float32)
-    shade = (18 if dark else -18) * rng.uniform(0.5, 1.2)
+    shade = -18 * rng.uniform(0.5, 1.2)
     pitch, shift = int(rng.integers(9, 17)), int(rng.integers(9))
     rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
     on_row, on_column = (rows + shift) % pitch == 0, (columns + shift) % pitch == 0
@@ -218,16 +234,13 @@ def _background(rng: np.random.Generator, width: int, height: int, dark: bool) -
     return image
 
 
-def _ink_colour(rng: np.random.Generator, hue: float, dark: bool) -> NDArray[np.float32]:
-    """A colour that stands out in brightness too, so that the scenes do not rest on telling hues apart."""
-    luma = (0.0, 0.0)
-    while not (luma[0] < luma[1]):
-        value, saturation = (rng.uniform(0.85, 1), rng.uniform(0.1, 0.65)) if dark else (
-            rng.uniform(0.2, 0.75), rng.uniform(0.6, 1))  # fmt: skip
+def _ink_colour(rng: np.random.Generator, hue: float) -> NDArray[np.float32]:
+    """A colour darker than any paper, so that the scenes do not rest on telling hues apart."""
+    while True:
+        value, saturation = rng.uniform(0.2, 0.75), rng.uniform(0.6, 1)
         colour = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255
-        bright = float(colour @ (0.299, 0.587, 0.114))
-        luma = (150.0, bright) if dark else (bright, 130.0)
-    return colour
+        if colour @ (0.299, 0.587, 0.114) < 130:
+            return colour
 
 
 def _paint(image: NDArray[np.float32], cover: NDArray[np.float32], x: int, y: int, colour: NDArray[np.float32]) -> None:

@@ -23,9 +23,9 @@ val_dataloader = dict(
     dataset=dict(transform=dict(_delete_=True, input_size=32, is_training=False, crop_pct=1.0)),
 )
 
-train_cfg = dict(max_epochs=20, val_interval=1)
+train_cfg = dict(max_epochs=6, val_interval=1)
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-2, begin=0, end=2, by_epoch=True, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=2, end=20, by_epoch=True, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=1e-2, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=1, end=6, by_epoch=True, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(clip_grad=dict(max_norm=5.0))

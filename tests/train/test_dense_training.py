@@ -20,7 +20,7 @@ from hybridzoo.train.config import load_config
 from hybridzoo.train.digits import digits_root
 from hybridzoo.train.errors import UserError
 
-DEMOS = {"detection": "mask-rcnn_biformer_tiny_digits", "segmentation": "fpn_biformer_tiny_digits"}
+DEMOS = {"detection": "mask-rcnn_biformer_tiny_digits", "segmentation": "segformer_biformer_tiny_digits"}
 EACH = pytest.mark.parametrize("task", ["detection", "segmentation"])
 METRIC = {"detection": "coco/bbox_mAP_50", "segmentation": "mIoU"}
 

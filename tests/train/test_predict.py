@@ -29,7 +29,7 @@ CLASSIFIER = [
 ]
 DENSE = {
     "mask-rcnn_biformer_tiny_digits": [str(digit) for digit in range(10)],
-    "fpn_biformer_tiny_digits": ["background", *(str(digit) for digit in range(10))],
+    "segformer_biformer_tiny_digits": ["background", *(str(digit) for digit in range(10))],
 }
 
 
