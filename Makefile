@@ -44,7 +44,11 @@ types: setup  ## mypy; it sees the mapped folders through links
 bench: setup  ## speed tables, ours beside what one would run otherwise
 	$(BIN)/python benchmarks/routed_attention.py --out benchmarks/routed_attention_cpu.md
 
-docs: demo  ## take the demo's pictures into docs/
+docs/models.md: $(wildcard checkpoints/published/*.json)  ## the table of models, from the cards
+	@{ echo "# Models and published weights"; echo; echo "Made from the cards by \`make docs/models.md\`."; echo; \
+	  $(BIN)/python -c "import hybridzoo.checkpoints as c; print(c.markdown_table(), end='')"; } > $@
+
+docs: demo docs/models.md  ## take the demo's pictures into docs/
 	cp demo/classification.png demo/detection.png demo/segmentation.png demo/curves.png docs/
 
 clean:  ## remove what the targets above made, save .venv

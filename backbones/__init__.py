@@ -1,5 +1,33 @@
 """One file per family. Importing this package registers every model with timm."""
 
+from hybridzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
+from hybridzoo.backbones.ascan import AsCAN
 from hybridzoo.backbones.biformer import BiFormer
+from hybridzoo.backbones.dinat import DiNAT
+from hybridzoo.backbones.dinat_isotropic import IsotropicDiNAT
+from hybridzoo.backbones.efficientvit_mit import EfficientViTMIT
+from hybridzoo.backbones.efficientvit_msra import EfficientViTMSRA
+from hybridzoo.backbones.fastervit import FasterViT
+from hybridzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
+from hybridzoo.backbones.maxvit import MaxViT
+from hybridzoo.backbones.patnet import PATNet
 
-__all__ = ["BiFormer"]
+__all__ = [
+    "AgentCSwin",
+    "AgentDeiT",
+    "AgentPVT",
+    "AgentSwin",
+    "AsCAN",
+    "BiFormer",
+    "DiNAT",
+    "EfficientViTMIT",
+    "EfficientViTMSRA",
+    "FasterViT",
+    "InLineCSwin",
+    "InLineDeiT",
+    "InLinePVT",
+    "InLineSwin",
+    "IsotropicDiNAT",
+    "MaxViT",
+    "PATNet",
+]

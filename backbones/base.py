@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
+from hybridzoo.layers.folding import fuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Backbone(nn.Module):
@@ -39,6 +43,7 @@ class Backbone(nn.Module):
     num_features: int
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
+    stem_levels: int = 0  # of `feature_info`'s levels, those inside the stem
 
     def set_feature_info(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
         """Describe the stages' maps: `channels` and input pixels per map pixel (`reductions`), finest first."""
@@ -46,6 +51,20 @@ class Backbone(nn.Module):
             dict(num_chs=c, reduction=r, module=f"stages.{i}")
             for i, (c, r) in enumerate(zip(channels, reductions, strict=True))
         ]
+
+    def set_stem_info(self, channels: Sequence[int], reductions: Sequence[int], modules: Sequence[str]) -> None:
+        """Offer maps inside the stem as further levels, finer than the stages'; needs `stem_maps`."""
+        finer = [dict(num_chs=c, reduction=r, module=m) for c, r, m in zip(channels, reductions, modules, strict=True)]
+        self.feature_info = finer + self.feature_info
+        self.stem_levels = len(finer)
+
+    def stem_maps(self, x: Tensor) -> list[Tensor]:
+        """Image -> the stem's own levels as NCHW maps, finest first (none by default), and its output."""
+        return [self.stem(x)]
+
+    def fuse(self) -> Self:
+        """Fold batch norms and the like into their neighbours, in place: faster, and for inference only."""
+        return fuse(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -83,7 +102,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image -> last map after the final norm, NCHW."""
-        return self.norm(self._to_nchw(self.stages(self.stem(x))))
+        return self._final(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map -> logits `(batch, num_classes)`, or pooled features if `pre_logits`."""
@@ -105,7 +124,7 @@ class Backbone(nn.Module):
 
         Args:
             x: images `(batch, channels, height, width)`.
-            indices: stages to return, the last n if an int, all if `None`.
+            indices: levels to return (entries of `feature_info`), the last n if an int, all if `None`.
             norm: apply the final norm to the last stage's map.
             stop_early: do not run stages beyond the last one asked for.
             output_fmt: `"NCHW"`.
@@ -119,40 +138,48 @@ class Backbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW'; got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
-        deepest = len(self.stages) - 1
-        x = self.stem(x)
-        intermediates = []
-        for i, stage in enumerate(self.stages):
+        levels = self.stem_levels + len(self.stages)
+        take, last = feature_take_indices(levels, indices)
+        deepest = levels - 1
+        *finer, x = self.stem_maps(x) if self.stem_levels else [self.stem(x)]
+        intermediates = [feature for i, feature in enumerate(finer) if i in take]
+        for i, stage in enumerate(self.stages, start=self.stem_levels):
             if i <= last or not stop_early:
                 x = stage(x)
             if i in take:
-                feature = self._to_nchw(x)
-                intermediates.append(self.norm(feature) if norm and i == deepest else feature)
+                intermediates.append(self._to_nchw(x, norm=norm and i == deepest))
         if intermediates_only:
             return intermediates
-        x = self._to_nchw(x)
-        return (x if stop_early and last < deepest else self.norm(x)), intermediates
+        return (self._to_nchw(x) if stop_early and last < deepest else self._final(x)), intermediates
 
     @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the chosen intermediates do not need; returns their indices."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
+        take, last = feature_take_indices(self.stem_levels + len(self.stages), indices)
+        self.stages = self.stages[: max(0, last + 1 - self.stem_levels)]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
         return take
 
-    def _to_nchw(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
+    def _to_nchw(self, x: Any, norm: bool = False) -> Tensor:
+        """What a stage returns, as an NCHW map, after the final norm if asked."""
+        x = x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
+        return self.norm(x) if norm else x
+
+    def _final(self, x: Any) -> Tensor:
+        """What the last stage returns -> what the head reads."""
+        return self._to_nchw(x, norm=True)
 
 
 def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any) -> Any:
     """Create the variant `name` through timm, so that pretrained weights and `features_only` work as timm's own.
+
+    Weights published for another resolution or kernel are a tag; what the tag needs of the network
+    (`Card.model_args`) is set before the caller's own arguments, which override it.
 
     Args:
         family: the class, called with a variant's row as first argument.
@@ -162,13 +189,14 @@ def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, 
         **kwargs: the class's own arguments; those that name a field of the row override it.
     """
     row = variants[name]
+    kwargs = checkpoints.model_args(name, resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg")).tag) | kwargs
     overrides = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(row) if f.name in kwargs}
     return build_model_with_cfg(
         family,
         name,
         pretrained,
         model_cfg=dataclasses.replace(row, **overrides),
-        feature_cfg=dict(out_indices=tuple(range(len(row.depths))), feature_cls="getter"),
+        feature_cfg=dict(out_indices=None, feature_cls="getter"),
         pretrained_filter_fn=lambda state, model: checkpoints.convert(state, name),
         **kwargs,
     )

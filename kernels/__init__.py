@@ -1,5 +1,6 @@
 """Operators: pure functions on tensors, one folder each (api, torch, reference)."""
 
+from hybridzoo.kernels.neighborhood import na2d
 from hybridzoo.kernels.routed import bi_level_route, routed_attention2d
 
-__all__ = ["bi_level_route", "routed_attention2d"]
+__all__ = ["bi_level_route", "na2d", "routed_attention2d"]

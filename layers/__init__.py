@@ -1,6 +1,40 @@
 """Blocks that families share, and the attention layers."""
 
+from hybridzoo.layers.agent_attention import AgentAttention
 from hybridzoo.layers.bi_level_routing import BiLevelRoutingAttention
+from hybridzoo.layers.cascaded_group_attention import CascadedGroupAttention
+from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
+from hybridzoo.layers.eval_cache import EvalCache
+from hybridzoo.layers.folding import fuse
+from hybridzoo.layers.head import PooledHead
+from hybridzoo.layers.inline_attention import InLineAttention
+from hybridzoo.layers.linear_attention import MultiScaleLinearAttention
+from hybridzoo.layers.mbconv import FusedMBConv, MBConv, PoolShortcut
+from hybridzoo.layers.neighborhood import NeighborhoodAttention2d
+from hybridzoo.layers.relative_position import RelativePositionBias
+from hybridzoo.layers.residual import Residual
 from hybridzoo.layers.stage import Stage
+from hybridzoo.layers.window_attention import WindowAttention
 
-__all__ = ["BiLevelRoutingAttention", "Stage"]
+__all__ = [
+    "AgentAttention",
+    "BiLevelRoutingAttention",
+    "CascadedGroupAttention",
+    "ConvNormAct",
+    "CoordinateBias",
+    "CoordinateEmbedding",
+    "EvalCache",
+    "FusedMBConv",
+    "InLineAttention",
+    "MBConv",
+    "MultiScaleLinearAttention",
+    "NeighborhoodAttention2d",
+    "PoolShortcut",
+    "PooledHead",
+    "RelativePositionBias",
+    "Residual",
+    "Stage",
+    "WindowAttention",
+    "fuse",
+]

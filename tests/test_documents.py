@@ -9,12 +9,18 @@ from pathlib import Path
 
 import pytest
 import timm
+from timm.models import model_entrypoint
 
-from hybridzoo.checkpoints import cards
+from hybridzoo.checkpoints import cards, markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-ROOMS = ["hybridzoo.kernels.routed.api", "hybridzoo.layers.bi_level_routing"]
+ROOMS = [
+    "hybridzoo.backbones.dinat_dilations",
+    "hybridzoo.kernels.routed.api",
+    "hybridzoo.layers.bi_level_routing",
+    "hybridzoo.layers.neighborhood",
+]
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda b: b.splitlines()[-1])
@@ -37,12 +43,16 @@ def test_readme_names_configs_that_exist():
     assert named <= set(list_configs())
 
 
-def test_readme_table_equals_the_cards():
-    rows = dict(re.findall(r"^\| (`.*?`) \| (.*?) \| .*\|$", README, re.M))
-    for card in cards():
-        (parameters,) = [value for names, value in rows.items() if f"`{card.model}`" in names]
-        assert parameters == f"{card.params / 1e6:.1f} M"
-    assert {card.model for card in cards()} <= set(timm.list_models())
+def test_table_of_models_equals_the_cards():
+    table = (ROOT / "docs/models.md").read_text().partition("\n\n| ")[2]
+    assert f"| {table}" == markdown_table(), "make docs/models.md"
+    ours = {name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("hybridzoo.")}
+    assert {card.model for card in cards()} == ours
+
+
+def test_readme_names_every_family():
+    for family in {card.family for card in cards()}:
+        assert f"`{family.removesuffix('_isotropic')}_" in README or f"`{family}_" in README, family
 
 
 def test_readme_pictures_exist():

@@ -106,8 +106,9 @@ def load_strokes(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _write_classification(folder: Path) -> None:
-    side, drawings = 32, {"train": 6, "val": 1}
-    for which, split in enumerate(("train", "val")):
+    side = 32
+    drawings: dict[Split, int] = {"train": 6, "val": 1}
+    for which, split in enumerate(drawings):
         strokes, labels = load_strokes(split)
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)

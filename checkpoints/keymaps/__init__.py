@@ -6,10 +6,34 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps import biformer
+from hybridzoo.checkpoints.keymaps import (
+    ascan,
+    biformer,
+    dinat,
+    efficientvit_mit,
+    efficientvit_msra,
+    fastervit,
+    hosts,
+    maxvit,
+    patnet,
+)
 
 # First word or words of a model's name -> module with `convert(state_dict, model_name)`
-_FAMILIES = {"biformer": biformer}
+_FAMILIES = {
+    "ascan": ascan,
+    "agent": hosts,
+    "biformer": biformer,
+    "inline": hosts,
+    "efficientvit_mit": efficientvit_mit,
+    "efficientvit_msra": efficientvit_msra,
+    "dinat": dinat,
+    "maxvit": maxvit,
+    "nat": dinat,
+    "partialnet": patnet,
+    "patnet": patnet,
+    "vitrpb": dinat,
+    "fastervit": fastervit,
+}
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
@@ -28,6 +52,4 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
     for prefix, module in _FAMILIES.items():
         if name == prefix or name.startswith(f"{prefix}_"):
             return module.convert(state_dict, name)
-    raise ValueError(
-        f"model_name: no published weights are known for {model_name!r}; families: {', '.join(_FAMILIES)}"
-    )
+    raise ValueError(f"model_name: no published weights are known for {model_name!r}; families: {', '.join(_FAMILIES)}")

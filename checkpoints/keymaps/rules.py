@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-Rules = Sequence[tuple[str, str]]  # (pattern, replacement), in the order of their application
+Replacement = str | Callable[[re.Match[str]], str]
+Rules = Sequence[tuple[str, Replacement]]  # (pattern, replacement), in the order of their application
 
 
 def rename(key: str, rules: Rules) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import sys
 
@@ -22,28 +23,38 @@ def variants(name: str) -> dict:
 
 
 def _leaders() -> list[str]:
-    """The smallest variant of every structure: what only differs in sizes compiles, exports and recomputes alike.
+    """The first, smallest variant of every structure: what only differs in sizes compiles and exports alike.
 
-    Sizes are a row's numbers and tuples; its switches (booleans, strings) and its class make the structure.
+    Sizes are a row's numbers and tuples; its switches (booleans, strings) and its name's first words make the structure.
     """
     leaders: dict[tuple, str] = {}
-    with torch.device("meta"):
-        models = {name: timm.create_model(name) for name in MODELS}
-    weight = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    for name in sorted(MODELS, key=weight.__getitem__):
-        row = vars(variants(name)[name])
-        switches = tuple((key, value) for key, value in sorted(row.items()) if isinstance(value, bool | str))
-        leaders.setdefault((type(models[name]), switches), name)
+    for module in dict.fromkeys(model_entrypoint(name).__module__ for name in MODELS):
+        for name, row in sys.modules[module].VARIANTS.items():
+            switches = tuple((k, v) for k, v in sorted(vars(row).items()) if isinstance(v, bool | str))
+            leaders.setdefault((name.rpartition("_")[0], switches), name)
     return sorted(leaders.values(), key=MODELS.index)
 
 
 LEADERS = _leaders()
+HEAVY = 40e6  # parameters; heavier variants are tested with one block a stage, or take gigabytes and minutes
+
+
+def one_block_a_stage(name: str) -> dict[str, tuple[int, ...]]:
+    return dict(depths=(1,) * len(variants(name)[name].depths))
+
+
+@functools.cache
+def size(name: str) -> dict[str, tuple[int, ...]]:
+    """Arguments that keep the variant small enough to run here; none for most."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+    return one_block_a_stage(name) if parameters > HEAVY else {}
 
 
 def shallow(name: str) -> torch.nn.Module:
     """A variant with one block a stage: what costs time only in the number of blocks."""
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=7, depths=(1,) * len(variants(name)[name].depths)).eval()
+    return timm.create_model(name, num_classes=7, **one_block_a_stage(name)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +66,7 @@ def shared():
         if name not in cache:
             cache.clear()  # tests are ordered by model: one at a time in memory
             torch.manual_seed(0)
-            cache[name] = timm.create_model(name, num_classes=7).eval()
+            cache[name] = timm.create_model(name, num_classes=7, **size(name)).eval()
         return cache[name]
 
     return get
@@ -70,11 +81,11 @@ def test_there_are_models():
     assert not is_model_in_modules("biformer_tiny", ["vision_transformer"])
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 57), (130, 97)])
+@pytest.mark.parametrize("pixels", [(32, 32), (33, 57), (130, 97)])
 @pytest.mark.parametrize("name", MODELS)
-def test_any_size_forward(shared, name, size):
+def test_any_size_forward(shared, name, pixels):
     with torch.no_grad():
-        logits = shared(name)(image(*size))
+        logits = shared(name)(image(*pixels))
     assert logits.shape == (2, 7)
     assert logits.isfinite().all()
 
@@ -90,7 +101,8 @@ def test_backward_reaches_every_parameter(shared, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_default_cfg_is_complete(name):
-    model = timm.create_model(name)
+    with torch.device("meta"):
+        model = timm.create_model(name)
     cfg = model.default_cfg
     assert {"url", "num_classes", "input_size", "pool_size", "mean", "std", "first_conv", "classifier"} <= cfg.keys()
     state = model.state_dict()
@@ -99,7 +111,8 @@ def test_default_cfg_is_complete(name):
     assert model.num_classes == cfg["num_classes"]
     with torch.no_grad(), torch.device("meta"):
         meta = model.to("meta").eval()
-        assert meta.forward_features(torch.empty(1, *cfg["input_size"])).shape[-2:] == tuple(cfg["pool_size"])
+        *_, last = meta.forward_intermediates(torch.empty(1, *cfg["input_size"]), intermediates_only=True)
+        assert last.shape[-2:] == tuple(cfg["pool_size"])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,7 +120,7 @@ def test_classifier_can_be_reset_or_removed(shared, name):
     model = copy.deepcopy(shared(name))
     with torch.no_grad():
         features = model.forward_features(image())
-        assert features.shape[1] == model.num_features
+        assert features.shape[1 if features.ndim == 4 else 2] == model.num_features  # a map, or tokens
         pooled = model.forward_head(features, pre_logits=True)
         assert pooled.shape == (2, model.head_hidden_size)
         assert isinstance(model.get_classifier(), torch.nn.Linear)
@@ -117,8 +130,8 @@ def test_classifier_can_be_reset_or_removed(shared, name):
         torch.testing.assert_close(model(image()), pooled)
         model.reset_classifier(0, "")
         assert model(image()).shape == features.shape
-        headless = timm.create_model(name, num_classes=0, global_pool="max")
-        assert headless.eval()(image()).shape == (2, headless.num_features)
+        headless = timm.create_model(name, num_classes=0, global_pool="max", **size(name))
+        assert headless.eval()(image()).shape == (2, headless.head_hidden_size)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -136,10 +149,12 @@ def test_intermediates_are_the_features(shared, name):
         (second,) = model.forward_intermediates(image(130, 97), indices=[1], stop_early=True, intermediates_only=True)
         torch.testing.assert_close(second, maps[1])
         (last,) = model.forward_intermediates(image(130, 97), indices=1, norm=True, intermediates_only=True)
+        if final.ndim == 3:  # tokens, the class token first
+            final = final[:, 1:].mT.reshape(last.shape)
         torch.testing.assert_close(last, final)
         with pytest.raises(ValueError, match="output_fmt must be 'NCHW'"):
             model.forward_intermediates(image(), output_fmt="NLC")
-        dense = timm.create_model(name, features_only=True, out_indices=(0, 2))
+        dense = timm.create_model(name, features_only=True, out_indices=(0, 2), **size(name))
         dense.model.load_state_dict(model.state_dict(), strict=False)  # it lacks the head and final norm
         for got, index in zip(dense.eval()(image(130, 97)), (0, 2), strict=True):
             torch.testing.assert_close(got, maps[index])

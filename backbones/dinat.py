@@ -1,0 +1,267 @@
+"""NAT, DiNAT and DiNAT_s: pyramids in which every token attends to a window of tokens around it.
+
+Papers: "Neighborhood Attention Transformer", Hassani et al., CVPR 2023, arXiv 2204.07143 (NAT); "Dilated Neighborhood
+Attention Transformer", Hassani and Shi, arXiv 2209.15001 (the others). Published code and weights:
+SHI-Labs/Neighborhood-Attention-Transformer (MIT). Written from the papers and from measurements of that code.
+
+One block, two skeletons: overlapping convolutions ("conv": NAT, DiNAT) and Swin's patches ("swin": DiNAT_s). NAT is
+DiNAT with every dilation 1.
+
+image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits (B, num_classes); NHWC inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+from hybridzoo import checkpoints
+from hybridzoo.backbones.base import Backbone, build
+from hybridzoo.backbones.dinat_dilations import STRIDES, Dilations, Skeleton, block_dilations
+from hybridzoo.layers import NeighborhoodAttention2d, Stage
+from hybridzoo.layers.neighborhood import Dilation, Padding
+
+HEAD_DIM = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class DiNATConfig:
+    """A row of the papers' tables.
+
+    `dilations`: for each stage the dilations of its blocks, repeated as often as needed; or `"auto"`, which alternates
+    1 and the largest that fits into the map at hand; or the name of a published choice, see `dinat_dilations`.
+    `layer_scale`: initial value, 0 for none.
+    """
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    mlp_ratio: float
+    dilations: Dilations | str = ((1,), (1,), (1,), (1,))
+    skeleton: Skeleton = "conv"
+    layer_scale: float = 0.0
+    kernel_size: int = 7
+    padding: Padding = "bias"  # what stands beyond the edge of a small map, see NeighborhoodAttention2d
+
+
+class Block(nn.Module):
+    """Attention, then an MLP; pre-norm residuals on a `(B, H, W, dim)` map."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, layer_scale: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class ConvStem(nn.Module):
+    """Image (B, in_chans, H, W) -> (B, H/4, W/4, dim), rounded up: two 3x3 convolutions, nothing between them, norm."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Channels-last from the first convolution on: every later permutation is then a view.
+        x = self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class PatchStem(nn.Module):
+    """Image (B, in_chans, H, W) -> (B, H/patch, W/patch, dim), rounded up: a convolution of its own stride, norm."""
+
+    def __init__(self, in_chans: int, dim: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.conv1 = nn.Conv2d(in_chans, dim, patch, stride=patch)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        below, right = -x.shape[2] % self.patch, -x.shape[3] % self.patch
+        if below or right:
+            x = F.pad(x, (0, right, 0, below))
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class ConvDownsample(nn.Module):
+    """(B, H, W, dim) -> (B, H/2, W/2, out_dim), rounded up: 3x3 convolution without bias, then norm."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class DiNAT(Backbone):
+    """NAT, DiNAT and DiNAT_s for images of any size from 32 x 32 pixels.
+
+    Maps smaller than a window are treated as the weights were trained, see `NeighborhoodAttention2d`. For images much
+    smaller or larger than the variant's own, choose `dilations` to fit.
+
+    Args:
+        cfg: the variant; its fields (`dilations`, `kernel_size`, `padding`, `layer_scale`, …) are also arguments of
+            `timm.create_model`. Bias tables published for another kernel are resized while loading.
+        in_chans: channels of the image.
+        num_classes: 0 for pooled features.
+        global_pool: `"avg"`, `"max"`, … or `""` for none.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0. The published runs used 0.2 (mini,
+            tiny), 0.3 (small), 0.5 (base), 0.35 (large).
+
+    Raises:
+        ValueError: `dilations` is neither a known name nor one non-empty sequence of positive numbers a stage.
+    """
+
+    layout = "NHWC"
+
+    def __init__(
+        self,
+        cfg: DiNATConfig,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dilations = block_dilations(cfg.dilations, cfg.depths, cfg.skeleton)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = cfg.dims[-1]
+        self.set_feature_info(cfg.dims, STRIDES)
+
+        def block(dim: int, dilation: Dilation) -> Block:
+            attn = NeighborhoodAttention2d(dim, dim // HEAD_DIM, cfg.kernel_size, dilation, padding=cfg.padding)
+            return Block(dim, attn, cfg.mlp_ratio, cfg.layer_scale, next(rates))
+
+        conv = cfg.skeleton == "conv"
+        self.stem = ConvStem(in_chans, cfg.dims[0]) if conv else PatchStem(in_chans, cfg.dims[0], STRIDES[0])
+        merge: Callable[..., nn.Module] = ConvDownsample if conv else PatchMerging
+        stages = []
+        for i, dim in enumerate(cfg.dims):
+            stages.append(Stage([block(dim, d) for d in dilations[i]], merge(cfg.dims[i - 1], dim) if i else None))
+        self.stages = nn.Sequential(*stages)
+        self.norm = LayerNorm2d(self.num_features, eps=1e-5)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
+        self.apply(init_linear)
+
+
+def init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_224: Any = dict(dilations="in1k_224")
+_SWIN: Any = dict(_224, mlp_ratio=4.0, skeleton="swin")
+_MINI: Any = dict(depths=(3, 4, 6, 5), dims=(64, 128, 256, 512), mlp_ratio=3.0)
+_TINY: Any = dict(depths=(3, 4, 18, 5), dims=(64, 128, 256, 512), mlp_ratio=3.0)
+_SMALL: Any = dict(depths=(3, 4, 18, 5), dims=(96, 192, 384, 768), mlp_ratio=2.0)
+_BASE: Any = dict(depths=(3, 4, 18, 5), dims=(128, 256, 512, 1024), mlp_ratio=2.0)
+_LARGE: Any = dict(depths=(3, 4, 18, 5), dims=(192, 384, 768, 1536), mlp_ratio=2.0)
+
+
+VARIANTS = {
+    "nat_mini": DiNATConfig(**_MINI),
+    "nat_tiny": DiNATConfig(**_TINY),
+    "nat_small": DiNATConfig(**_SMALL, layer_scale=1e-5),
+    "nat_base": DiNATConfig(**_BASE, layer_scale=1e-5),
+    "dinat_mini": DiNATConfig(**_MINI, **_224),
+    "dinat_tiny": DiNATConfig(**_TINY, **_224),
+    "dinat_small": DiNATConfig(**_SMALL, **_224),  # without layer scale, unlike nat_small
+    "dinat_base": DiNATConfig(**_BASE, **_224, layer_scale=1e-5),
+    "dinat_large": DiNATConfig(**_LARGE, **_224),
+    "dinat_s_tiny": DiNATConfig((2, 2, 6, 2), (96, 192, 384, 768), **_SWIN),
+    "dinat_s_small": DiNATConfig((2, 2, 18, 2), (96, 192, 384, 768), **_SWIN),
+    "dinat_s_base": DiNATConfig((2, 2, 18, 2), (128, 256, 512, 1024), **_SWIN),
+    "dinat_s_large": DiNATConfig((2, 2, 18, 2), (192, 384, 768, 1536), **_SWIN),
+}
+
+default_cfgs = generate_default_cfgs(checkpoints.timm_cfgs("dinat", first_conv="stem.conv1", classifier="head.fc"))
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "nat_mini", pretrained, **kwargs)
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "nat_tiny", pretrained, **kwargs)
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "nat_small", pretrained, **kwargs)
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "nat_base", pretrained, **kwargs)
+
+
+@register_model
+def dinat_mini(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_mini", pretrained, **kwargs)
+
+
+@register_model
+def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dinat_small(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_small", pretrained, **kwargs)
+
+
+@register_model
+def dinat_base(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_base", pretrained, **kwargs)
+
+
+@register_model
+def dinat_large(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_large", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_s_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_s_small", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_s_base", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    return build(DiNAT, VARIANTS, "dinat_s_large", pretrained, **kwargs)

@@ -1,0 +1,247 @@
+"""EfficientViT of the MIT Han Lab: inverted bottlenecks, then multi-scale linear attention; B0 to B3 and L1 to L3.
+
+Paper: "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", Cai et al., ICCV 2023,
+arXiv 2205.14756. Published code and weights: mit-han-lab/efficientvit (Apache-2.0). Not the Microsoft family of the
+same name, see `efficientvit_msra`. Written from the paper and from measurements of that code.
+
+image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, sizes rounded up -> logits (B, num_classes); NCHW.
+Nothing depends on the image's size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from hybridzoo import checkpoints
+from hybridzoo.backbones.base import Backbone, build
+from hybridzoo.layers import (
+    ConvNormAct,
+    FusedMBConv,
+    MBConv,
+    MultiScaleLinearAttention,
+    PooledHead,
+    Residual,
+    Stage,
+)
+
+STRIDES = (4, 8, 16, 32)
+FEWER_NORMS = (False, False, True)  # of MBConv's three convolutions: the first two have a bias instead
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientViTMITConfig:
+    """A published model.
+
+    `depths` counts the blocks after a stage's first, the strided one. (The paper and timm count that one
+    too, but only in B's first two stages.)
+    """
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    stem_dim: int
+    head_dim: int  # channels of an attention head
+    head_widths: tuple[int, int]  # of the classifier's hidden layers
+    stem_depth: int = 1
+    large: bool = False  # L: full convolutions early, GELU, attention in the last stage only
+
+    @property
+    def norm_eps(self) -> float:
+        return 1e-7 if self.large else 1e-5
+
+    @property
+    def norm_layer(self) -> Any:
+        return partial(nn.BatchNorm2d, eps=self.norm_eps)
+
+    @property
+    def act_layer(self) -> Any:
+        return partial(nn.GELU, approximate="tanh") if self.large else partial(nn.Hardswish, inplace=True)
+
+
+class Stem(nn.Module):
+    """Image -> (B, dim, H/2, W/2): a strided 3x3 convolution, then residual pairs of convolutions.
+
+    A pair is depthwise 3x3 and 1x1 in B, 3x3 and 3x3 in L.
+    """
+
+    def __init__(self, in_chans: int, cfg: EfficientViTMITConfig) -> None:
+        super().__init__()
+        dim, layers = cfg.stem_dim, dict(norm_layer=cfg.norm_layer, act_layer=cfg.act_layer)
+
+        def pair() -> nn.Sequential:
+            first = ConvNormAct(dim, dim, 3, groups=1 if cfg.large else dim, **layers)
+            return nn.Sequential(first, ConvNormAct(dim, dim, 3 if cfg.large else 1, norm_layer=cfg.norm_layer))
+
+        self.conv = ConvNormAct(in_chans, dim, 3, 2, **layers)
+        self.pairs = nn.Sequential(*(Residual(pair()) for _ in range(cfg.stem_depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pairs(self.conv(x))
+
+
+class AttentionBlock(nn.Sequential):
+    """Global context by linear attention, local detail by an inverted bottleneck; both residual, no norm before."""
+
+    def __init__(self, attn: MultiScaleLinearAttention, local: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        self.attn = Residual(attn, drop_path)
+        self.local = local
+
+
+class EfficientViTMIT(Backbone):
+    """EfficientViT (MIT) for images of any size from 32 x 32 pixels.
+
+    Args:
+        cfg: the variant; its fields are also arguments of `timm.create_model`.
+        in_chans: channels of the image.
+        num_classes: 0 for the features that the classifier would read, `(batch, head_widths[1])`.
+        global_pool: `"avg"`, `"max"`, `"avgmax"`, or `""` for no head.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last residual branch, growing linearly over all branches of the stages.
+            The published runs used 0.05 (b1, b2) and 0.1 (b3, l1, l2, l3).
+
+    Raises:
+        ValueError: a pooling that the head does not know, or channels that do not fit the heads.
+    """
+
+    head: PooledHead
+
+    def __init__(
+        self,
+        cfg: EfficientViTMITConfig,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features, self.head_hidden_size = cfg.dims[-1], cfg.head_widths[1]
+        self.set_feature_info(cfg.dims, STRIDES)
+        attends = [i == 3 or (i == 2 and not cfg.large) for i in range(len(cfg.dims))]
+        branches = sum(depth * (1 + a) for depth, a in zip(cfg.depths, attends, strict=True))
+        rates: Iterator[float] = (drop_path_rate * (i + 1) / branches for i in range(branches))
+        layers = dict(norm_layer=cfg.norm_layer, act_layer=cfg.act_layer)
+
+        def bottleneck(stage: int, in_dim: int, out_dim: int, expansion: int, residual: bool) -> nn.Module:
+            # L saves norms from its third stage on, B where it attends.
+            fewer = attends[stage] or (cfg.large and stage == 2)
+            kind: Any = FusedMBConv if cfg.large and not fewer else MBConv
+            options: dict[str, Any] = dict(norms=FEWER_NORMS) if fewer else {}
+            if residual:
+                options.update(shortcut=nn.Identity(), drop_path=next(rates))
+            return kind(in_dim, out_dim, 1 if residual else 2, hidden_dim=expansion * in_dim, **layers, **options)
+
+        def block(stage: int, dim: int) -> nn.Module:
+            if not attends[stage]:
+                return bottleneck(stage, dim, dim, 4, residual=True)
+            rate = next(rates)
+            attn = MultiScaleLinearAttention(dim, cfg.head_dim, norm_layer=cfg.norm_layer)
+            return AttentionBlock(attn, bottleneck(stage, dim, dim, 6 if cfg.large else 4, residual=True), rate)
+
+        self.stem = Stem(in_chans, cfg)
+        stages, in_dim = [], cfg.stem_dim
+        for i, (dim, depth) in enumerate(zip(cfg.dims, cfg.depths, strict=True)):
+            expansion = (24 if attends[i] else 16) if cfg.large else 4
+            strided = bottleneck(i, in_dim, dim, expansion, residual=False)
+            stages.append(Stage([strided, *(block(i, dim) for _ in range(depth))]))
+            in_dim = dim
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.Identity()
+        first, second = cfg.head_widths
+        mlp = nn.Sequential(
+            nn.Linear(first, second, bias=False), nn.LayerNorm(second, eps=cfg.norm_eps), cfg.act_layer()
+        )
+        self.head = PooledHead(
+            ConvNormAct(cfg.dims[-1], first, **layers), mlp, second, num_classes, global_pool, drop_rate
+        )
+        self.apply(_init_weights)
+
+
+def _init_weights(module: nn.Module) -> None:
+    """The training script's: small normal weights; residual branches start at zero."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    last: Any = None  # convolution of a residual branch; a module comes after those it contains
+    if isinstance(module, Residual):
+        branch: Any = module.branch
+        last = branch.proj if isinstance(branch, MultiScaleLinearAttention) else branch[-1]
+    elif isinstance(module, MBConv | FusedMBConv) and module.shortcut is not None:
+        last = module.project
+    if last is not None:
+        nn.init.zeros_(last.norm.weight)
+
+
+_L: dict[str, Any] = dict(head_dim=32, large=True)
+
+VARIANTS = {
+    "efficientvit_mit_b0": EfficientViTMITConfig(
+        (16, 32, 64, 128), (1, 1, 2, 2), 8, head_dim=16, head_widths=(1024, 1280)
+    ),
+    "efficientvit_mit_b1": EfficientViTMITConfig(
+        (32, 64, 128, 256), (1, 2, 3, 4), 16, head_dim=16, head_widths=(1536, 1600)
+    ),
+    "efficientvit_mit_b2": EfficientViTMITConfig(
+        (48, 96, 192, 384), (2, 3, 4, 6), 24, head_dim=32, head_widths=(2304, 2560)
+    ),
+    "efficientvit_mit_b3": EfficientViTMITConfig(
+        (64, 128, 256, 512), (3, 5, 6, 9), 32, head_dim=32, head_widths=(2304, 2560)
+    ),
+    "efficientvit_mit_l1": EfficientViTMITConfig((64, 128, 256, 512), (1, 1, 6, 6), 32, head_widths=(3072, 3200), **_L),
+    "efficientvit_mit_l2": EfficientViTMITConfig((64, 128, 256, 512), (2, 2, 8, 8), 32, head_widths=(3072, 3200), **_L),
+    "efficientvit_mit_l3": EfficientViTMITConfig(
+        (128, 256, 512, 1024), (2, 2, 8, 8), 64, head_widths=(6144, 6400), **_L
+    ),
+}
+
+default_cfgs = generate_default_cfgs(
+    checkpoints.timm_cfgs("efficientvit_mit", first_conv="stem.conv.conv", classifier="head.fc")
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    return build(EfficientViTMIT, VARIANTS, name, pretrained, **kwargs)
+
+
+@register_model
+def efficientvit_mit_b0(pretrained: bool = False, **kwargs: Any) -> EfficientViTMIT:
+    return _create("efficientvit_mit_b0", pretrained, **kwargs)
+
+
+@register_model
+def efficientvit_mit_b1(pretrained: bool = False, **kwargs: Any) -> EfficientViTMIT:
+    return _create("efficientvit_mit_b1", pretrained, **kwargs)
+
+
+@register_model
+def efficientvit_mit_b2(pretrained: bool = False, **kwargs: Any) -> EfficientViTMIT:
+    return _create("efficientvit_mit_b2", pretrained, **kwargs)
+
+
+@register_model
+def efficientvit_mit_b3(pretrained: bool = False, **kwargs: Any) -> EfficientViTMIT:
+    return _create("efficientvit_mit_b3", pretrained, **kwargs)
+
+
+@register_model
+def efficientvit_mit_l1(pretrained: bool = False, **kwargs: Any) -> EfficientViTMIT:
+    return _create("efficientvit_mit_l1", pretrained, **kwargs)
+
+
+@register_model
+def efficientvit_mit_l2(pretrained: bool = False, **kwargs: Any) -> EfficientViTMIT:
+    return _create("efficientvit_mit_l2", pretrained, **kwargs)
+
+
+@register_model
+def efficientvit_mit_l3(pretrained: bool = False, **kwargs: Any) -> EfficientViTMIT:
+    return _create("efficientvit_mit_l3", pretrained, **kwargs)

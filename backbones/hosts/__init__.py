@@ -1,0 +1,25 @@
+"""Four well-known networks that other papers put their attention into, written once for all of them.
+
+A host has everything but that attention: stem, stages, its own softmax attention, head. A family gives it a factory of
+its layers and the number of blocks at the start of each stage that use them (`linear` in a variant's row).
+"""
+
+from hybridzoo.backbones.hosts.block import ALL, Block, default_cfgs
+from hybridzoo.backbones.hosts.cswin import CSwin, CSwinConfig
+from hybridzoo.backbones.hosts.deit import DeiT, DeiTConfig
+from hybridzoo.backbones.hosts.pvt import PVT, PVTConfig
+from hybridzoo.backbones.hosts.swin import Swin, SwinConfig
+
+__all__ = [
+    "ALL",
+    "PVT",
+    "Block",
+    "CSwin",
+    "CSwinConfig",
+    "DeiT",
+    "DeiTConfig",
+    "PVTConfig",
+    "Swin",
+    "SwinConfig",
+    "default_cfgs",
+]

@@ -1,0 +1,156 @@
+"""CSwin: a pyramid whose own attention is softmax in cross-shaped stripes.
+
+Paper: "CSWin Transformer", Dong et al., CVPR 2022, arXiv 2107.00652.
+
+image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits; NHWC inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from torch import Tensor, nn
+
+from hybridzoo.backbones.base import Backbone
+from hybridzoo.backbones.hosts.block import ALL, Attention, Block, init_weights
+from hybridzoo.layers import Stage
+from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
+
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class CSwinConfig:
+    """A variant; `img_size` is the (square) size that tables are made for, the widest stripes have a 32nd of it."""
+
+    dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    linear: tuple[int, ...] = (ALL, ALL, 0, 0)  # blocks at the start of each stage with the family's attention
+    img_size: int = 224
+
+
+class StripeAttention(nn.Module):
+    """Softmax attention of half the heads in vertical, half in horizontal stripes of a `(B, H, W, dim)` map.
+
+    A depthwise 3x3 convolution of the values, stripe by stripe, encodes positions (LePE). Where stripes do not divide
+    the map they are made equal, at most `stripe` wide; tokens beyond the edge are masked.
+
+    Args:
+        dim: channels, a multiple of `num_heads`.
+        num_heads: attention heads, an even number with stripes.
+        stripe: width of a stripe in tokens, or `None` for all heads on the whole map.
+    """
+
+    def __init__(self, dim: int, num_heads: int, stripe: int | None) -> None:
+        super().__init__()
+        self.stripe = stripe
+        branches = 1 if stripe is None else 2
+        self.num_heads = num_heads // branches
+        self.qkv = nn.Linear(dim, 3 * dim)
+        width = dim // branches
+        self.lepe = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(branches))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        parts = self.qkv(x).unflatten(-1, (3, len(self.lepe), -1)).unbind(-2)
+        if self.stripe is None:
+            windows = [(height, width)]
+        else:
+            windows = [(height, _even(width, self.stripe)), (_even(height, self.stripe), width)]
+        branches = [self._branch(p.flatten(3), w, c) for p, w, c in zip(parts, windows, self.lepe, strict=True)]
+        return self.proj(torch.cat(branches, dim=-1))
+
+    def _branch(self, qkv: Tensor, window: tuple[int, int], lepe: nn.Module) -> Tensor:
+        _, height, width, dim = qkv.shape
+        windows = to_windows(qkv, window)
+        tokens = windows.flatten(3, 4).flatten(0, 2)
+        out = attend(tokens, self.num_heads, mask=padding_mask(height, width, window, device=qkv.device))
+        value = tokens[..., 2 * dim // 3 :].unflatten(1, window)
+        out = out.unflatten(1, window) + lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return from_windows(out.unflatten(0, windows.shape[:3]), height, width)
+
+
+def _even(side: int, stripe: int) -> int:
+    """Width of the fewest equal stripes of at most `stripe` tokens that cover `side`."""
+    return -(-side // -(-side // stripe))
+
+
+class Stem(nn.Module):
+    """Image -> `(B, H/4, W/4, dim)`, by overlapping patches."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 7, stride=4, padding=2)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1).contiguous())
+
+
+class Merge(nn.Module):
+    """`(B, H, W, dim)` -> `(B, H/2, W/2, out_dim)`, rounded up."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())
+
+
+class CSwin(Backbone):
+    """CSwin for images of any size from 32 x 32 pixels.
+
+    Args:
+        cfg: the variant; its fields are also arguments of `timm.create_model`.
+        attention: the family's attention on `(B, H, W, dim)` maps.
+        in_chans: channels of the image.
+        num_classes: 0 for pooled features.
+        global_pool: `"avg"`, `"max"`, … or `""` for none.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    layout = "NHWC"
+    linear_block: type[Block] = Block  # of the blocks with the family's attention
+
+    def __init__(
+        self,
+        cfg: CSwinConfig,
+        attention: Attention,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dims = [cfg.dim * 2**i for i in range(len(cfg.depths))]
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.set_feature_info(dims, STRIDES)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        self.stem = Stem(in_chans, cfg.dim)
+        stages = []
+        for i, (depth, dim, heads) in enumerate(zip(cfg.depths, dims, cfg.num_heads, strict=True)):
+            stripe = (1, 2, cfg.img_size // 32, None)[i]
+            blocks = []
+            for j in range(depth):
+                if j < cfg.linear[i]:
+                    block, attn = self.linear_block, attention(i, dim, heads, cfg.img_size // STRIDES[i])
+                else:
+                    block, attn = Block, StripeAttention(dim, heads, stripe)
+                blocks.append(block(dim, attn, mlp_ratio=4, drop_path=next(rates), eps=1e-5))
+            stages.append(Stage(blocks, Merge(dims[i - 1], dim) if i else None))
+        self.stages = nn.Sequential(*stages)
+        self.norm = LayerNorm2d(self.num_features, eps=1e-5)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
+        self.apply(init_weights)

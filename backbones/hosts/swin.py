@@ -1,0 +1,153 @@
+"""Swin: a pyramid whose own attention is softmax in shifted windows.
+
+Paper: "Swin Transformer", Liu et al., ICCV 2021, arXiv 2103.14030.
+
+image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, rounded up -> logits; NHWC inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from torch import Tensor, nn
+
+from hybridzoo.backbones.base import Backbone
+from hybridzoo.backbones.hosts.block import ALL, Attention, Block, init_weights
+from hybridzoo.layers import Stage, WindowAttention
+from hybridzoo.layers.windows import fit_window, from_windows, to_windows
+
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinConfig:
+    """A variant; `img_size` is the (square) size that tables are made for, windows have a 32nd of it."""
+
+    dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    linear: tuple[int, ...] = (ALL, ALL, ALL, 0)  # blocks at the start of each stage with the family's attention
+    img_size: int = 224
+
+
+class ShiftedWindowAttention(WindowAttention):
+    """Softmax attention in windows of a `(B, H, W, dim)` map, shifted by half a window if `shifted`.
+
+    Where windows do not divide the map it is extended, after the block's norm, by zeros at the bottom and right; these
+    are projected and attended to (published so). A window is never larger than the map, and is not shifted along an
+    axis that it covers.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, shifted: bool) -> None:
+        super().__init__(dim, num_heads, (window, window))
+        self.window = window
+        self.shifted = shifted
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a map, not windows
+        _, height, width, _ = x.shape
+        window = fit_window(height, width, (self.window, self.window))
+        shift = [self.window // 2 if self.shifted and n > self.window else 0 for n in (height, width)]
+        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
+        padded = (x.shape[1], x.shape[2])
+        if not any(shift):
+            return from_windows(super().forward(to_windows(x, window)), height, width)
+        x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
+        mask = _seam_mask(padded, window, shift, x.device)
+        x = from_windows(super().forward(to_windows(x, window), mask), *padded)
+        return torch.roll(x, (shift[0], shift[1]), (1, 2))[:, :height, :width]
+
+
+def _seam_mask(size: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:
+    """Which tokens of a window were neighbours before the roll: bool `(windows, tokens, tokens)`."""
+    # True for what came round from the other edge; only the last windows hold both kinds.
+    wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True)]
+    region = (2 * wrapped[0][:, None] + 1 * wrapped[1])[None, :, :, None]
+    label = to_windows(region, window).flatten(1, 2).flatten(2)[0]
+    return label[:, :, None] == label[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """Image, extended by zeros to a multiple of 4 -> `(B, H/4, W/4, dim)`."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, STRIDES[0], stride=STRIDES[0])
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, -x.shape[3] % STRIDES[0], 0, -x.shape[2] % STRIDES[0]))
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1).contiguous())
+
+
+class PatchMerging(nn.Module):
+    """`(B, H, W, dim)`, extended by zeros to even sides -> `(B, H/2, W/2, 2 * dim)`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, row, W/2, column, dim)
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+class Swin(Backbone):
+    """Swin for images of any size from 32 x 32 pixels.
+
+    Args:
+        cfg: the variant; its fields are also arguments of `timm.create_model`.
+        attention: the family's attention on `(B, H, W, dim)` maps.
+        in_chans: channels of the image.
+        num_classes: 0 for pooled features.
+        global_pool: `"avg"`, `"max"`, … or `""` for none.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    layout = "NHWC"
+
+    def __init__(
+        self,
+        cfg: SwinConfig,
+        attention: Attention,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dims = [cfg.dim * 2**i for i in range(len(cfg.depths))]
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.set_feature_info(dims, STRIDES)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        self.stem = PatchEmbed(in_chans, cfg.dim)
+        stages = []
+        for i, (depth, dim, heads) in enumerate(zip(cfg.depths, dims, cfg.num_heads, strict=True)):
+            blocks = []
+            for j in range(depth):
+                attn = (
+                    attention(i, dim, heads, cfg.img_size // STRIDES[i])
+                    if j < cfg.linear[i]
+                    # Every second block of the stage, the family's included, is a shifted one.
+                    else ShiftedWindowAttention(dim, heads, cfg.img_size // 32, shifted=j % 2 == 1)
+                )
+                blocks.append(Block(dim, attn, mlp_ratio=4, drop_path=next(rates), eps=1e-5))
+            stages.append(Stage(blocks, PatchMerging(dims[i - 1]) if i else None))
+        self.stages = nn.Sequential(*stages)
+        self.norm = LayerNorm2d(self.num_features, eps=1e-5)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
+        self.apply(init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("bias.table")}

@@ -1,0 +1,292 @@
+"""Neighborhood attention at DiNAT-Tiny shapes, kernel 7, with a trainable bias: ours beside what else one can run.
+
+    python benchmarks/neighborhood_attention.py [--batch 128] [--shapes 224] [--out neighborhood_attention.md]
+
+On a GPU if there is one (bfloat16), else on the CPU (float32). One process, medians of interleaved runs, after a check
+that all agree. Absolute times of a shared machine prove nothing: read the ratios. Contenders:
+
+* torch, triton: `na2d` with that `impl`;
+* gather: every query's neighborhood of keys and values gathered by indexing, then attended to;
+* dense: PyTorch's `scaled_dot_product_attention` over the whole map, mask and bias given as one matrix;
+* flex: compiled FlexAttention with the same mask and bias (CUDA only: elsewhere it has no gradient).
+
+"Floor" is the time in which the maps that must move (4 forward, 8 backward) move at this GPU's measured copy speed.
+"Memory" is the peak of forward + backward above what is there before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from hybridzoo.kernels import na2d
+from hybridzoo.kernels.neighborhood import reference
+
+KERNEL, HEAD_DIM = 7, 32
+DENSE_MAX_TOKENS = 4096  # its bias is quadratic
+FLUSH_BYTES = 2 << 30  # written between GPU measurements: empties the cache, and hides the time to launch a kernel
+Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Shape(NamedTuple):
+    height: int
+    width: int
+    heads: int
+    dilation: int
+
+
+SHAPES = {
+    "224": [
+        *(Shape(56, 56, 2, 1), Shape(56, 56, 2, 8), Shape(28, 28, 4, 1), Shape(28, 28, 4, 4)),
+        *(Shape(14, 14, 8, 1), Shape(14, 14, 8, 2), Shape(7, 7, 16, 1)),
+    ],
+    "800x1344": [  # dilations of the published detectors
+        *(Shape(200, 336, 2, 1), Shape(200, 336, 2, 28), Shape(100, 168, 4, 1), Shape(100, 168, 4, 14)),
+        *(Shape(50, 84, 8, 1), Shape(50, 84, 8, 5), Shape(25, 42, 16, 1), Shape(25, 42, 16, 3)),
+    ],
+}
+
+
+def ours(shape: Shape, impl: str) -> Function:
+    return lambda q, k, v, rpb: na2d(q, k, v, KERNEL, shape.dilation, rpb=rpb, impl=impl)
+
+
+def gather(shape: Shape, device: torch.device) -> Function:
+    axes = []
+    for side in shape[:2]:
+        keys, entries = zip(*reference.axis_table(side, KERNEL, shape.dilation), strict=True)
+        axes.append((torch.tensor(keys, device=device), torch.tensor(entries, device=device)))
+    (keys_h, entries_h), (keys_w, entries_w) = axes
+
+    def neighbors(x: Tensor) -> Tensor:  # (B, H, W, kernel * kernel, heads, d)
+        return x[:, keys_h[:, None, :, None], keys_w[None, :, None, :]].flatten(3, 4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
+        bias = rpb[:, entries_h[:, None, :, None], entries_w[None, :, None, :]].flatten(3).permute(1, 2, 0, 3)
+        scores = torch.einsum("byxhd,byxnhd->byxhn", q * HEAD_DIM**-0.5, neighbors(k)) + bias
+        return torch.einsum("byxhn,byxnhd->byxhd", scores.softmax(-1).to(v.dtype), neighbors(v))
+
+    return attend
+
+
+def dense(shape: Shape, device: torch.device) -> Function:
+    (seen_h, entries_h), (seen_w, entries_w) = (
+        [t.to(device) for t in reference.dense_axis(side, KERNEL, shape.dilation)] for side in shape[:2]
+    )
+    hidden = ~(seen_h[:, None, :, None] & seen_w[None, :, None, :]).flatten(2).flatten(0, 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
+        bias = rpb[:, entries_h[:, None, :, None], entries_w[None, :, None, :]].flatten(3).flatten(1, 2)
+        bias = bias.masked_fill(hidden, -torch.inf).to(q.dtype)
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, bias)
+        return out.transpose(1, 2).unflatten(1, shape[:2])
+
+    return attend
+
+
+def flex(shape: Shape, device: torch.device) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(query: Tensor, key: Tensor, length: int) -> Tensor:
+        residue, members = query % shape.dilation, (length - query % shape.dilation - 1) // shape.dilation + 1
+        start = (query // shape.dilation - KERNEL // 2).clamp(torch.zeros_like(members), (members - KERNEL).clamp(0))
+        place = key // shape.dilation
+        return (key % shape.dilation == residue) & (place >= start) & (place < start + KERNEL)
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        rows = seen(i // shape.width, j // shape.width, shape.height)
+        return rows & seen(i % shape.width, j % shape.width, shape.width)
+
+    tokens = shape.height * shape.width
+    block_mask = create_block_mask(mask, None, None, tokens, tokens, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            steps_h = torch.div(j // shape.width - i // shape.width, shape.dilation, rounding_mode="floor")
+            steps_w = torch.div(j % shape.width - i % shape.width, shape.dilation, rounding_mode="floor")
+            # Masked pairs of a visited block are looked up too, and must stay inside the table.
+            row, column = (s.clamp(1 - KERNEL, KERNEL - 1) + KERNEL - 1 for s in (steps_h, steps_w))
+            return score + rpb[h, row, column]
+
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        out = compiled(q, k, v, score_mod=add_bias, block_mask=block_mask)
+        return out.transpose(1, 2).unflatten(1, shape[:2])
+
+    return attend
+
+
+class Case:
+    """One shape's tensors; runs and measures functions on them."""
+
+    def __init__(self, shape: Shape, batch: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        size = (batch, shape.height, shape.width, 3, shape.heads, HEAD_DIM)
+        self.packed = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+        table = 2 * KERNEL - 1
+        self.rpb = torch.randn(shape.heads, table, table, device=device, dtype=dtype, requires_grad=True)
+        self.grad = torch.randn(*size[:3], *size[4:], device=device, dtype=dtype)
+        self.map_bytes = self.grad.nbytes
+
+    def forward(self, function: Function) -> Tensor:
+        return function(*self.packed.unbind(3), self.rpb)
+
+    def both_ways(self, function: Function) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(function), (self.packed, self.rpb), self.grad)
+
+    def check(self, functions: dict[str, Function], truth: Function) -> None:
+        """All results and gradients of the first image against `truth` in float32."""
+        inputs = [self.packed[:1], self.rpb]
+
+        def run(function: Function, dtype: torch.dtype) -> list[Tensor]:
+            packed, rpb = (t.detach().to(dtype).requires_grad_() for t in inputs)
+            out = function(*packed.unbind(3), rpb)
+            return [out, *torch.autograd.grad(out, (packed, rpb), self.grad[:1].to(dtype))]
+
+        expected = run(truth, torch.float32)
+        tolerance = 2e-2 if self.packed.dtype == torch.bfloat16 else 1e-4
+        for name, function in functions.items():
+            for what, ours, right in zip(("out", "dqkv", "drpb"), run(function, self.rpb.dtype), expected, strict=True):
+                error = ((ours.float() - right).abs().max() / right.abs().max()).item()
+                if not error <= tolerance:
+                    raise SystemExit(f"{name} disagrees with the gather formulation: {what} off by {error:.1e}")
+
+    def times(self, functions: dict[str, Function], repeats: int) -> dict[str, tuple[float, float]]:
+        """Median seconds of every function, forward and backward, runs interleaved."""
+        samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
+        for _ in range(repeats):
+            for name, function in functions.items():
+                with torch.no_grad():
+                    samples[name][0].append(self._timed(lambda f=function: self.forward(f)))
+                out = self.forward(function)
+                backward = self._timed(lambda out=out: torch.autograd.grad(out, (self.packed, self.rpb), self.grad))
+                samples[name][1].append(backward)
+                del out
+        return {name: (statistics.median(f), statistics.median(b)) for name, (f, b) in samples.items()}
+
+    def _timed(self, step: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+        torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device).zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) * 1e-3
+
+    def peak_memory(self, function: Function) -> int | None:
+        """Bytes; None where the system cannot tell."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.both_ways(function)
+            return torch.cuda.max_memory_allocated() - before
+        if platform.system() != "Linux":
+            return None
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+        before = _resident("VmRSS")
+        self.both_ways(function)
+        return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field))
+    return int(line.split()[1]) << 10
+
+
+def copy_speed(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(10):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        stop.record()
+        torch.cuda.synchronize()
+        best = min(best, start.elapsed_time(stop) * 1e-3)
+    return 2 * FLUSH_BYTES / best
+
+
+def measure(shape: Shape, batch: int, repeats: int, device: torch.device, speed: float | None) -> list[list[str]]:
+    """Rows of the table, one a contender."""
+    case = Case(shape, batch, device)
+    functions: dict[str, Function] = {"gather": gather(shape, device), "torch": ours(shape, "torch")}
+    if device.type == "cuda":
+        functions["triton"] = ours(shape, "triton")
+        functions["flex"] = flex(shape, device)
+    if shape.height * shape.width <= DENSE_MAX_TOKENS:
+        functions["dense"] = dense(shape, device)
+    case.check(functions, functions["gather"])
+    memory = {name: case.peak_memory(function) for name, function in functions.items()}
+    seconds = case.times(functions, repeats)
+    rows, slow = [], seconds["gather"]
+    for name, (forward, backward) in seconds.items():
+        size, used = f"{shape.height}x{shape.width}", memory[name]
+        cells = [size, str(shape.heads), str(shape.dilation), name, f"{forward * 1e3:.3g}", f"{backward * 1e3:.3g}"]
+        cells += [f"{slow[0] / forward:.1f}x", f"{sum(slow) / (forward + backward):.1f}x"]
+        cells.append("" if used is None else f"{used / 2**20:.0f}")
+        if speed:
+            cells += [f"{maps * case.map_bytes / speed / t:.0%}" for maps, t in ((4, forward), (8, backward))]
+        rows.append(cells)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch", type=int, help="at 224 px; default 128 on a GPU, 2 on a CPU (800x1344: 2 and 1)")
+    parser.add_argument("--shapes", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="also write the tables as Markdown")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    speed = copy_speed(device) if gpu else None
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    columns = ["map", "heads", "dilation", "", "forward ms", "backward ms", "gather: forward", "forward + backward"]
+    columns += ["memory MiB", *(["floor: forward", "backward"] if gpu else [])]
+    lines = []
+    for name, shapes in SHAPES.items():
+        if args.shapes not in (name, "all"):
+            continue
+        batch = (args.batch or (128 if gpu else 2)) if name == "224" else (2 if gpu else 1)
+        rows = []
+        for shape in track(shapes, f"measuring {name}", console=Console(stderr=True)):
+            rows += measure(shape, batch, args.repeats, device, speed)
+            torch._dynamo.reset()  # each shape compiles its own FlexAttention
+        title = f"Neighborhood attention, DiNAT-Tiny at {name} px, batch {batch}, {where}, torch {torch.__version__}"
+        table = Table(*columns, title=title)
+        for i, row in enumerate(rows):
+            table.add_row(*row, end_section=i + 1 == len(rows) or rows[i + 1][:3] != row[:3])
+        Console().print(table)
+        lines += [f"# {title}", "", f"Medians of {args.repeats} interleaved runs; see the benchmark's docstring.", ""]
+        lines += ["| " + " | ".join(r) + " |" for r in (columns, ["---"] * len(columns), *rows)] + [""]
+    if speed:
+        lines.append(f"Measured copy speed: {speed / 1e12:.2f} TB/s.")
+    if args.out:
+        args.out.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

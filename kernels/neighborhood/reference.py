@@ -1,0 +1,53 @@
+"""The formula with a dense mask, quadratic in tokens. Slow, meant for float64 tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def axis_table(length: int, kernel: int, dilation: int) -> list[tuple[list[int], list[int]]]:
+    """For every position of one axis: the positions of its keys and, for each, the index into that axis of rpb."""
+    table = []
+    for i in range(length):
+        residue, p = i % dilation, i // dilation  # dilation group, and place in it
+        group = list(range(residue, length, dilation))
+        start = min(max(p - kernel // 2, 0), max(len(group) - kernel, 0))
+        places = range(start, min(start + kernel, len(group)))
+        table.append(([group[j] for j in places], [j - p + kernel - 1 for j in places]))
+    return table
+
+
+def dense_axis(length: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """`axis_table` as `(length, length)` matrices, query by key: visible (bool), index into rpb (0 where invisible)."""
+    visible, index = torch.zeros(length, length, dtype=torch.bool), torch.zeros(length, length, dtype=torch.int64)
+    for i, (keys, entries) in enumerate(axis_table(length, kernel, dilation)):
+        visible[i, keys] = True
+        index[i, keys] = torch.tensor(entries)
+    return visible, index
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Masked dense attention, in the dtype of `query`. Differentiable."""
+    height, width = query.shape[1:3]
+    (seen_h, index_h), (seen_w, index_w) = (
+        dense_axis(*axis) for axis in zip((height, width), kernel, dilation, strict=True)
+    )
+    # Letters: queries at row y, column x; keys at row u, column v.
+    scores = scale * torch.einsum("byxhd,buvhd->bhyxuv", query, key)
+    if rpb is not None:
+        scores = scores + rpb[:, index_h[:, None, :, None], index_w[None, :, None, :]]
+    visible = seen_h[:, None, :, None] & seen_w[None, :, None, :]
+    scores = scores.masked_fill(~visible, -math.inf)
+    weight = scores.flatten(-2).softmax(-1).view_as(scores)
+    return torch.einsum("bhyxuv,buvhd->byxhd", weight, value)

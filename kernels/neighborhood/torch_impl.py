@@ -1,0 +1,171 @@
+"""Neighborhood attention in plain PyTorch, on any device: dense attention of small tiles to the keys around them.
+
+The queries of a tile share most of their keys, so a tile and the union of its windows are two small dense matrices, and
+what a query of the tile does not see is minus infinity in the bias. Nothing is gathered per query. `tiles` says how the
+map is cut up.
+
+Per block of equal tiles, columns of tiles are copied out as *bands*, in which the keys of a tile are consecutive, so
+that only neighbouring columns duplicate keys; then tile rows follow one another while the band is in the processor's
+cache. Everything is computed in float32 or wider, and summed in a fixed order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridzoo.kernels.neighborhood import tiles
+
+CHUNK_SCORES = 1 << 18  # scores held at once, per temporary; more would fall out of a CPU's cache
+CHUNK_SCORES_GPU = 1 << 26
+
+
+def _chunks(batch: Tensor, scores: int) -> Iterator[tuple[slice, ...]]:
+    """Cut the batch of a block, `(B, groups, groups, tiles, tiles, ...)`, so that few `scores` per tile are held."""
+    budget = (CHUNK_SCORES_GPU if batch.is_cuda else CHUNK_SCORES) // scores
+    steps: list[int] = []
+    for size in reversed(batch.shape[:5]):
+        steps.insert(0, min(size, max(1, budget // math.prod(steps))))
+    cuts = [
+        [slice(None)] if step == size else [slice(i, i + step) for i in range(0, size, step)]
+        for size, step in zip(batch.shape[:5], steps, strict=True)
+    ]
+    return itertools.product(*cuts)
+
+
+def _matrices(view: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(..., heads, size, size, d)` -> `(tiles * heads, size * size, d)`, contiguous."""
+    view = view.to(dtype, memory_format=torch.contiguous_format)
+    return view.reshape(-1, view.shape[6] * view.shape[7], view.shape[8])
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention weights `(tiles * heads, queries, keys)`."""
+    scores = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
+    scores.view(-1, *bias.shape).copy_(bias)
+    scores.baddbmm_(q, k.transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _tile_rows(block: tiles.Block) -> Iterator[tuple[slice, slice, slice]]:
+    """For every row of tiles: its rows, and within a band's matrices its queries and its keys."""
+    rows, columns = block
+    for start in range(0, rows.tiles * rows.tile, rows.tile):
+        queries, keys = start * columns.tile, start * columns.keys
+        yield (
+            slice(start, start + rows.tile),
+            slice(queries, queries + rows.tile * columns.tile),
+            slice(keys, keys + rows.keys * columns.keys),
+        )
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """See `api.na2d`."""
+    plan = tiles.plan(query, rpb, kernel, dilation)
+    result = query.new_empty(query.shape)
+    for block in plan.blocks:
+        bias = block.bias(plan)
+        band = block._replace(rows=block.rows.as_band())
+        q_all, k_all, v_all, out_all = band.queries(query), band.keys(key), band.keys(value), band.queries(result)
+        for part in _chunks(q_all, query.shape[3] * bias[0].numel()):
+            q, k, v = (_matrices(t[part], plan.dtype) for t in (q_all, k_all, v_all))
+            out = out_all[part]
+            for rows, queries, keys in _tile_rows(block):
+                tile = _weights(q[:, queries], k[:, keys], bias, scale) @ v[:, keys]
+                into = out[..., rows, :, :]
+                into.copy_(tile.view(into.shape))
+    return result
+
+
+def exportable_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """`forward` for graphs: no writing into views, no chunks, larger tiles; hence few nodes, and any batch size."""
+    plan = tiles.plan(query, rpb, kernel, dilation, exporting=True)
+    batch, _, width, heads, head_dim = query.shape
+    query_map, key_map, value_map = (t.flatten(1, 2).to(plan.dtype) for t in (query, key, value))
+    pieces: list[Tensor] = []
+    order: list[int] = []
+
+    def gather(x: Tensor, tokens: list[list[int]]) -> Tensor:  # by tile
+        index = torch.tensor(list(itertools.chain(*tokens)), device=x.device)
+        return x.index_select(1, index).reshape(-1, len(tokens[0]), heads, head_dim).transpose(1, 2)
+
+    for block in plan.blocks:
+        queries, keys = (block.tokens(*axes, width) for axes in (block.query_axes, block.key_axes))
+        q, k, v = gather(query_map, queries), gather(key_map, keys), gather(value_map, keys)
+        piece = F.scaled_dot_product_attention(q, k, v, block.bias(plan), scale=scale)
+        pieces.append(piece.transpose(1, 2).reshape(batch, -1, heads, head_dim))
+        order += itertools.chain(*queries)
+    place = [0] * len(order)
+    for i, token in enumerate(order):
+        place[token] = i
+    out = torch.cat(pieces, dim=1).index_select(1, torch.tensor(place, device=query.device))
+    return out.view(query.shape).to(query.dtype)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `forward` with respect to query, key, value and rpb, each of its own dtype."""
+    plan = tiles.plan(query, rpb, kernel, dilation)
+    grad_q = query.new_empty(query.shape)
+    grad_k, grad_v = (torch.zeros(query.shape, dtype=plan.dtype, device=query.device) for _ in range(2))
+    grad_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=plan.dtype, device=rpb.device)
+    for block in plan.blocks:
+        bias = block.bias(plan)
+        grad_bias = torch.zeros_like(bias)
+        band = block._replace(rows=block.rows.as_band())
+        all_queries = [band.queries(t) for t in (query, grad, out)]
+        all_keys = [band.keys(t) for t in (key, value)]
+        into_q, into_k, into_v = band.queries(grad_q), band.key_pieces(grad_k), band.key_pieces(grad_v)
+        for part in _chunks(all_queries[0], query.shape[3] * bias[0].numel()):
+            q, g, o = (_matrices(t[part], plan.dtype) for t in all_queries)
+            k, v = (_matrices(t[part], plan.dtype) for t in all_keys)
+            delta = (g * o).sum(-1, keepdim=True)
+            dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+            for rows, queries, keys in _tile_rows(block):
+                weight = _weights(q[:, queries], k[:, keys], bias, scale)
+                dv[:, keys] += weight.transpose(1, 2) @ g[:, queries]
+                # d softmax: w * (dw - sum(w * dw)), and the sum is g . o.
+                scores = (g[:, queries] @ v[:, keys].transpose(1, 2)).sub_(delta[:, queries]).mul_(weight)
+                if rpb is not None:
+                    grad_bias += scores.view(-1, *bias.shape).sum(0)
+                into = into_q[part][..., rows, :, :]
+                into.copy_((scores @ k[:, keys]).mul_(scale).view(into.shape))
+                dk[:, keys] += scores.transpose(1, 2) @ q[:, queries]
+            for pieces, gradient in ((into_k, dk.mul_(scale)), (into_v, dv)):
+                gradient = gradient.view(*pieces[0][0][part].shape[:6], band.rows.keys, band.columns.keys, -1)
+                for view, columns in pieces:
+                    view[part].add_(gradient[..., columns, :])
+        if grad_rpb is not None:
+            grad_rpb += block.bias_gradient(plan, grad_bias)
+    grad_k, grad_v = grad_k.to(key.dtype), grad_v.to(value.dtype)
+    return grad_q, grad_k, grad_v, None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)

@@ -1,0 +1,140 @@
+"""Cascaded group attention (EfficientViT of Microsoft Research Asia, arXiv 2305.07027, section 3.2), in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.eval_cache import EvalCache
+from hybridzoo.layers.windows import from_windows, to_windows
+
+
+class AbsoluteOffsetBias(EvalCache):
+    """Position bias from a table over `(|rows apart|, |columns apart|)`, gathered once per weights in evaluation.
+
+    A state dict whose table belongs to another window is resized while it is loaded: bicubically without antialiasing,
+    as the published detectors did.
+
+    Args:
+        num_heads: attention heads.
+        window: side of the largest window in tokens.
+    """
+
+    def __init__(self, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.table = nn.Parameter(torch.zeros(num_heads, window**2))
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """Bias `(heads, tokens, tokens)` of a map not larger than the window, tokens row by row."""
+        return self.cached((height, width), lambda: self._gather(height, width))
+
+    def _gather(self, height: int, width: int) -> Tensor:
+        rows, columns = (torch.arange(side, device=self.table.device) for side in (height, width))
+        down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
+        offset = down[:, None, :, None] * self.window + across[:, None, :]  # query row, column, key row, column
+        return self.table[:, offset.reshape(height * width, height * width)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        table = state_dict.get(f"{prefix}table")
+        if table is not None and table.shape[-1] != self.window**2:
+            state_dict[f"{prefix}table"] = resize_table(table, self.window)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class CascadedGroupAttention(nn.Module):
+    """Heads that each see their own share of the channels, plus what the head before them made of its share.
+
+    `(B, dim, H, W)` in and out, any height and width. A map that fits into one window is one window. Any other is cut
+    into windows of the trained size, with zeros appended at the bottom and right; as in the published code the
+    appended tokens take part in attention. Convolutions stay inside a window too.
+
+    Args:
+        dim: channels, a multiple of `num_heads`.
+        num_heads: attention heads; a head's values have `dim // num_heads` channels.
+        window: side of a window in tokens.
+        kernel_sizes: of the depthwise convolution over each head's queries; entries beyond `num_heads` are unused.
+        key_dim: channels of a head's queries and keys.
+
+    Raises:
+        ValueError: `dim` is no multiple of `num_heads`, too few kernel sizes, or no positive window.
+
+    Example:
+        >>> import torch
+        >>> from hybridzoo.layers import CascadedGroupAttention
+        >>> CascadedGroupAttention(64, num_heads=4, window=7)(torch.randn(1, 64, 16, 9)).shape
+        torch.Size([1, 64, 16, 9])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        kernel_sizes: Sequence[int] = (5, 5, 5, 5),
+        key_dim: int = 16,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads; got dim={dim}, num_heads={num_heads}")
+        if len(kernel_sizes) < num_heads:
+            raise ValueError(
+                f"kernel_sizes must have an entry for each of {num_heads} heads; got {tuple(kernel_sizes)}"
+            )
+        if window < 1:
+            raise ValueError(f"window must be a positive number of tokens; got {window}")
+        self.num_heads = num_heads
+        self.window = window
+        self.key_dim = key_dim
+        self.value_dim = dim // num_heads
+        width = 2 * key_dim + self.value_dim
+        self.qkvs = nn.ModuleList(ConvNormAct(self.value_dim, width) for _ in range(num_heads))
+        self.depthwise = nn.ModuleList(
+            ConvNormAct(key_dim, key_dim, kernel, groups=key_dim) for kernel in kernel_sizes[:num_heads]
+        )
+        self.act = nn.ReLU(inplace=True)
+        self.proj = ConvNormAct(dim, dim)
+        self.bias = AbsoluteOffsetBias(num_heads, window)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, dim, height, width = x.shape
+        window = self.window
+        if height <= window and width <= window:
+            return self._attend(x)
+        # Channels-last inside: a window is then a strided view of the map, copied once on the way in and once out.
+        windows = to_windows(x.permute(0, 2, 3, 1), (window, window))
+        grid = windows.shape[1:3]
+        out = self._attend(windows.reshape(-1, window, window, dim).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return from_windows(out.unflatten(0, (-1, *grid)), height, width).permute(0, 3, 1, 2)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """One window an image: `(B, dim, h, w)` in and out."""
+        batch, _, height, width = x.shape
+        bias = self.bias(height, width)
+        shares = x.chunk(self.num_heads, dim=1)
+        outs: list[Tensor] = []
+        for head, (to_qkv, depthwise) in enumerate(zip(self.qkvs, self.depthwise, strict=True)):
+            share = shares[head] + outs[-1] if head else shares[head]
+            query, key, value = to_qkv(share).split((self.key_dim, self.key_dim, self.value_dim), dim=1)
+            query, key, value = depthwise(query).flatten(2), key.flatten(2), value.flatten(2)
+            logits = torch.baddbmm(
+                bias[head].to(query.dtype).expand(batch, -1, -1),
+                query.transpose(1, 2),
+                key,
+                alpha=self.key_dim**-0.5,
+            )
+            out = value @ logits.softmax(-1).transpose(1, 2)
+            outs.append(out.unflatten(2, (height, width)))
+        return self.proj(self.act(torch.cat(outs, dim=1)))
+
+
+def resize_table(table: Tensor, window: int) -> Tensor:
+    """A table of absolute offsets `(heads, side**2)` for another window: `(heads, window**2)`."""
+    side = round(table.shape[-1] ** 0.5)
+    square = table.unflatten(-1, (side, side))[None]
+    return F.interpolate(square, (window, window), mode="bicubic", align_corners=False)[0].flatten(1)

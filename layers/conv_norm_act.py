@@ -1,0 +1,69 @@
+"""A convolution, its norm and its activation: the brick of every convolutional block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from timm.layers import create_conv2d
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+NormLayer = Callable[[int], nn.Module]
+ActLayer = Callable[[], nn.Module]
+
+
+class ConvNormAct(nn.Module):
+    """`conv`, then `norm`, then `act`; a map `(B, in_dim, H, W)` becomes `(B, out_dim, ceil(H / stride), …)`.
+
+    timm's layer of the same name keeps the activation inside the norm, so it cannot have one without the other, which
+    EfficientViT's and PATNet's published weights need.
+
+    Args:
+        in_dim: channels of the input.
+        out_dim: channels of the output.
+        kernel_size: side of the convolution's window.
+        stride: step of the convolution.
+        groups: channel groups; `in_dim` for a depthwise convolution.
+        padding: zeros on every side, `kernel_size // 2` by default; or `"same"`: as TensorFlow pads, the odd zero on
+            the bottom and right.
+        norm_layer: makes the norm from its number of channels; `None` for no norm.
+        act_layer: makes the activation; `None` for none.
+        bias: of the convolution; by default only where no norm follows.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        padding: int | Literal["same"] | None = None,
+        norm_layer: NormLayer | None = nn.BatchNorm2d,
+        act_layer: ActLayer | None = None,
+        bias: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv: nn.Conv2d = create_conv2d(
+            in_dim,
+            out_dim,
+            kernel_size,
+            stride=stride,
+            groups=groups,
+            padding=kernel_size // 2 if padding is None else padding,
+            bias=norm_layer is None if bias is None else bias,
+        )
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(out_dim)
+        self.act = nn.Identity() if act_layer is None else act_layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    def fuse(self) -> ConvNormAct:
+        """Fold a batch norm's running statistics into the convolution, in place; exact in evaluation only."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
+            self.norm = nn.Identity()
+        return self

@@ -1,0 +1,80 @@
+"""Positions as learned functions of coordinates (SwinV2's continuous position bias; FasterViT): any size, no tables."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from hybridzoo.layers.eval_cache import EvalCache
+from hybridzoo.layers.relative_position import gather_bias
+
+HIDDEN_DIM = 512
+
+
+class CoordinateEmbedding(EvalCache):
+    """Embedding of every token of a map from its place in it.
+
+    Coordinates are counted from `side // 2` in units of it: from -1 to 1 if the side is odd, a step less if even.
+
+    Args:
+        dim: channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = _mlp(dim)
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """`(rows * columns, dim)`, row by row; remembered in evaluation."""
+        return self.cached(size, lambda: self._compute(size))
+
+    def _compute(self, size: tuple[int, int]) -> Tensor:
+        weight = self.mlp.fc1.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        axes = [(torch.arange(n, dtype=exact, device=weight.device) - n // 2) / max(n // 2, 1) for n in size]
+        return self.mlp(_pairs(*axes).to(weight.dtype)).flatten(0, 1)
+
+
+class CoordinateBias(EvalCache):
+    """Relative position bias from the offset of query and key, by log-spaced coordinates; between 0 and 16.
+
+    Offsets are taken relative to the largest of the map, so that the bias widens with it.
+
+    Args:
+        num_heads: attention heads.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.mlp = _mlp(num_heads)
+
+    def forward(self, size: tuple[int, int], extra: int = 0) -> Tensor:
+        """`(heads, extra + tokens, extra + tokens)`, query by key; remembered in evaluation.
+
+        Args:
+            size: `(rows, columns)` of the tokens.
+            extra: tokens without a position in front of the others; their rows and columns are zero.
+        """
+        return self.cached((size, extra), lambda: self._compute(size, extra))
+
+    def _compute(self, size: tuple[int, int], extra: int) -> Tensor:
+        weight = self.mlp.fc1.weight
+        axes = []
+        for n in size:
+            # Query minus key, descending: a table's entries stand in the order of key minus query.
+            offset = torch.arange(n - 1, -n, -1, device=weight.device)
+            scaled = 8 * offset / max(n - 1, 1)  # float32 in a float64 model too, as the published tables are
+            axes.append(torch.sign(scaled) * torch.log2(scaled.abs() + 1) / 3)  # log2(8) = 3
+        table = 16 * torch.sigmoid(self.mlp(_pairs(*axes).to(weight.dtype)))
+        return F.pad(gather_bias(table.permute(2, 0, 1), size), (extra, 0, extra, 0))
+
+
+def _mlp(dim: int) -> Mlp:
+    return Mlp(2, HIDDEN_DIM, dim, act_layer=nn.ReLU, bias=(True, False))
+
+
+def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
+    """All (row, column), `(rows, columns, 2)`."""
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)

@@ -1,0 +1,277 @@
+"""PATNet's token mixers and spatial gate: a cheap attention over most channels, a convolution over the others.
+
+Papers: arXiv 2503.03148 (PATNet) and 2502.01303 (PartialNet). Maps are NCHW, any height and width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
+
+from hybridzoo.layers.eval_cache import EvalCache
+from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.relative_position import gather_bias
+
+BUCKETS = 81  # entries of a distance table; the first 40 are never used
+NEAR, FAR, FARTHEST = 20, 40, 160  # distances up to NEAR have their own entry; FARTHEST falls into the last, NEAR + FAR
+
+
+class PartialChannelAttention(nn.Module):
+    """PAT_ch: 3x3 convolution of the first channels, a gate per channel and batch norm for the rest.
+
+    The gate reads mean and standard deviation of every channel ("Gaussian" channel attention). One image a device has
+    no batch statistics of gates: such a training step normalises the gate by the running ones.
+
+    Args:
+        dim: channels.
+        conv_dim: how many of them are convolved.
+    """
+
+    def __init__(self, dim: int, conv_dim: int) -> None:
+        super().__init__()
+        rest = dim - conv_dim
+        self.split = (conv_dim, rest)
+        self.conv = nn.Conv2d(conv_dim, conv_dim, 3, padding=1, bias=False)
+        self.gate = nn.Linear(2 * rest, rest, bias=False)
+        self.gate_norm: nn.Module = nn.BatchNorm1d(rest)
+        self.norm: nn.Module = nn.BatchNorm2d(rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local, rest = x.split(self.split, 1)
+        gate = F.hardsigmoid(self._normalise(self.gate(torch.cat(mean_std(rest), 1).to(x.dtype))))
+        return torch.cat((self.conv(local), self.norm(rest * gate[:, :, None, None])), 1)
+
+    def _normalise(self, gate: Tensor) -> Tensor:
+        norm = self.gate_norm
+        if norm.training and gate.shape[0] == 1 and isinstance(norm, nn.BatchNorm1d):
+            return F.batch_norm(gate, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return norm(gate)
+
+    @property
+    def folded(self) -> bool:
+        return isinstance(self.norm, nn.Identity)
+
+    def fold(self, following: nn.Conv2d) -> nn.Conv2d:
+        """Fold both norms away, in place, and return `following` (1x1, without bias) with the second one in it."""
+        assert isinstance(self.gate_norm, nn.BatchNorm1d)
+        self.gate = fuse_linear_bn_eval(self.gate.eval(), self.gate_norm.eval())
+        self.gate_norm = nn.Identity()
+        scale, shift = _affine(self.norm)
+        self.norm = nn.Identity()
+        keep, rest = following.weight.detach().flatten(1).split(self.split, 1)
+        return _pointwise(torch.cat((keep, rest * scale), 1), rest @ shift)
+
+
+class PartialAttention(nn.Module):
+    """PAT_sf: 3x3 convolution of the first channels, softmax attention over all pixels for the rest.
+
+    Args:
+        dim: channels.
+        conv_dim: how many of them are convolved.
+        num_heads: of the attention; they share the other `dim - conv_dim` channels.
+        attn_drop: dropout of the attention matrix in training.
+        proj_drop: dropout after the projection in training.
+
+    Raises:
+        ValueError: the attended channels do not divide into the heads.
+    """
+
+    def __init__(self, dim: int, conv_dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
+        super().__init__()
+        rest = dim - conv_dim
+        if rest % num_heads:
+            raise ValueError(f"num_heads must divide the {rest} attended channels; got {num_heads}")
+        self.split = (conv_dim, rest)
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.conv = nn.Conv2d(conv_dim, conv_dim, 3, padding=1, bias=False)
+        self.norm = nn.LayerNorm(rest, eps=1e-6)
+        self.qkv = nn.Linear(rest, 3 * rest, bias=False)
+        self.bias = DistanceBias(num_heads)
+        self.proj = nn.Linear(rest, rest)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local, rest = x.split(self.split, 1)
+        size = (x.shape[2], x.shape[3])
+        tokens = self.norm(rest.flatten(2).transpose(1, 2))
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        drop = self.attn_drop if self.training else 0.0
+        bias = self.bias(size).to(query.dtype)[None]  # 4D, or a CPU takes the slow path
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=drop)
+        out = self.proj_drop(self.proj(merge_heads(out)))
+        return torch.cat((self.conv(local), out.transpose(1, 2).unflatten(2, size)), 1)
+
+
+class DistanceBias(EvalCache):
+    """A learned number a head for every rounded Euclidean distance: iRPE (arXiv 2107.14222), bias mode, on keys.
+
+    Distances up to 20 pixels have their own entry; farther ones share entries logarithmically, from 160 on the last.
+    (At 224 pixels only the first nine are ever trained: a map of 7 x 7.)
+
+    Args:
+        num_heads: attention heads.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(num_heads, BUCKETS))
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """Bias `(heads, tokens, tokens)`, query by key, of a map of `size` (rows, columns)."""
+        return self.cached(size, lambda: gather_bias(self.table[:, distance_bucket(size, self.table.device)], size))
+
+
+def distance_bucket(size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Entry of the table for every offset on a map of `size`: `(2 * rows - 1, 2 * columns - 1)`, 0 in the middle."""
+    rows, columns = (torch.arange(1 - side, side, device=device).square() for side in size)
+    distance = (rows[:, None] + columns).to(torch.float32).sqrt().round()
+    beyond = distance.clamp(min=NEAR).div(NEAR).log() / math.log(FARTHEST / NEAR)
+    shared = (NEAR + (FAR - NEAR) * beyond).round().clamp(max=FAR)
+    return FAR + torch.where(distance <= NEAR, distance, shared).long()
+
+
+class SpatialGate(nn.Module):
+    """PAT_sp: gates the first half of the channels by one map, mixes the second half by a 1x1 convolution.
+
+    Args:
+        dim: channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.split = (dim - dim // 2, dim // 2)
+        gated, mixed = self.split
+        self.gate = nn.Conv2d(gated, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(gated)
+        self.conv_norm = nn.BatchNorm2d(mixed)
+        self.conv = nn.Conv2d(mixed, mixed, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated, mixed = x.split(self.split, 1)
+        gated = self.norm(gated * F.hardsigmoid(self.gate(gated)))
+        return torch.cat((gated, self.conv(self.conv_norm(mixed))), 1)
+
+    def fold(self, previous: nn.Conv2d) -> tuple[nn.Conv2d, FoldedSpatialGate]:
+        """`previous` (1x1, without bias) with one more output, and what is left of the gate after it.
+
+        Every linear map here moves into `previous`: its extra output is the gate before the hard sigmoid.
+        """
+        scale, shift = _affine(self.norm)
+        conv_scale, conv_shift = _affine(self.conv_norm)
+        gate, conv = self.gate.weight.detach().flatten(1), self.conv.weight.detach().flatten(1)
+        gated, mixed = previous.weight.detach().flatten(1).split(self.split, 0)
+        weight = torch.cat((gated * scale[:, None], (conv * conv_scale) @ mixed, gate @ gated))
+        bias = torch.cat((torch.zeros_like(shift), conv @ conv_shift, shift.new_zeros(1)))
+        return _pointwise(weight, bias), FoldedSpatialGate(shift)
+
+
+class FoldedSpatialGate(nn.Module):
+    """What folding leaves of `SpatialGate`: `(B, dim + 1, H, W)` -> `(B, dim, H, W)`; the last channel is the gate."""
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(shift[:, None, None].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = self.shift.shape[0]
+        gated, mixed, gate = x.split((gated, x.shape[1] - gated - 1, 1), 1)
+        return torch.cat((torch.addcmul(self.shift, gated, F.hardsigmoid(gate)), mixed), 1)
+
+
+class DynamicPartialConv(nn.Module):
+    """DPConv (PartialNet): a 3x3 convolution that learns how many channels it needs.
+
+    `log2(dim)` gates, each on or off by its sign, set the number of groups, `2 ** (gates that are on)`. As published,
+    training and evaluation compute different functions: training convolves all channels in that many groups (a weight
+    mask, the Kronecker product of 2x2 identities and ones); evaluation convolves the first `dim / groups` channels
+    densely and passes the others on. Gradients reach the gates straight through the sign. The paper's penalties on
+    order and number of the gates are not included; no published configuration uses this layer.
+
+    Before `fuse()` evaluation masks the full convolution, which traces and exports; after it only the channels that
+    count are convolved.
+
+    Args:
+        dim: channels, a power of two.
+
+    Raises:
+        ValueError: another number of channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 2 or dim & (dim - 1):
+            raise ValueError(f"dim must be a power of two for a dynamic partial convolution; got {dim}")
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        sign = torch.randint(2, (dim.bit_length() - 1,)) * 2 - 1
+        self.gate: nn.Parameter | None = nn.Parameter(1e-8 * sign)  # undecided: the first steps choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            live = self.conv.out_channels
+            return torch.cat((self.conv(x[:, :live]), x[:, live:]), 1)
+        on = (self.gate > 0).to(self.gate.dtype)
+        if self.training:
+            through = self.gate.clamp(-1, 1) / 2
+            return F.conv2d(x, self.conv.weight * group_mask(on + through - through.detach()), padding=1)
+        convolved = torch.arange(x.shape[1], device=x.device) < x.shape[1] * torch.exp2(-on.sum())
+        weight = self.conv.weight * (convolved[:, None] & convolved)[:, :, None, None]
+        return torch.where(convolved[:, None, None], F.conv2d(x, weight, padding=1), x)
+
+    def fuse(self) -> DynamicPartialConv:
+        """Keep the channels that evaluation convolves and forget the gates, in place."""
+        if self.gate is not None:
+            live = self.conv.out_channels >> int((self.gate > 0).sum())
+            weight = self.conv.weight.detach()[:live, :live].clone()
+            self.conv = nn.Conv2d(live, live, 3, padding=1, bias=False, device="meta")
+            self.conv.weight = nn.Parameter(weight)
+            self.gate = None
+        return self
+
+
+def group_mask(gates: Tensor) -> Tensor:
+    """Mask `(dim, dim, 1, 1)` of a grouped convolution's weight from `log2(dim)` gates, 1 for on and 0 for off."""
+    mask, same = gates.new_ones(1, 1), torch.eye(2, device=gates.device, dtype=gates.dtype)
+    for gate in gates:
+        mask = torch.kron(mask, gate * same + (1 - gate))
+    return mask[:, :, None, None]
+
+
+def mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation `(batch, channels)` of every channel of an NCHW map.
+
+    A constant channel has deviation 0 and gradient 0 there; a single pixel deviates by 0. In float32 at least.
+    """
+    if x.is_cuda:  # one pass; on a CPU it is six times slower than two
+        std, mean = torch.std_mean(
+            x.float() if x.element_size() < 4 else x, (2, 3), correction=int(x[0, 0].numel() > 1)
+        )
+        return mean, std
+    x = x.flatten(2)
+    if x.element_size() < 4:
+        x = x.float()
+    mean = x.mean(2, keepdim=True)
+    return mean[:, :, 0], torch.linalg.vector_norm(x - mean, dim=2) / math.sqrt(max(x.shape[2] - 1, 1))
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift that a batch norm applies in evaluation."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias.detach() - norm.running_mean * scale
+
+
+def _pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """1x1 convolution with this weight `(out, in)` and bias."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        conv.weight.copy_(weight[:, :, None, None])
+        assert conv.bias is not None
+        conv.bias.copy_(bias)
+    return conv

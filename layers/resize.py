@@ -1,0 +1,60 @@
+"""Resizing and pooling of maps as products with small matrices: exact, and with the same gradient bits on every run.
+
+PyTorch's own bilinear resize and adaptive pooling add up their CUDA gradients in whatever order threads arrive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def resize_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of the last two axes (half-pixel centres, no antialiasing), of learned tables of any rank.
+
+    Computed in float64, where the device has it, so that autocast cannot round a table to bfloat16 on its way.
+
+    Args:
+        x: `(..., height, width)`.
+        size: new `(height, width)`; `x` itself is returned if it has that size already.
+
+    Returns:
+        `(..., *size)` in the dtype of `x`.
+    """
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    wide = x if x.device.type == "mps" else x.double()
+    for axis, side in zip((-2, -1), size, strict=True):
+        if wide.shape[axis] != side:
+            matrix = _linear(wide.shape[axis], side, wide)
+            wide = matrix @ wide if axis == -2 else wide @ matrix.t()
+    return wide.to(x.dtype)
+
+
+def adaptive_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of a channels-last map `(batch, height, width, dim)` to `(batch, *size, dim)`.
+
+    As `torch.nn.AdaptiveAvgPool2d`: cell `i` of `g` along an axis of `n` tokens averages tokens `floor(i * n / g)` to
+    `ceil((i + 1) * n / g)`, so cells overlap where `g` does not divide `n` and repeat where it exceeds `n`.
+    """
+    _, height, width, dim = x.shape
+    if height != size[0]:
+        x = (_bins(height, size[0], x) @ x.flatten(2)).unflatten(2, (width, dim))
+    if width != size[1]:
+        x = _bins(width, size[1], x) @ x
+    return x
+
+
+def _linear(old: int, new: int, like: Tensor) -> Tensor:
+    """Matrix `(new, old)` of linear interpolation: a hat around each new centre, as wide as two old tokens."""
+    centre = (torch.arange(new, dtype=like.dtype, device=like.device) + 0.5) * (old / new) - 0.5
+    token = torch.arange(old, dtype=like.dtype, device=like.device)
+    return (1 - (centre.clamp(0, old - 1)[:, None] - token).abs()).clamp(min=0)
+
+
+def _bins(old: int, new: int, like: Tensor) -> Tensor:
+    """Matrix `(new, old)` of adaptive average pooling."""
+    cell = torch.arange(new, device=like.device)[:, None]
+    start, stop = cell * old // new, ((cell + 1) * old + new - 1) // new
+    token = torch.arange(old, device=like.device)
+    return ((token >= start) & (token < stop)).to(like.dtype) / (stop - start).to(like.dtype)

@@ -1,0 +1,92 @@
+"""Windows of a channels-last map: neighbouring tokens (Swin's windows) or tokens spread over it (MaxViT's grid).
+
+Both are one view of the map. Along an axis of `n * w` tokens, `n` windows of `w` tokens each are
+
+    neighbouring:  (n, w), windows outer, tokens inner
+    dilated:       (w, n), tokens outer, windows inner: a window's tokens stand `n` apart
+
+so that partition and merging permute dimensions and copy nothing. Where a window does not divide the map, zeros are
+appended at the bottom and right; `padding_mask` tells them apart, and merging crops them away. Windows and maps have
+`(rows, columns)`, in tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridzoo.layers.heads import merge_heads
+
+
+def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool = False) -> tuple[int, int]:
+    """The smallest window that gives the same attention as `window` with the tokens beyond the map masked.
+
+    A window is never larger than the map. Dilated windows keep their number (hence their dilation) and lose the tokens
+    that would all lie beyond the edge: 15 tokens in windows of at most 7 are three windows of 5.
+    """
+    return _fit(height, window[0], dilated), _fit(width, window[1], dilated)
+
+
+def to_windows(x: Tensor, window: tuple[int, int], dilated: bool = False) -> Tensor:
+    """Map `(batch, height, width, dim)` -> windows `(batch, rows, columns, *window, dim)`; a view unless it must pad.
+
+    Windows are ordered row by row, and so are the tokens of a window.
+    """
+    _, height, width, _ = x.shape
+    below, right = -height % window[0], -width % window[1]
+    if below or right:
+        x = F.pad(x, (0, 0, 0, right, 0, below))
+    if dilated:
+        return x.unflatten(2, (window[1], -1)).unflatten(1, (window[0], -1)).permute(0, 2, 4, 1, 3, 5)
+    return x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).permute(0, 1, 3, 2, 4, 5)
+
+
+def from_windows(windows: Tensor, height: int, width: int, dilated: bool = False) -> Tensor:
+    """Inverse of `to_windows`: `(batch, rows, columns, *window, dim)` -> `(batch, height, width, dim)`, cropped.
+
+    No copy where the windows lie in memory in the map's order, as the sum of a view made by `to_windows` and anything
+    else does: add residuals before merging.
+    """
+    x = windows.permute(0, 3, 1, 4, 2, 5) if dilated else windows.permute(0, 1, 3, 2, 4, 5)
+    return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+def padding_mask(
+    height: int, width: int, window: tuple[int, int], dilated: bool = False, device: torch.device | None = None
+) -> Tensor | None:
+    """Which tokens of which window are real: bool `(windows, tokens)`, or `None` if all are."""
+    if height % window[0] == 0 and width % window[1] == 0:
+        return None
+    real = torch.ones(1, height, width, 1, dtype=torch.bool, device=device)
+    return to_windows(real, window, dilated).flatten(1, 2).flatten(2)[0]
+
+
+def attend(qkv: Tensor, num_heads: int, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention inside every window, scaled by the head's width to the power of -1/2.
+
+    Args:
+        qkv: `(batch * windows, tokens, 3 * dim)`, laid out q, k, v, each `(heads, head_dim)`; windows inner.
+        num_heads: attention heads.
+        bias: added to the scaled scores, `(heads, tokens, tokens)`, query by key.
+        mask: which keys may be seen, bool: `(windows, tokens)` as `padding_mask` makes it, or
+            `(windows, tokens, tokens)`, query by key. Every query needs a key.
+
+    Returns:
+        `(batch * windows, tokens, dim)`.
+    """
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = None if bias is None else bias.to(qkv.dtype)[None]
+    if mask is not None:
+        allowed = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        fill = torch.zeros((), dtype=qkv.dtype, device=qkv.device) if scores is None else scores
+        masked = torch.where(allowed, fill, float("-inf"))
+        tokens = qkv.shape[1]
+        masked = masked.expand(-1, -1, tokens, tokens)
+        scores = masked.repeat(qkv.shape[0] // mask.shape[0], 1, 1, 1)
+    return merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=scores))
+
+
+def _fit(side: int, window: int, dilated: bool) -> int:
+    count = -(-side // window)
+    return -(-side // count) if dilated else min(side, window)

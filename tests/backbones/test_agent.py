@@ -1,0 +1,120 @@
+"""Agent attention's networks equal the published ones, classified or dense, and spend what their cards say."""
+
+from __future__ import annotations
+
+import re
+
+import goldens
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import hybridzoo.layers.agent_attention as layer
+from hybridzoo.checkpoints import cards, convert
+
+MANIFESTS = goldens.names("agent", numeric=False)
+
+
+def model_of(fixture: str) -> torch.nn.Module:
+    """The model of a fixture: `name[_size]` or `name_dense[_clsagents]_256x320`, the published dense form."""
+    name, size = re.match(r"(agent_[a-z]+_[a-z]+?)(?:_(\d+))?(?:_dense.*)?$", fixture).groups()
+    dense = fixture.endswith("_dense_256x320")
+    return timm.create_model(name, **dict(agent_grid="dense") if dense else {}, **dict(img_size=int(size or 224)))
+
+
+@pytest.mark.parametrize("fixture", MANIFESTS)
+def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+    meta = goldens.manifest("agent", fixture)
+    with torch.device("meta"):
+        model = model_of(fixture)
+        state = {key: torch.empty(shape) for key, shape, _ in meta["state_dict"]}
+        converted = convert(state, fixture)
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert sum(p.numel() for p in model.parameters()) == meta["params"]
+    again = convert(converted, fixture)
+    assert again.keys() == converted.keys()
+    assert all(again[key] is value for key, value in converted.items())
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "projected"])
+@pytest.mark.parametrize("fixture", goldens.names("agent", numeric=True))
+def test_equals_the_published_network(fixture, fold, monkeypatch):
+    if not fold:
+        monkeypatch.setattr(layer, "FOLD_BELOW", 0.0)
+    model = model_of(fixture).double().eval()
+    model.load_state_dict(convert(goldens.published_state("agent", fixture), fixture))
+    data = goldens.numbers("agent", fixture)
+    image = goldens.image(goldens.manifest("agent", fixture)["input_shape"])
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(image)
+        goldens.assert_close(model.forward_head(final), data["logits"])
+    assert len(maps) == 4
+    for i, feature in enumerate(maps):
+        assert feature.shape == tuple(data[f"stage{i}_shape"])
+        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+
+
+def gmacs(model: torch.nn.Module, *shape: int) -> float:
+    """Of matrix products and convolutions, for one image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, *shape))
+    return counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize("card", cards("agent*"), ids=lambda card: card.name)
+def test_cards_state_the_models_size_and_cost(card, monkeypatch):
+    """Counted as published: nothing folded, pooling and the tables' resizing (products here) for nothing."""
+    monkeypatch.setattr(layer, "FOLD_BELOW", 0.0)
+    monkeypatch.setattr(layer, "resize_map", lambda x, size: x.new_empty(*x.shape[:-2], *size))
+    monkeypatch.setattr(layer, "adaptive_pool", lambda x, size: x.new_empty(x.shape[0], *size, x.shape[3]))
+    with torch.device("meta"):
+        model = timm.create_model(card.name)
+        assert sum(p.numel() for p in model.parameters()) == card.params
+        assert gmacs(model, *card.input_size) == pytest.approx(card.gmacs, abs=6e-4)
+
+
+def test_the_fold_spares_work(monkeypatch):
+    with torch.device("meta"):
+        model = timm.create_model("agent_swin_tiny")
+        folded = gmacs(model, 3, 224, 224)
+        monkeypatch.setattr(layer, "FOLD_BELOW", 0.0)
+        assert folded < 0.98 * gmacs(model, 3, 224, 224)
+
+
+def test_cost_is_linear_in_the_area():
+    with torch.device("meta"):
+        model = timm.create_model("agent_pvt_tiny")
+        assert gmacs(model, 3, 896, 896) / gmacs(model, 3, 224, 224) < 16**1.02
+
+
+def test_only_the_first_blocks_of_a_mixed_stage_carry_the_agents():
+    model = timm.create_model("agent_deit_base", dim=48, num_heads=2, depths=(2, 2, 1, 1))
+    kinds = [[type(b.attn).__name__ for b in stage.blocks] for stage in model.stages]
+    assert kinds == [["AgentAttention"] * 2, ["AgentAttention", "SoftmaxAttention"], *[["SoftmaxAttention"]] * 2]
+
+
+def test_agent_grids_can_be_chosen_per_stage():
+    model = timm.create_model("agent_cswin_tiny", depths=(1, 1, 1, 1), agent_grid=(2, (3, 5), 7, 7))
+    assert model.stages[1].blocks[0].attn.grid == (3, 5)
+    assert model(torch.randn(1, 3, 40, 72)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "message"),
+    [
+        ("agent_deit_tiny", "dense", "published for PVT and Swin only"),
+        ("agent_pvt_tiny", "finer", "'trained', 'dense'"),
+        ("agent_swin_tiny", (9, 12), "each of 4 stages"),
+        ("agent_swin_tiny", (9, 12, 14, 0), "grid must be positive"),
+    ],
+)
+def test_bad_agent_grid_is_named(name, grid, message):
+    kwargs = dict(linear=(1, 1, 1, 1)) if "swin" in name else {}
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, agent_grid=grid, **kwargs)
+
+
+def test_bad_pooling_is_named():
+    with pytest.raises(ValueError, match="global_pool must be one of"):
+        timm.create_model("agent_deit_tiny", global_pool="median")

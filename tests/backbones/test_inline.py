@@ -1,0 +1,105 @@
+"""InLine attention's networks equal the published ones and spend what the cards say."""
+
+from __future__ import annotations
+
+import re
+
+import goldens
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridzoo.checkpoints import cards, convert
+from hybridzoo.layers import InLineAttention
+
+MANIFESTS = goldens.names("inline", numeric=False)
+
+
+def model_of(fixture: str) -> torch.nn.Module:
+    name, size = re.match(r"(inline_[a-z]+_[a-z]+?)(?:_(\d+))?(?:_256x320)?$", fixture).groups()
+    return timm.create_model(name, **dict(img_size=int(size)) if size else {})
+
+
+@pytest.mark.parametrize("fixture", MANIFESTS)
+def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+    meta = goldens.manifest("inline", fixture)
+    with torch.device("meta"):
+        model = model_of(fixture)
+        state = {key: torch.empty(shape) for key, shape, _ in meta["state_dict"]}
+        converted = convert(state, fixture)
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert sum(p.numel() for p in model.parameters()) == meta["params"]
+    assert convert(converted, fixture).keys() == converted.keys()
+
+
+def test_a_file_that_lacks_a_local_kernel_is_not_loaded_in_silence():
+    state = goldens.published_state("inline", "inline_pvt_tiny")
+    model = timm.create_model("inline_pvt_tiny")
+    for key in [key for key in state if key.startswith("block3.1.attn.residual")]:
+        del state[key]
+    with pytest.raises(RuntimeError, match=r"stages\.2\.blocks\.1\.attn\.residual\.0\.weight"):
+        model.load_state_dict(convert(state, "inline_pvt_tiny"))
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "projected"])
+@pytest.mark.parametrize("fixture", goldens.names("inline", numeric=True))
+def test_equals_the_published_network(fixture, fold, monkeypatch):
+    if not fold:
+        monkeypatch.setattr(InLineAttention, "_folded", InLineAttention._projected)
+    model = model_of(fixture).double().eval()
+    model.load_state_dict(convert(goldens.published_state("inline", fixture), fixture))
+    data = goldens.numbers("inline", fixture)
+    image = goldens.image(goldens.manifest("inline", fixture)["input_shape"])
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(image)
+        goldens.assert_close(model.forward_head(final), data["logits"])
+    assert len(maps) == 4
+    for i, feature in enumerate(maps):
+        assert feature.shape == tuple(data[f"stage{i}_shape"])
+        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+
+
+def test_equals_the_published_cswin_block():
+    """The kernels come from the block's input before the norm; all gradients."""
+    name = "inline_block_cswin_8x8_c32_h2"
+    meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    model = timm.create_model("inline_cswin_tiny", dim=32, depths=(1, 1, 1, 1), num_heads=(2, 4, 8, 16))
+    block = model.stages[0].blocks[0].double()
+    assert block.attn.num_heads == meta["heads"]
+    prefix = "stage1.0."
+    ours = {
+        group: {
+            key.removeprefix("stages.0.blocks.0."): value
+            for key, value in convert(
+                {prefix + k.removeprefix(group): v for k, v in data.items() if k.startswith(group)}, "inline_cswin_tiny"
+            ).items()
+        }
+        for group in ("param.", "grad.")
+    }
+    block.load_state_dict(ours["param."])
+    size = tuple(meta["map_size"])
+    x = data["x"].unflatten(1, size).requires_grad_()
+    out = block(x)
+    goldens.assert_close(out.flatten(1, 2), data["out"])
+    out.backward(data["grad_out"].unflatten(1, size))
+    goldens.assert_close(x.grad.flatten(1, 2), data["grad_x"])
+    for key, parameter in block.named_parameters():
+        goldens.assert_close(parameter.grad, ours["grad."][key])
+
+
+@pytest.mark.parametrize("card", cards("inline*"), ids=lambda card: card.name)
+def test_cards_state_the_models_size_and_cost(card, monkeypatch):
+    """Without folding; the published form computes one product more, less than a hundredth of all."""
+    monkeypatch.setattr(InLineAttention, "_folded", InLineAttention._projected)
+    with torch.device("meta"):
+        model = timm.create_model(card.name).eval()
+        assert sum(p.numel() for p in model.parameters()) == card.params
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, *card.input_size))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, rel=5e-3)
+
+
+def test_unknown_argument_is_an_error():
+    with pytest.raises(TypeError, match="agent_grid"):
+        timm.create_model("inline_pvt_tiny", agent_grid="dense")

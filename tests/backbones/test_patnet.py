@@ -1,0 +1,153 @@
+"""PATNet and PartialNet equal the published code, spend what their cards say, and fold exactly."""
+
+from __future__ import annotations
+
+import re
+
+import goldens
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import hybridzoo.backbones
+from hybridzoo.checkpoints import cards, convert
+from hybridzoo.checkpoints.keymaps.patnet import variant_of
+from hybridzoo.layers import fuse
+
+FIXTURES = goldens.names("patnet", numeric=True)
+MANIFESTS = goldens.names("patnet", numeric=False)
+
+
+def name_of(fixture: str) -> str:
+    size = re.match(r"patnet_([a-z0-9]+)", fixture)[1]
+    return f"patnet_{size}" if "_paper" in fixture else f"partialnet_{size}"
+
+
+def model_of(fixture: str, **kwargs) -> torch.nn.Module:
+    if "_det_" in fixture:
+        kwargs.update(feature_norms=True, num_classes=0, global_pool="")
+    return timm.create_model(name_of(fixture), dynamic="dpconv" in fixture, **kwargs)
+
+
+def published_model(fixture: str, **kwargs) -> torch.nn.Module:
+    model = model_of(fixture, **kwargs).double().eval()
+    model.load_state_dict(convert(goldens.published_state("patnet", fixture), name_of(fixture)))
+    return model
+
+
+@pytest.mark.parametrize("fixture", MANIFESTS)
+def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+    meta = goldens.manifest("patnet", fixture)
+    with torch.device("meta"):
+        model = model_of(fixture)
+        state = {key: torch.empty(shape) for key, shape, _ in meta["state_dict"]}
+        converted = convert(state, name_of(fixture))
+    ours = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in converted.items()} == ours
+    constants = re.compile(r"\.(I|one|c_div|one_channel)$")  # of dynamic partial convolutions
+    assert len(converted) == len([key for key in state if not constants.search(key)])
+    assert sum(p.numel() for p in model.parameters()) == meta["params"]
+    again = convert(converted, name_of(fixture))
+    assert all(again[key] is value for key, value in converted.items())
+    told = variant_of(state)
+    row = {**vars(model_row(fixture)), "dynamic": "dpconv" in fixture, "feature_norms": "_det_" in fixture}
+    assert told == {key: row[key] for key in told}
+    assert row.keys() - told.keys() == ({"act", "num_heads"} if "dpconv" in fixture else {"act"})
+
+
+def model_row(fixture: str):
+    return hybridzoo.backbones.patnet.VARIANTS[name_of(fixture)]
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_equals_the_published_network(fixture, folded):
+    model = published_model(fixture)
+    if folded:
+        fuse(fuse(model))
+    data = goldens.numbers("patnet", fixture)
+    image = goldens.image(goldens.manifest("patnet", fixture)["input_shape"])
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(image)
+        logits = maps[-1].mean((2, 3)) if "_det_" in fixture else model.forward_head(final)
+        goldens.assert_close(logits, data["logits"])
+    for i, feature in enumerate(maps):
+        assert feature.shape == tuple(data[f"stage{i}_shape"])
+        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+
+
+def macs(model: torch.nn.Module) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    return counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize("card", cards("pa[tr]*net_*"), ids=lambda card: card.name)
+def test_cards_state_the_models_size_and_cost(card):
+    with torch.device("meta"):
+        model = timm.create_model(card.model)
+    assert sum(p.numel() for p in model.parameters()) == card.params
+    assert macs(model) == pytest.approx(card.gmacs, abs=6e-4)
+
+
+def test_folding_leaves_no_batch_norm_and_saves_the_gates_convolutions():
+    """The papers' FLOPs are those of the folded network."""
+    model = fuse(timm.create_model("patnet_t2"))
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert macs(model.to("meta")) == pytest.approx(1.035, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(dynamic=True), dict(act="relu", feature_norms=True)])
+def test_folding_changes_no_map_of_a_trained_network(options):
+    torch.manual_seed(0)
+    model = timm.create_model("patnet_t0", depths=(1, 1, 1, 1), num_classes=7, **options).double().train()
+    for module in model.modules():  # what training would do to weights and statistics
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            torch.nn.init.normal_(module.weight, 1)
+            torch.nn.init.normal_(module.bias)
+    x = torch.randn(2, 3, 70, 45, dtype=torch.float64)
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        maps, logits = model.forward_intermediates(x, intermediates_only=True), model(x)
+        fuse(model)
+        for before, after in zip(maps, model.forward_intermediates(x, intermediates_only=True), strict=True):
+            goldens.assert_close(after, before)
+        goldens.assert_close(model(x), logits)
+
+
+def test_stochastic_depth_and_the_published_dropouts_reach_the_layers():
+    model = timm.create_model("patnet_t1", drop_path_rate=0.02, attn_drop_rate=0.1, proj_drop_rate=0.2)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.02 * i / 12 for i in range(13)])
+    mixer = model.stages[-1].blocks[0].mixer
+    assert (mixer.attn_drop, mixer.proj_drop.p, mixer.num_heads) == (0.1, 0.2, 6)
+
+
+def test_detection_form_normalises_copies():
+    torch.manual_seed(0)
+    plain = timm.create_model("patnet_t0", features_only=True).eval()
+    dense = timm.create_model("patnet_t0", features_only=True, out_indices=(1, 3), feature_norms=True).eval()
+    dense.load_state_dict(plain.state_dict(), strict=False)
+    for norm in dense.model.feature_norms:
+        norm.running_mean += 1
+    x = torch.randn(1, 3, 64, 40)
+    with torch.no_grad():
+        maps, normalised = plain(x), dense(x)
+    for i, feature in zip((1, 3), normalised, strict=True):
+        torch.testing.assert_close(feature, (maps[i] - 1) * (1 + 1e-5) ** -0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(act="silu"), "act must be one of gelu, relu; got 'silu'"),
+        (dict(embed_dim=30), "embed_dim must be a multiple of 4; got 30"),
+        (dict(num_heads=5), "num_heads must divide the 192 attended channels; got 5"),
+        (dict(embed_dim=48, dynamic=True), "dim must be a power of two"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("patnet_t0", **arguments)

@@ -1,0 +1,248 @@
+"""Neighborhood attention in Triton: computed by its interpreter (or a GPU, if there is one), compiled for three chips.
+
+The interpreter must be chosen before Triton is imported, which another test of the process may have done, so a process
+of its own runs this file again with it. On a GPU the same tests run as they are, in bfloat16 as well.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton_builds
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from hybridzoo.kernels import na2d
+from hybridzoo.kernels.neighborhood import reference, triton_configs, triton_impl
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+computes = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; runs under the interpreter")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+CASES = {  # batch, height, width, heads, head_dim, kernel, dilation, bias
+    "a group is a window": (2, 7, 7, 2, 16, (7, 7), (1, 1), True),
+    "every class is a window, classes of two sizes": (3, 5, 6, 1, 32, (3, 3), (2, 2), True),
+    "smaller than the window": (1, 4, 5, 1, 16, (7, 7), (1, 1), True),
+    "smaller than the window on one axis": (1, 3, 9, 1, 16, (5, 3), (1, 2), True),
+    "more classes than rows": (1, 3, 9, 1, 16, (3, 5), (4, 1), True),
+    "partial tiles, head_dim no power of two": (1, 9, 10, 1, 24, (3, 5), (1, 1), True),
+    "no bias": (1, 10, 4, 1, 64, (7, 3), (1, 1), False),
+    "a group is a window, no bias": (1, 6, 6, 1, 16, (3, 3), (2, 2), False),
+    "dilated": (1, 11, 8, 1, 16, (3, 3), (2, 1), True),
+}
+
+
+def leaves(batch, height, width, heads, head_dim, kernel, bias, dtype):
+    """Query, key, value and (or None) bias on the device, leaves, in `dtype`; the table stays float32."""
+    qkv = [torch.randn(batch, height, width, heads, head_dim).to(DEVICE, dtype).requires_grad_() for _ in range(3)]
+    rpb = torch.randn(heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1).to(DEVICE).requires_grad_() if bias else None
+    return [*qkv, rpb]
+
+
+def results(attend, tensors, grad):
+    """The output and the gradients of all leaves."""
+    out = attend(*tensors)
+    return out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)
+
+
+def assert_as_good_as_the_definition(tensors, kernel, dilation, scale=0.3):
+    """Against float64, values and gradients err at most twice as much as the definition itself in this precision."""
+    grad = torch.randn_like(tensors[0])
+    ours = results(lambda *t: na2d(*t[:3], kernel, dilation, rpb=t[3], scale=scale, impl="triton"), tensors, grad)
+    copies = [None if t is None else t.detach().cpu() for t in tensors]
+    exact, naive = (
+        results(
+            lambda *t: reference.na2d(*t, kernel, dilation, scale),
+            [None if t is None else t.to(dtype).requires_grad_() for t in copies],
+            grad.cpu().to(dtype),
+        )
+        for dtype in (torch.float64, grad.dtype)
+    )
+    for o, n, e in zip(ours, naive, exact, strict=True):
+        allowed = 2 * (n.double() - e).abs().max() + 4 * torch.finfo(grad.dtype).eps * e.abs().max()
+        assert (o.cpu().double() - e).abs().max() <= allowed
+
+
+@computes
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_values_and_gradients(case, dtype):
+    *shape, kernel, dilation, bias = CASES[case]
+    tensors = leaves(*shape, kernel, bias, dtype)
+    if reason := triton_impl.unsupported(tensors[0], kernel, dilation):
+        pytest.skip(reason)
+    if INTERPRETED and dtype == torch.float16 and "window" not in case:
+        pytest.skip("slow to interpret; float32 covers the shape")
+    torch.manual_seed(0)
+    assert_as_good_as_the_definition(tensors, kernel, dilation)
+
+
+@computes
+@pytest.mark.parametrize("seed", range(100 if DEVICE == "cuda" else 4))
+def test_any_shape(seed, monkeypatch):
+    """With the smallest blocks, so that small maps have many tiles and many blocks of keys."""
+    smallest = dict.fromkeys(triton_configs.TABLE, triton_configs.Config(16, 16, 1, 1))
+    monkeypatch.setattr(triton_configs, "TABLE", smallest)
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    kernel = draw.choice([3, 3, 5, 7]), draw.choice([3, 3, 5, 7])
+    dilation = draw.choice([1, 1, 2]), draw.choice([1, 2, 3])
+    height, width = draw.randint(1, 12), draw.randint(1, 12)
+    tensors = leaves(1, height, width, 1, 16, kernel, True, torch.float32)
+    assert_as_good_as_the_definition(tensors, kernel, dilation)
+
+
+@computes
+def test_a_class_may_have_no_token_in_its_last_tile(monkeypatch):
+    smallest = dict.fromkeys(triton_configs.TABLE, triton_configs.Config(16, 16, 1, 1))
+    monkeypatch.setattr(triton_configs, "TABLE", smallest)
+    assert triton_impl._tile(13, 2, 16) == (4, 2)  # 13 members in tiles of 4, 4, 4, 1; the other class has 12
+    torch.manual_seed(0)
+    assert_as_good_as_the_definition(leaves(1, 25, 2, 1, 16, (3, 3), True, torch.float32), (3, 3), (2, 1))
+
+
+@computes
+@pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), (1, 1)), ((5, 5), (1, 2))], ids=["tiled", "dense"])
+def test_nothing_but_the_tensors_is_read_or_left_unwritten(kernel, dilation):
+    """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
+    torch.manual_seed(0)
+    buffer = torch.full((2, 7, 10, 3, 3, 29), torch.nan, device=DEVICE)
+    packed = buffer[:, 1:6, 1:9, :, 1:, 3:27]
+    packed.copy_(torch.randn(packed.shape))
+    inside = packed.detach().requires_grad_()
+    rpb = torch.randn(2, 2 * kernel[0] - 1, 2 * kernel[1] - 1, device=DEVICE, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()  # the trap is set
+        out = na2d(*inside.unbind(3), kernel, dilation, rpb=rpb, impl="triton")
+        grads = torch.autograd.grad(out.sin().sum(), (inside, rpb))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = packed.detach().cpu().double().requires_grad_()
+    table = rpb.detach().cpu().double().requires_grad_()
+    expected = reference.na2d(*exact.unbind(3), table, kernel, dilation, 24**-0.5)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    for grad, e in zip(grads, torch.autograd.grad(expected.sin().sum(), (exact, table)), strict=True):
+        torch.testing.assert_close(grad.cpu().double(), e, rtol=1e-5, atol=1e-5)
+
+
+@computes
+def test_query_key_and_value_may_lie_differently():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 4, 5, 2, 16, device=DEVICE)
+    other = k.transpose(1, 3).contiguous().transpose(1, 3), v.transpose(3, 4).contiguous().transpose(3, 4)
+    assert torch.equal(na2d(q, *other, 3, impl="triton"), na2d(q, k, v, 3, impl="triton"))
+
+
+@computes
+def test_a_batch_is_summed_whole_whatever_a_program_takes(monkeypatch):
+    """Images share programs in three kernels; an odd batch leaves the last program fewer."""
+    monkeypatch.setattr(triton_impl, "PROGRAMS", 4)
+    torch.manual_seed(0)
+    assert triton_impl._images(2, 5) == 2
+    for width in (3, 4):  # dense, tiled
+        assert_as_good_as_the_definition(leaves(5, 3, width, 2, 16, (3, 3), True, torch.float32), (3, 3), (1, 1))
+
+
+@computes
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other")
+@pytest.mark.parametrize("dilation", [1, 8])
+def test_gradients_are_the_same_bits_every_time(dilation):
+    tensors = leaves(16, 56, 56, 2, 32, (7, 7), True, torch.bfloat16)
+    grad = torch.randn_like(tensors[0])
+    attend = lambda *t: na2d(*t[:3], 7, dilation, rpb=t[3], impl="triton")  # noqa: E731
+    first, second = (results(attend, tensors, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(dtype=torch.float64), "float64 is none of"),
+        (dict(head_dim=8), "head_dim 8 does not lie between 16 and 128"),
+        (dict(head_dim=129), "head_dim 129"),
+        (dict(kernel=(3, 15)), r"kernel_size \(3, 15\)"),
+        (dict(height=1 << 24), "32-bit offsets"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_said(change, reason):
+    case = dict(dtype=torch.float32, head_dim=32, kernel=(7, 7), height=9) | change
+    query = torch.empty(1, case["height"], 9, 2, case["head_dim"], dtype=case["dtype"], device="meta")
+    assert re.search(reason, triton_impl.unsupported(query, case["kernel"], (1, 1)) or "")
+    assert triton_impl.unsupported(torch.empty(1, 9, 9, 2, 32, device="meta"), (7, 7), (1, 1)) is None
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_under_the_interpreter():
+    """Every test marked `computes`, in a process where Triton interprets its kernels on the CPU."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
+    environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed, run.stdout
+    assert int(passed[1]) >= len(CASES) + 12, run.stdout
+
+
+def launches(height, heads, head_dim, kernel, dilation, dtype):
+    """What a training step on 128 images of a packed projection launches. Nothing is allocated."""
+    shape = (128, height, height, heads, head_dim)
+    query, key, value = torch.empty(*shape[:3], 3, *shape[3:], dtype=dtype, device="meta").unbind(3)
+    rpb = torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1, device="meta")
+    out, lse = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(shape[:4], device="meta")
+    where = (kernel, kernel), (dilation, dilation), head_dim**-0.5
+    forward = triton_impl.forward_launch(query, key, value, rpb, out, lse, *where)
+    backward, _ = triton_impl.backward_launches(out, query, key, value, rpb, out, lse, out, out, out, *where)
+    return [forward, *backward]
+
+
+def assert_builds(capability, wanted):
+    """Every kernel of `wanted` compiles without spilling, within the chip's shared memory, and adds without atomics."""
+    triton_builds.require_compiler(capability)
+    for launch in wanted:
+        build = triton_builds.build(launch.kernel, launch.arguments, capability, **launch.options)
+        name = f"{launch.kernel.__name__} on sm_{capability}: {build}"
+        assert build.local == 0, name
+        assert build.shared <= triton_builds.SHARED_LIMIT[capability], name
+        assert not build.atomics, name
+
+
+@compiles
+@pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
+def test_what_dinat_runs_compiles(capability):
+    """Half precision, head_dim 32, kernel 7; at 224 pixels the first stage alternates dilation 1 and 8."""
+    tiled, dense = (launches(56, 2, 32, 7, dilation, torch.bfloat16) for dilation in (1, 8))
+    assert {launch.kernel.__name__ for launch in tiled + dense} == set(triton_configs.KINDS)
+    assert_builds(capability, [*tiled, *(launch for launch in dense if "dense" in launch.kernel.__name__)])
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "kernel", "dtype"),
+    [
+        (90, 32, 3, torch.float16),
+        (90, 32, 13, torch.bfloat16),
+        (90, 64, 7, torch.bfloat16),
+        (80, 128, 7, torch.bfloat16),
+        (90, 128, 7, torch.bfloat16),
+        (80, 32, 7, torch.float32),
+        (90, 128, 7, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_limits_compile(capability, head_dim, kernel, dtype):
+    wanted = launches(56, 2, head_dim, kernel, 1, dtype)
+    if kernel == 7:  # the dense kernels, where a group fits them
+        wanted += [launch for launch in launches(56, 2, head_dim, 7, 8, dtype) if "dense" in launch.kernel.__name__]
+    assert_builds(capability, wanted)

@@ -1,0 +1,161 @@
+"""Agent attention against the published modules, and what it promises at other sizes and grids."""
+
+from __future__ import annotations
+
+import goldens
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import interpolate
+
+import hybridzoo.layers.agent_attention as module
+from hybridzoo.checkpoints import convert
+from hybridzoo.layers import AgentAttention
+from hybridzoo.layers.agent_attention import agent_attention
+from hybridzoo.layers.resize import adaptive_pool, resize_map
+
+CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("agent_core_")]
+MODULES = [n for n in goldens.names("ops", numeric=True) if n.startswith("agent_module_")]
+
+
+def layer_of(**kwargs) -> AgentAttention:
+    """A small layer whose tables are large enough to matter."""
+    torch.manual_seed(0)
+    layer = AgentAttention(16, 2, 3, 8, **kwargs).double()
+    for name, parameter in layer.named_parameters():
+        if name.endswith("_bias"):
+            torch.nn.init.normal_(parameter)
+    return layer
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_published_operator_values_and_gradients(name):
+    data = goldens.numbers("ops", name)
+    inputs = [data[k].requires_grad_() for k in ("q", "agent", "k", "v", "bias1", "bias2")]
+    q, agent, k, v, gather, spread = inputs
+    out = agent_attention(q, agent, k, v, gather[None], spread[None])
+    goldens.assert_close(out, data["out"])
+    out.backward(data["grad_out"])
+    for key, tensor in zip(("q", "agent", "k", "v", "bias1", "bias2"), inputs, strict=True):
+        goldens.assert_close(tensor.grad, data[f"grad_{key}"])
+
+
+def ours(data: dict[str, torch.Tensor], group: str) -> dict[str, torch.Tensor]:
+    """A module's published parameters, or their gradients, under our names and shapes."""
+    prefix = "stages.0.blocks.0.attn."
+    published = {prefix + k.removeprefix(group): v for k, v in data.items() if k.startswith(group)}
+    return {k.removeprefix(prefix): v for k, v in convert(published, "agent_deit_tiny").items()}
+
+
+@pytest.mark.parametrize("fold", [0.0, 1e9], ids=["projected", "folded"])
+@pytest.mark.parametrize("name", MODULES)
+def test_published_module_values_and_gradients(name, fold, monkeypatch):
+    monkeypatch.setattr(module, "FOLD_BELOW", fold)
+    meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    parameters, grads = (ours(data, group) for group in ("param.", "grad."))
+    rows, columns = parameters["ah_bias"].shape[2], parameters["aw_bias"].shape[2]
+    trained = int(parameters["an_bias"].shape[1] ** 0.5)
+    layer = AgentAttention(
+        data["x"].shape[-1],
+        meta["heads"],
+        trained,
+        (rows, columns),
+        grid=tuple(meta["agent_grid"]),
+        class_token="ac_bias" in parameters,
+    ).double()
+    layer.load_state_dict(parameters)
+    x = data["x"].requires_grad_()
+    out = layer(x, tuple(meta.get("map_size", meta.get("window"))))
+    goldens.assert_close(out, data["out"])
+    out.backward(data["grad_out"])
+    goldens.assert_close(x.grad, data["grad_x"])
+    for key, parameter in layer.named_parameters():
+        goldens.assert_close(parameter.grad, grads[key])
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (8, 8), (13, 6)])
+def test_both_forms_agree_at_any_size(size, class_token, monkeypatch):
+    """Smaller than the grid, square, odd; in training and in evaluation, where the tables are cached."""
+    layer = layer_of(class_token=class_token)
+    x = torch.randn(2, size[0] * size[1] + class_token, 16, dtype=torch.double)
+    outs = []
+    for fold in (0.0, 1e9):
+        monkeypatch.setattr(module, "FOLD_BELOW", fold)
+        assert layer.folds(size) == (fold > 0)
+        outs += [layer.train()(x, size)]
+        with torch.no_grad():
+            outs += [layer.eval()(x, size), layer(x, size)]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_is_its_tokens():
+    layer = layer_of()
+    x = torch.randn(2, 5, 7, 16, dtype=torch.double)
+    torch.testing.assert_close(layer(x).flatten(1, 2), layer(x.flatten(1, 2), (5, 7)))
+
+
+def test_the_grid_can_be_changed_afterwards():
+    """A constant table stays the same constant on any grid, and so does a map of equal tokens."""
+    layer = layer_of()
+    for name, parameter in layer.named_parameters():
+        if name.endswith("_bias"):
+            torch.nn.init.constant_(parameter, 0.5)
+    x = torch.randn(1, 1, 16, dtype=torch.double).expand(1, 54, 16)
+    before = layer.eval()(x, (6, 9))
+    layer.grid = (5, 2)
+    assert layer.biases((6, 9))[0].shape == (2, 10, 54)
+    torch.testing.assert_close(layer(x, (6, 9)), before)
+
+
+def test_cached_tables_follow_the_weights_and_the_grid():
+    layer = layer_of().eval()
+    x = torch.randn(1, 30, 16, dtype=torch.double)
+    with torch.no_grad():
+        first = layer(x, (5, 6))
+        layer.ah_bias.normal_()
+        second = layer(x, (5, 6))
+        layer.grid = (2, 2)
+        third = layer(x, (5, 6))
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(second, third)
+
+
+@pytest.mark.parametrize(("old", "new"), [((7, 7), (14, 9)), ((8, 8), (3, 8)), ((5, 5), (5, 1)), ((4, 6), (4, 6))])
+def test_resize_is_bilinear_with_half_pixel_centres(old, new):
+    x = torch.randn(2, 3, *old)
+    expected = interpolate(x.double(), new, mode="bilinear", align_corners=False).float()
+    torch.testing.assert_close(resize_map(x, new), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resize_map(x, new), resize_map(x.clone(), new))
+        torch.testing.assert_close(resize_map(x, new), expected)
+
+
+@pytest.mark.parametrize(("old", "new"), [((56, 14), (3, 9)), ((5, 7), (7, 7)), ((1, 2), (3, 4)), ((6, 6), (3, 2))])
+def test_pooling_is_adaptive_average_pooling(old, new):
+    x = torch.randn(2, *old, 4, dtype=torch.double)
+    expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), new).permute(0, 2, 3, 1)
+    torch.testing.assert_close(adaptive_pool(x, new), expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(dim=15), "dim must be a multiple of num_heads"),
+        (dict(agents=0), "agents must be positive"),
+        (dict(table_size=(3, 0)), "table_size must be positive"),
+        (dict(grid=(0, 2)), "grid must be positive"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        AgentAttention(**{"dim": 16, "num_heads": 2, **kwargs})
+
+
+def test_tokens_without_their_size_are_refused():
+    layer = AgentAttention(16, 2, class_token=True)
+    with pytest.raises(ValueError, match="31 tokens less the class token"):
+        layer(torch.randn(1, 31, 16), (5, 7))
+    with pytest.raises(ValueError, match="size must be"):
+        AgentAttention(16, 2)(torch.randn(1, 31, 16))

@@ -1,0 +1,85 @@
+"""Folding changes how a model computes, never what."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import hybridzoo  # noqa: F401
+from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual, fuse
+from hybridzoo.layers.folding import fuse_norm_linear_eval
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """In float64 and evaluation, with statistics and weights that a fold could get wrong."""
+    torch.manual_seed(0)
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 2)
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    return module.double().eval()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("padding", [None, "same"])
+def test_convolution_takes_its_norm_in(groups, bias, padding):
+    layer = randomised(ConvNormAct(8, 16, 3, 2, groups=groups, bias=bias, padding=padding, act_layer=nn.ReLU))
+    x = torch.randn(2, 8, 9, 12, dtype=torch.float64)
+    expected = layer(x)
+    layer.fuse()
+    assert isinstance(layer.norm, nn.Identity)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.conv.weight.dtype == torch.float64
+    layer.fuse()
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_takes_the_norm_before_it_in(affine, bias):
+    norm = randomised(nn.Sequential(nn.BatchNorm1d(6)))[0]
+    if not affine:
+        norm.affine, norm.weight, norm.bias = False, None, None
+    linear = nn.Linear(6, 4, bias=bias).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(fuse_norm_linear_eval(norm, linear)(x), linear(norm(x)))
+
+
+def test_fuse_reaches_everything_and_switches_to_evaluation():
+    blocks = nn.Sequential(
+        MBConv(8, 8, hidden_dim=24, se_dim=4, shortcut=nn.Identity()),
+        Residual(FusedMBConv(8, 8, hidden_dim=16)),
+        nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),  # nobody's to fold
+    )
+    model = randomised(blocks)
+    x = torch.randn(2, 8, 7, 5, dtype=torch.float64)
+    expected = model(x)
+    folded = fuse(copy.deepcopy(model).train())
+    assert not folded.training
+    torch.testing.assert_close(folded(x), expected)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 1
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 6
+
+
+def test_dense_models_and_wrappers_fold_too():
+    dense = randomised(timm.create_model("efficientvit_mit_b0", features_only=True, depths=(1, 1, 1, 1)))
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected = dense(x)
+    for got, wanted in zip(fuse(dense)(x), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in dense.modules())
+
+
+def test_a_folded_model_can_be_exported():
+    model = timm.create_model("efficientvit_mit_b0", depths=(1, 1, 1, 1), num_classes=3).fuse()
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 64),))
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(program.module()(x), model(x))
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)

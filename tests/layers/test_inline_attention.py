@@ -1,0 +1,129 @@
+"""InLine attention against the published modules, and the local kernels every image makes."""
+
+from __future__ import annotations
+
+import goldens
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hybridzoo.layers.inline_attention as inline_attention_module
+from hybridzoo.layers import InLineAttention
+from hybridzoo.layers.inline_attention import inline_attention
+
+CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("inline_core_")]
+MODULES = [n for n in goldens.names("ops", numeric=True) if n.startswith("inline_module_")]
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_published_operator_values_and_gradients(name):
+    data = goldens.numbers("ops", name)
+    inputs = [data[k].requires_grad_() for k in "qkv"]
+    out = inline_attention(*inputs)
+    goldens.assert_close(out, data["out"])
+    out.backward(data["grad_out"])
+    for key, tensor in zip("qkv", inputs, strict=True):
+        expected = data[f"grad_{key}"]
+        goldens.assert_close(tensor.grad, expected, std=max(expected.std().item(), 1e-3))  # one token: exact zeros
+
+
+def test_equals_the_attention_map_that_it_never_forms():
+    q, k, v = torch.randn(3, 2, 3, 20, 8, dtype=torch.double)
+    scores = q @ k.transpose(2, 3) * 8**-0.5 / 20
+    weights = scores - scores.mean(-1, keepdim=True) + 1 / 20
+    torch.testing.assert_close(inline_attention(q, k, v), weights @ v)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_published_module_values_and_gradients(name, folded):
+    meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    for group in ("param.", "grad."):
+        for part in ("weight", "bias"):
+            if f"{group}kv.{part}" in data:  # PVT projects queries, and keys with values
+                both = [data.pop(f"{group}{which}.{part}") for which in ("q", "kv")]
+                data[f"{group}qkv.{part}"] = torch.cat(both)
+    layer = InLineAttention(data["x"].shape[-1], meta["heads"], class_token="deit" in name).double()
+    layer.load_state_dict({k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")})
+    layer._folded = layer._projected = layer._folded if folded else layer._projected
+    x = data["x"].requires_grad_()
+    out = layer(x, tuple(meta.get("map_size", meta.get("window"))))
+    goldens.assert_close(out, data["out"])
+    out.backward(data["grad_out"])
+    goldens.assert_close(x.grad, data["grad_x"])
+    for key, parameter in layer.named_parameters():
+        goldens.assert_close(parameter.grad, data[f"grad.{key}"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 4)])
+def test_both_forms_agree_at_any_size(size, bias):
+    torch.manual_seed(0)
+    layer = InLineAttention(16, 2, static_kernel=True, qkv_bias=bias).double()
+    x = torch.randn(2, *size, 16, dtype=torch.double)
+    layer._folded = layer._projected
+    expected = layer(x)
+    del layer._folded
+    layer._projected = layer._folded
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x.flatten(1, 2), size).view(x.shape), expected)
+
+
+def test_the_static_kernel_is_a_depthwise_convolution_of_the_values():
+    torch.manual_seed(0)
+    layer = InLineAttention(16, 2, static_kernel=True).double()
+    plain = InLineAttention(16, 2).double()
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("dwc")})
+    x = torch.randn(2, 6, 7, 16, dtype=torch.double)
+    value = layer.qkv(x)[..., 32:].permute(0, 3, 1, 2)
+    local = F.linear(layer.dwc(value).permute(0, 2, 3, 1), layer.proj.weight)
+    torch.testing.assert_close(layer(x), plain(x) + local)
+
+
+def test_a_summary_replaces_the_token_mean():
+    layer = InLineAttention(16, 2)
+    x = torch.randn(2, 12, 16)
+    torch.testing.assert_close(layer(x, (3, 4)), layer(x, (3, 4), summary=x.mean(1)))
+    assert not torch.allclose(layer(x, (3, 4)), layer(x, (3, 4), summary=x.amax(1)))
+
+
+@pytest.mark.parametrize("form", ["dynamic_depthwise", "_by_taps", "_by_images", "_by_groups"])
+def test_every_image_is_convolved_with_its_own_kernels(form):
+    """As a device or a compiler sees it: the same values and gradients."""
+    x = torch.randn(3, 5, 6, 4, dtype=torch.double, requires_grad=True)
+    kernels = torch.randn(3, 4, 9, dtype=torch.double, requires_grad=True)
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)  # (B, H, W, C, 9)
+    expected = torch.einsum("bhwck,bck->bhwc", windows, kernels)
+    grad = torch.randn_like(expected)
+    out = getattr(inline_attention_module, form)(x, kernels)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (x, kernels), grad), torch.autograd.grad(expected, (x, kernels), grad)
+    )
+
+
+def test_large_means_cost_no_digits_in_bfloat16():
+    """Keys and values with a mean of five standard deviations: a difference of large sums would be noise."""
+    torch.manual_seed(0)
+    q, k, v = (t.bfloat16() for t in torch.randn(3, 4, 2, 196, 32))
+    k, v = k + 5, v + 5
+    exact = inline_attention(q.double(), k.double(), v.double())
+
+    def error(out: torch.Tensor) -> float:
+        return (out.double() - exact).square().mean().sqrt().item()
+
+    scale = 32**-0.5
+    plain = scale * q @ (k.mT @ v / 196) + (1 - scale * q @ k.mean(2, keepdim=True).mT) * v.mean(2, keepdim=True)
+    ours = error(inline_attention(q, k, v))
+    assert ours < 2 * error(exact.bfloat16())  # rounding the result alone costs as much
+    assert ours < 0.2 * error(plain)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_tokens_without_their_size_are_refused(class_token):
+    layer = InLineAttention(16, 2, class_token=class_token)
+    with pytest.raises(ValueError, match="size must be"):
+        layer(torch.randn(1, 31, 16), (5, 7))
+    with pytest.raises(ValueError, match="dim must be a multiple of num_heads"):
+        InLineAttention(15, 2)

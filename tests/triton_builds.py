@@ -1,0 +1,126 @@
+"""Compile Triton kernels for GPUs that are not there, and read what the compiled code takes.
+
+The arguments are those of a launch, tensors on any device (`meta` is enough): they are specialised as Triton would
+specialise them at run time, so that what is compiled here is what a user's GPU would run.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CAPABILITIES = (80, 90, 100)
+# Shared memory one block may use, in bytes: compute capability 8.0, 9.0 and 10.0 (CUDA programming guide).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """What one block, or one thread, of a compiled kernel takes."""
+
+    shared: int  # bytes per block
+    registers: int  # per thread
+    local: int  # bytes of local memory per thread: what did not fit into registers, and indexed arrays
+    atomics: bool
+
+
+def require_compiler(capability: int) -> None:
+    """Skip the calling test, with the reason, where nothing can be compiled for this chip."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for tool in ("ptxas-blackwell" if capability >= 100 else "ptxas", "cuobjdump"):
+        if _tool(tool) is None:
+            pytest.skip(f"{tool}, which compiling for sm_{capability} takes, is neither in Triton nor on the path")
+
+
+def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: Any) -> Build:
+    """Compile `kernel` (a `triton.jit` function) for `capability` (80, 90, 100); `options` as in a launch.
+
+    Raises RuntimeError when the compiled code does not say what it takes.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialise and isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        signature[parameter.name] = _type(value)
+        if isinstance(value, torch.Tensor) or (specialise and isinstance(value, int) and value % 16 == 0):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    # One thread compiles, and nothing is cached: a warm cache would hide an error of the compiler.
+    with tempfile.TemporaryDirectory() as folder, _uncached(folder):
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        registers, local = _resources(compiled.asm["cubin"])
+        # PTX: `atom` returns the old value, `red` does not. Either makes the order of a sum depend on the moment.
+        atomics = re.search(r"^\s*(@%p\d+ )?(atom|red)\.global", compiled.asm["ptx"], re.MULTILINE) is not None
+        return Build(compiled.metadata.shared, registers, local, atomics)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    assert isinstance(value, float), f"no Triton type for {value!r}"
+    return "fp32"
+
+
+def _uncached(folder: str):
+    from triton import knobs
+
+    scope = knobs.cache.scope()
+
+    class Scope:
+        def __enter__(self):
+            scope.__enter__()
+            knobs.cache.dir = folder
+
+        def __exit__(self, *error):
+            return scope.__exit__(*error)
+
+    return Scope()
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool("cuobjdump"), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: re.search(rf"\b{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
+    if None in numbers.values():
+        raise RuntimeError(f"cuobjdump reports no resources:\n{report}")
+    registers, stack, local = (int(match[1]) for match in numbers.values() if match)
+    return registers, stack + local
+
+
+@functools.cache
+def _tool(name: str) -> str | None:
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(bundled) if bundled.exists() else shutil.which(name)
