@@ -15,14 +15,16 @@ from hybridzoo.kernels.routed import torch_impl
 def routed_attention2d(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, regions: list[int], scale: float
 ) -> Tensor:
-    return torch_impl.region_forward(query, key, value, routes, (regions[0], regions[1]), scale)
+    with torch.autocast(query.device.type, enabled=False):  # it would change the output's dtype
+        return torch_impl.region_forward(query, key, value, routes, (regions[0], regions[1]), scale)
 
 
 @torch.library.custom_op("hybridzoo::routed_attention2d_backward", mutates_args=())
 def routed_attention2d_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Tensor, regions: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_impl.region_backward(grad, query, key, value, routes, (regions[0], regions[1]), scale)
+    with torch.autocast(query.device.type, enabled=False):
+        return torch_impl.region_backward(grad, query, key, value, routes, (regions[0], regions[1]), scale)
 
 
 @routed_attention2d.register_fake

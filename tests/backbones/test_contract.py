@@ -25,7 +25,7 @@ def variants(name: str) -> dict:
 def _leaders() -> list[str]:
     """The first, smallest variant of every structure: what only differs in sizes compiles and exports alike.
 
-    Sizes are a row's numbers and tuples; its switches (booleans, strings) and its name's first words make the structure.
+    Sizes are a row's numbers and tuples; its switches (booleans, strings) and its name's first words are the structure.
     """
     leaders: dict[tuple, str] = {}
     for module in dict.fromkeys(model_entrypoint(name).__module__ for name in MODELS):

@@ -254,3 +254,15 @@ def test_bad_arguments_are_named(change, message):
 def test_topk_out_of_range_is_named(topk):
     with pytest.raises(ValueError, match=f"topk must lie between 1 and the number of regions, 16; got {topk}"):
         bi_level_route(torch.zeros(1, 8, 8, 1, 4), torch.zeros(1, 8, 8, 1, 4), 4, topk)
+
+
+def test_autocast_leaves_the_inputs_precision_alone(monkeypatch):
+    monkeypatch.setattr(torch_impl, "prefers_dense", lambda query, routes: False)
+    torch.manual_seed(0)
+    qkv = [t.requires_grad_() for t in maps(1, 6, 6, 2, 8)]
+    routes = torch.randint(0, 4, (1, 4, 2))
+    expected = routed_attention2d(*qkv, routes, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = routed_attention2d(*qkv, routes, 2)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
