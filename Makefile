@@ -26,10 +26,10 @@ demo: setup  ## fine-tune one backbone on three tasks on the embedded data, show
 	$(BIN)/python -m hybridzoo.train.demo --out demo
 
 test: setup  ## every test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-fast: setup  ## without the slow ones
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 lint: setup  ## style
 	$(BIN)/ruff check .

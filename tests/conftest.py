@@ -1,6 +1,24 @@
-"""For every test: one thread a process, since the suite runs one process a core."""
+"""For every test: one thread a process, since the suite runs one process a core; and which tests share a process."""
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the tests' subprocesses
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """A file's tests share a process and its fixtures; the contract, half of the time, goes model by model instead."""
+    contract, others = [], []
+    for item in items:
+        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        if item.path.name == "test_contract.py" and name is not None:
+            contract.append((name, item))
+            group = f"contract of {name}"
+        else:
+            others.append(item)
+            group = str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items[:] = [item for _, item in sorted(contract, key=lambda pair: pair[0])] + others
