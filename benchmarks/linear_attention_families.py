@@ -298,7 +298,8 @@ def cost(args: argparse.Namespace, device: torch.device, where: str) -> None:
     memory = "the peak of forward + backward" if device.type == "cuda" else "what forward keeps for backward"
     report(title, columns, rows, args.out, f"Time of the forward pass; memory: {memory}.")
     if args.plot:
-        plot(args.plot, sides, {"forward pass, seconds": seconds, f"{memory}, bytes": bytes_}, where)
+        megabytes = {label: [value / 2**20 for value in values] for label, values in bytes_.items()}
+        plot(args.plot, sides, {"forward pass, seconds": seconds, f"{memory}, MB": megabytes}, where)
 
 
 def plot(file: Path, sides: list[int], panels: dict[str, dict[str, list[float]]], where: str) -> None:
