@@ -43,6 +43,7 @@ types: setup  ## mypy; it sees the mapped folders through links
 
 bench: setup  ## speed tables, ours beside what one would run otherwise
 	$(BIN)/python benchmarks/routed_attention.py --out benchmarks/routed_attention_cpu.md
+	$(BIN)/python benchmarks/neighborhood_attention.py --shapes 224 --out benchmarks/neighborhood_attention_cpu.md
 
 docs/models.md: $(wildcard checkpoints/published/*.json)  ## the table of models, from the cards
 	@{ echo "# Models and published weights"; echo; echo "Made from the cards by \`make docs/models.md\`."; echo; \

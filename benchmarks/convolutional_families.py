@@ -119,7 +119,9 @@ def main() -> None:
     title = (
         f"Convolution-heavy families at {args.size} px, batch {args.batch}, {how}, {where}, torch {torch.__version__}"
     )
-    table = Table(*columns, title=title)
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for cells in table_rows:
         table.add_row(*cells)
     Console().print(table)
