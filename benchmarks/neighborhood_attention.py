@@ -168,12 +168,14 @@ class Case:
                     raise SystemExit(f"{name} disagrees with the gather formulation: {what} off by {error:.1e}")
 
     def times(self, functions: dict[str, Function], repeats: int) -> dict[str, tuple[float, float]]:
-        """Median seconds of every function, forward and backward, runs interleaved."""
+        """Median seconds of every function, forward and backward; runs interleaved, each after one not timed."""
         samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
         for _ in range(repeats):
             for name, function in functions.items():
                 with torch.no_grad():
+                    self.forward(function)  # what other contenders left in caches and allocator is not its own cost
                     samples[name][0].append(self._timed(lambda f=function: self.forward(f)))
+                self.both_ways(function)
                 out = self.forward(function)
                 backward = self._timed(lambda out=out: torch.autograd.grad(out, (self.packed, self.rpb), self.grad))
                 samples[name][1].append(backward)

@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_TILE = 8  # rows of queries in a tile; twice as many columns
+
+class Shape(NamedTuple):
+    """What tiles a pass likes best. Factors count tile rows, of which there are `kernel`, at most `max_tile`."""
+
+    max_tile: int = 8
+    columns: int = 1
+    uncut_rows: int = 1
+    uncut_columns: int = 1
+    exporting: bool = False
 
 
 class Run(NamedTuple):
@@ -60,15 +68,14 @@ class Run(NamedTuple):
 _kept_entries = functools.lru_cache(maxsize=256)(Run.entries)  # a few small tensors a resolution
 
 
-def _runs(length: int, kernel: int, dilation: int, tile: int) -> list[Run]:
-    """Cut an axis into runs of tiles of about `tile` queries."""
+def _runs(length: int, kernel: int, dilation: int, tile: int, uncut: int) -> list[Run]:
+    """Cut an axis into runs of tiles of about `tile` queries; a group of at most `uncut` members is one tile."""
     whole, longer = divmod(length, dilation)  # the first `longer` groups have one member more
     runs: list[Run] = []
     for first, groups, members in ((0, longer, whole + 1), (longer, dilation - longer, whole)):
         if not groups or not members:
             continue
-        uncut = members <= max(tile, kernel + 3)  # a cut would save next to nothing
-        step = members if uncut else math.ceil(members / round(members / tile))
+        step = members if members <= uncut else math.ceil(members / round(members / tile))
         last = max(members - kernel, 0)  # start of the last window
         for query in range(0, members, step):
             size = min(step, members - query)
@@ -147,8 +154,9 @@ class Block(NamedTuple):
     def bias(self, plan: Plan) -> Tensor:
         """`(heads or 1, queries, keys)`: the position bias, and minus infinity where a query does not see a key."""
         rows, columns = (plan.entries[run] for run in self)
-        bias = plan.table.index_select(2, columns.flatten()).index_select(1, rows.flatten())
-        return bias.view(-1, *rows.shape, *columns.shape).transpose(2, 3).flatten(3).flatten(1, 2)
+        entries = (rows[:, None, :, None] * plan.table.shape[2] + columns[:, None]).view(1, -1)
+        bias = plan.table.flatten(1).gather(1, entries.expand(plan.table.shape[0], -1))
+        return bias.view(-1, self.rows.tile * self.columns.tile, self.rows.keys * self.columns.keys)
 
     def bias_gradient(self, plan: Plan, grad: Tensor) -> Tensor:
         """Adjoint of `bias`: sum `(heads, queries, keys)` into `(heads, 2kh - 1, 2kw - 1)`, as two matrix products."""
@@ -171,19 +179,19 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _cut(
-    size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], tile: int
+    size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], tile: int, shape: Shape
 ) -> tuple[list[Run], list[Run]]:
-    rows = _runs(size[0], kernel[0], dilation[0], tile)
-    columns = _runs(size[1], kernel[1], dilation[1], 2 * tile)  # copying bands duplicates fewer keys when wide
+    uncut = [
+        max(factor * tile, k + 3) for factor, k in zip((shape.uncut_rows, shape.uncut_columns), kernel, strict=True)
+    ]
+    rows = _runs(size[0], kernel[0], dilation[0], tile, uncut[0])
+    columns = _runs(size[1], kernel[1], dilation[1], shape.columns * tile, uncut[1])
     return rows, columns
 
 
-def plan(
-    query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int], exporting: bool = False
-) -> Plan:
-    tile = min(max(kernel), MAX_TILE) * (2 if exporting else 1)
-    rows, columns = _cut((query.shape[1], query.shape[2]), kernel, dilation, tile)
-    make = Run.entries if exporting else _kept_entries  # a traced tensor must not outlive the trace
+def plan(query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int], shape: Shape) -> Plan:
+    rows, columns = _cut((query.shape[1], query.shape[2]), kernel, dilation, min(max(kernel), shape.max_tile), shape)
+    make = Run.entries if shape.exporting else _kept_entries  # a traced tensor must not outlive the trace
     entries = {run: make(run, query.device) for run in (*rows, *columns)}
     dtype = torch.promote_types(query.dtype, torch.float32)
     if rpb is None:

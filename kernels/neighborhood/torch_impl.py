@@ -2,7 +2,7 @@
 
 The queries of a tile share most of their keys, so a tile and the union of its windows are two small dense matrices, and
 what a query of the tile does not see is minus infinity in the bias. Nothing is gathered per query. `tiles` says how the
-map is cut up.
+map is cut up; small maps and dilation groups are not.
 
 Per block of equal tiles, columns of tiles are copied out as *bands*, in which the keys of a tile are consecutive, so
 that only neighbouring columns duplicate keys; then tile rows follow one another while the band is in the processor's
@@ -21,13 +21,19 @@ from torch import Tensor
 
 from hybridzoo.kernels.neighborhood import tiles
 
-CHUNK_SCORES = 1 << 18  # scores held at once, per temporary; more would fall out of a CPU's cache
-CHUNK_SCORES_GPU = 1 << 26
+# Measured on a CPU. Cutting columns means copying bands; not cutting them means attending to more that is masked.
+FORWARD = tiles.Shape(uncut_rows=2, uncut_columns=4)
+BACKWARD = tiles.Shape(columns=2, uncut_columns=2)
+EXPORTED = tiles.Shape(max_tile=16, columns=2, uncut_columns=2, exporting=True)
+# Scores worked on at once; on a CPU, what belongs to more of them falls out of its cache.
+CHUNK_FORWARD = 1 << 20
+CHUNK_BACKWARD = 1 << 18  # which holds them, twice
+CHUNK_GPU = 1 << 26
 
 
-def _chunks(batch: Tensor, scores: int) -> Iterator[tuple[slice, ...]]:
-    """Cut the batch of a block, `(B, groups, groups, tiles, tiles, ...)`, so that few `scores` per tile are held."""
-    budget = (CHUNK_SCORES_GPU if batch.is_cuda else CHUNK_SCORES) // scores
+def _chunks(batch: Tensor, scores: int, chunk: int) -> Iterator[tuple[slice, ...]]:
+    """Cut the batch of a block, `(B, groups, groups, tiles, tiles, ...)`, given the scores per tile and at once."""
+    budget = (CHUNK_GPU if batch.is_cuda else chunk) // scores
     steps: list[int] = []
     for size in reversed(batch.shape[:5]):
         steps.insert(0, min(size, max(1, budget // math.prod(steps))))
@@ -42,6 +48,11 @@ def _matrices(view: Tensor, dtype: torch.dtype) -> Tensor:
     """`(..., heads, size, size, d)` -> `(tiles * heads, size * size, d)`, contiguous."""
     view = view.to(dtype, memory_format=torch.contiguous_format)
     return view.reshape(-1, view.shape[6] * view.shape[7], view.shape[8])
+
+
+def _sequences(view: Tensor) -> Tensor:
+    """`(..., heads, size, size, d)` -> `(tiles, heads, size * size, d)`; a view where whole rows of a map allow it."""
+    return view.reshape(-1, view.shape[5], view.shape[6] * view.shape[7], view.shape[8])
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -74,17 +85,18 @@ def forward(
     scale: float,
 ) -> Tensor:
     """See `api.na2d`."""
-    plan = tiles.plan(query, rpb, kernel, dilation)
+    plan = tiles.plan(query, rpb, kernel, dilation, FORWARD)
     result = query.new_empty(query.shape)
     for block in plan.blocks:
         bias = block.bias(plan)
         band = block._replace(rows=block.rows.as_band())
         q_all, k_all, v_all, out_all = band.queries(query), band.keys(key), band.keys(value), band.queries(result)
-        for part in _chunks(q_all, query.shape[3] * bias[0].numel()):
-            q, k, v = (_matrices(t[part], plan.dtype) for t in (q_all, k_all, v_all))
+        for part in _chunks(q_all, query.shape[3] * bias[0].numel(), CHUNK_FORWARD):
+            q, k, v = (_sequences(t[part].to(plan.dtype)) for t in (q_all, k_all, v_all))
             out = out_all[part]
+            mask = bias.expand(q.shape[0], -1, -1, -1)
             for rows, queries, keys in _tile_rows(block):
-                tile = _weights(q[:, queries], k[:, keys], bias, scale) @ v[:, keys]
+                tile = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, scale=scale)
                 into = out[..., rows, :, :]
                 into.copy_(tile.view(into.shape))
     return result
@@ -100,7 +112,7 @@ def exportable_forward(
     scale: float,
 ) -> Tensor:
     """`forward` for graphs: no writing into views, no chunks, larger tiles; hence few nodes, and any batch size."""
-    plan = tiles.plan(query, rpb, kernel, dilation, exporting=True)
+    plan = tiles.plan(query, rpb, kernel, dilation, EXPORTED)
     batch, _, width, heads, head_dim = query.shape
     query_map, key_map, value_map = (t.flatten(1, 2).to(plan.dtype) for t in (query, key, value))
     pieces: list[Tensor] = []
@@ -135,7 +147,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward` with respect to query, key, value and rpb, each of its own dtype."""
-    plan = tiles.plan(query, rpb, kernel, dilation)
+    plan = tiles.plan(query, rpb, kernel, dilation, BACKWARD)
     grad_q = query.new_empty(query.shape)
     grad_k, grad_v = (torch.zeros(query.shape, dtype=plan.dtype, device=query.device) for _ in range(2))
     grad_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=plan.dtype, device=rpb.device)
@@ -146,7 +158,7 @@ def backward(
         all_queries = [band.queries(t) for t in (query, grad, out)]
         all_keys = [band.keys(t) for t in (key, value)]
         into_q, into_k, into_v = band.queries(grad_q), band.key_pieces(grad_k), band.key_pieces(grad_v)
-        for part in _chunks(all_queries[0], query.shape[3] * bias[0].numel()):
+        for part in _chunks(all_queries[0], query.shape[3] * bias[0].numel(), CHUNK_BACKWARD):
             q, g, o = (_matrices(t[part], plan.dtype) for t in all_queries)
             k, v = (_matrices(t[part], plan.dtype) for t in all_keys)
             delta = (g * o).sum(-1, keepdim=True)

@@ -71,7 +71,7 @@ sides, kernels, dilations = st.integers(1, 26), st.sampled_from([1, 3, 5, 7, 9])
 @given(
     size=st.tuples(sides, sides), kernel=st.tuples(kernels, kernels), dilation=st.tuples(dilations, dilations),
     batch=st.integers(1, 2), heads=st.integers(1, 2), head_dim=st.integers(1, 5), biased=st.booleans(),
-    seed=st.integers(0, 99), chunk=st.sampled_from([1, 3000, torch_impl.CHUNK_SCORES]),
+    seed=st.integers(0, 99), chunk=st.sampled_from([1, 3000, torch_impl.CHUNK_BACKWARD]),
 )  # fmt: skip
 def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, head_dim, biased, seed, chunk):
     torch.manual_seed(seed)
@@ -84,7 +84,8 @@ def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, h
 
     expected = result_and_gradients(through(reference.na2d), leaves, grad)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_impl, "CHUNK_SCORES", chunk)
+        patch.setattr(torch_impl, "CHUNK_FORWARD", chunk)
+        patch.setattr(torch_impl, "CHUNK_BACKWARD", chunk)
         ours = result_and_gradients(through(lambda *args: operators.na2d(*args, "torch")[0]), leaves, grad)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
     graph = result_and_gradients(through(torch_impl.exportable_forward), leaves, grad)
@@ -224,7 +225,7 @@ def test_memory_is_linear_in_tokens_and_far_below_gathered_neighborhoods(dilatio
         with _Largest() as mode:
             out = torch_impl.forward(q, k, v, rpb, *where)
             torch_impl.backward(out, q, k, v, rpb, out, *where)
-        allowed = max(3 * q.untyped_storage().nbytes(), 4 * torch_impl.CHUNK_SCORES)
+        allowed = max(3 * q.untyped_storage().nbytes(), 4 * torch_impl.CHUNK_BACKWARD)
         assert mode.bytes <= allowed  # neighborhoods of the keys alone: 49 times the map
         largest.append(mode.bytes)
     assert largest[1] <= 4.2 * largest[0]
