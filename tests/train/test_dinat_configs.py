@@ -12,7 +12,8 @@ import torch
 import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.train.config import list_configs, load_config
 
-OURS = {name: path for name, path in list_configs().items() if "nat_" in name or name.startswith("vitrpb_")}
+FINE_TUNED = {name for name in list_configs() if "dinat_" in name and "_in22k_ft_in1k" in name}
+OURS = {name for name in list_configs() if "nat_" in name or name.startswith("vitrpb_")} - FINE_TUNED
 ISOTROPIC = ("nat_isotropic", "dinat_isotropic", "vitrpb")
 DROP_PATH = {  # method: by size, or by model where it differs from NAT's and DiNAT's of that size
     "classification": dict(mini=0.2, tiny=0.2, small=0.3, base=0.5)
@@ -93,6 +94,29 @@ def test_published_recipe(name):
     assert [scale[0] for scale in choice.transforms[0][0].scales] == list(range(480, 801, 32))
     assert len(choice.transforms[1]) == 3
     assert config.train_dataloader.batch_size == 2
+
+
+def test_fine_tuning_from_22k():
+    sizes = {}
+    for name in FINE_TUNED:
+        config = load_config(name)
+        size = config.train_dataloader.dataset.transform.input_size
+        assert size == config.val_dataloader.dataset.transform.input_size
+        assert config.model.mixup is None
+        assert config.model.drop_path_rate == 0.35
+        assert config.train_dataloader.batch_size == 64
+        (schedule,) = config.param_scheduler
+        assert (schedule.start_factor, schedule.end_factor, schedule.end) == (1.0, 0.0, config.train_cfg.max_epochs)
+        assert (config.optim_wrapper.optimizer.lr, schedule.end) == (5e-5, 30)
+        with torch.device("meta"):
+            net = {k: v for k, v in config.model.items() if k in ("kernel_size", "dilations")}
+            model = timm.create_model(config.model.name, **net)
+        kernel, _ = model.stages[0].blocks[0].attn.kernel_size
+        sizes[config.model.name, size, kernel] = config.optim_wrapper.optimizer.weight_decay
+    assert sizes == {
+        ("dinat_large", 224, 7): 1e-4, ("dinat_large", 384, 7): 1e-10, ("dinat_large", 384, 11): 1e-10,
+        ("dinat_s_large", 224, 7): 1e-4, ("dinat_s_large", 384, 7): 1e-5,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
