@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -246,13 +247,17 @@ def measure(shape: Shape, batch: int, repeats: int, device: torch.device, speed:
     rows, slow = [], seconds["gather"]
     for name, (forward, backward) in seconds.items():
         size, used = f"{shape.height}x{shape.width}", memory[name]
-        cells = [size, str(shape.heads), str(shape.dilation), name, f"{forward * 1e3:.3g}", f"{backward * 1e3:.3g}"]
+        cells = [size, str(shape.heads), str(shape.dilation), name, *(_milliseconds(t) for t in (forward, backward))]
         cells += [f"{slow[0] / forward:.1f}x", f"{sum(slow) / (forward + backward):.1f}x"]
         cells.append("" if used is None else f"{used / 2**20:.0f}")
         if speed:
             cells += [f"{maps * case.map_bytes / speed / t:.0%}" for maps, t in ((4, forward), (8, backward))]
         rows.append(cells)
     return rows
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 def main() -> None:
@@ -266,8 +271,8 @@ def main() -> None:
     gpu = device.type == "cuda"
     speed = copy_speed(device) if gpu else None
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    columns = ["map", "heads", "dilation", "", "forward ms", "backward ms", "gather: forward", "forward + backward"]
-    columns += ["memory MiB", *(["floor: forward", "backward"] if gpu else [])]
+    columns = ["map", "heads", "dilation", "", "forward ms", "backward ms", "over gather: forward"]
+    columns += ["forward + backward", "memory MiB", *(["floor: forward", "backward"] if gpu else [])]
     lines = []
     for name, shapes in SHAPES.items():
         if args.shapes not in (name, "all"):
@@ -281,7 +286,7 @@ def main() -> None:
         table = Table(*columns, title=title)
         for i, row in enumerate(rows):
             table.add_row(*row, end_section=i + 1 == len(rows) or rows[i + 1][:3] != row[:3])
-        Console().print(table)
+        Console(width=120 if not sys.stdout.isatty() else None).print(table)
         lines += [f"# {title}", "", f"Medians of {args.repeats} interleaved runs; see the benchmark's docstring.", ""]
         lines += ["| " + " | ".join(r) + " |" for r in (columns, ["---"] * len(columns), *rows)] + [""]
     if speed:
