@@ -45,9 +45,8 @@ bench: setup  ## speed tables, ours beside what one would run otherwise
 	$(BIN)/python benchmarks/routed_attention.py --out benchmarks/routed_attention_cpu.md
 	$(BIN)/python benchmarks/neighborhood_attention.py --shapes 224 --out benchmarks/neighborhood_attention_cpu.md
 
-docs/models.md: $(wildcard checkpoints/published/*.json)  ## the table of models, from the cards
-	@{ echo "# Models and published weights"; echo; echo "Made from the cards by \`make docs/models.md\`."; echo; \
-	  $(BIN)/python -c "import hybridzoo.checkpoints as c; print(c.markdown_table(), end='')"; } > $@
+docs/models.md: $(wildcard checkpoints/published/*.json)  ## the tables of models, here and in the README, from the cards
+	$(BIN)/python -c "from hybridzoo.checkpoints import markdown; markdown.write()"
 
 docs: demo docs/models.md  ## take the demo's pictures into docs/
 	cp demo/classification.png demo/detection.png demo/segmentation.png demo/curves.png docs/

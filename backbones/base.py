@@ -16,6 +16,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
+from hybridzoo.checkpoints.pretrained import find_weights
 from hybridzoo.layers.folding import fuse
 
 if TYPE_CHECKING:
@@ -31,10 +32,13 @@ class Backbone(nn.Module):
         norm: final norm, NCHW -> NCHW.
         head: timm classifier head with `reset(num_classes, pool_type)` and `forward(x, pre_logits=...)`.
         layout: of the maps between stages; channels-last maps are permuted (not copied) on their way out.
+        memory_format: of the image that the stem reads. `torch.channels_last` in families that are NCHW and mostly
+            convolutions, which are fastest that way; all that follows keeps the order, on its way out too.
         feature_info: one dict a stage, see `set_feature_info`.
     """
 
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+    memory_format: torch.memory_format = torch.preserve_format
     stem: nn.Module
     stages: nn.Sequential
     norm: nn.Module
@@ -102,7 +106,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image -> last map after the final norm, NCHW."""
-        return self._final(self.stages(self.stem(x)))
+        return self._final(self.stages(self.stem(x.to(memory_format=self.memory_format))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map -> logits `(batch, num_classes)`, or pooled features if `pre_logits`."""
@@ -141,6 +145,7 @@ class Backbone(nn.Module):
         levels = self.stem_levels + len(self.stages)
         take, last = feature_take_indices(levels, indices)
         deepest = levels - 1
+        x = x.to(memory_format=self.memory_format)
         *finer, x = self.stem_maps(x) if self.stem_levels else [self.stem(x)]
         intermediates = [feature for i, feature in enumerate(finer) if i in take]
         for i, stage in enumerate(self.stages, start=self.stem_levels):
@@ -185,14 +190,22 @@ def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, 
         family: the class, called with a variant's row as first argument.
         variants: the family's table, name -> frozen dataclass.
         name: a key of `variants`.
-        pretrained: load the published weights of the model's card.
+        pretrained: load the published weights of the model's card through our store, or the caller's own where
+            `pretrained_cfg` or `pretrained_cfg_overlay` name some.
         **kwargs: the class's own arguments; those that name a field of the row override it.
+
+    Raises:
+        DownloadError, CheckpointError: the weights cannot be had, or do not fit.
     """
     row = variants[name]
-    kwargs = checkpoints.model_args(name, resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg")).tag) | kwargs
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    kwargs = checkpoints.model_args(name, cfg.tag) | kwargs
     overrides = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(row) if f.name in kwargs}
+    create: Callable[..., Backbone] = family
+    if pretrained and (weights := find_weights(name, cfg, kwargs.get("cache_dir"))):
+        create, pretrained = weights.into(family), False
     return build_model_with_cfg(
-        family,
+        create,
         name,
         pretrained,
         model_cfg=dataclasses.replace(row, **overrides),

@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any, Literal
 
 Status = Literal["ok", "doubtful", "dead", "none"]
+Task = Literal["classification", "detection", "segmentation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,14 @@ class Card:
         mean, std, interpolation, crop_pct, crop_mode: of the published evaluation, as timm names them.
         num_classes: of the published classifier.
         model_args: arguments of the network that these weights need and that the variant does not have by itself.
-        params: number of parameters.
-        gmacs: billions of multiply-accumulates at `input_size`.
+        params: number of parameters; for detectors and segmentors that of the model's first classifier.
+        gmacs: billions of multiply-accumulates at `input_size`, likewise.
         top1, top5: published ImageNet-1k accuracy in percent, with `source`.
+        task: `classification`; other files are no tags of timm's, they are for `download`, `convert` and `--weights`.
+        sha256, size: of the file, where known; size in bytes.
+        parity: error of our network's logits, at most, against the published network's under the same weights, in
+            float64 and relative to their standard deviation; None for a model that was compared by names and shapes
+            alone.
         paper: reference.
         notes: what a user should know before loading.
     """
@@ -57,6 +63,10 @@ class Card:
     top5: float | None = None
     source: str = ""
     notes: str = ""
+    task: Task = "classification"
+    sha256: str = ""
+    size: int | None = None
+    parity: float | None = None
 
     @property
     def name(self) -> str:
@@ -69,10 +79,19 @@ def _all_cards() -> tuple[Card, ...]:
     found = []
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name):
         family = json.loads(file.read_text(encoding="utf-8"))
+        common = {**family["common"], "family": file.name.removesuffix(".json")}
+        parity = family.get("parity", {})  # model -> error; of another tag's network nothing was measured
         for entry in family["cards"]:
-            merged = {**family["common"], **entry, "family": file.name.removesuffix(".json")}
-            found.append(Card(**{key: _tuples(value) for key, value in merged.items()}))
+            measured = None if entry.get("model_args") else parity.get(entry["model"])
+            found.append(_card({**common, **entry, "parity": measured}))
+        costs = {card.model: dict(params=card.params, gmacs=card.gmacs) for card in reversed(found)}
+        dense = family.get("dense", {"common": {}, "cards": []})  # files of detectors and segmentors
+        found += [_card({**common, **costs[e["model"]], **dense["common"], **e}) for e in dense["cards"]]
     return tuple(found)
+
+
+def _card(entry: dict[str, Any]) -> Card:
+    return Card(**{key: _tuples(value) for key, value in entry.items()})
 
 
 def _tuples(value: Any) -> Any:
@@ -82,9 +101,10 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def cards(pattern: str = "*") -> list[Card]:
-    """Cards whose model name or `model.tag` matches a shell pattern, in family order."""
-    return [c for c in _all_cards() if fnmatch.fnmatch(c.model, pattern) or fnmatch.fnmatch(c.name, pattern)]
+def cards(pattern: str = "*", task: Task | None = "classification") -> list[Card]:
+    """Cards whose model name or `model.tag` matches a shell pattern, in family order; `task=None` gives all tasks'."""
+    found = [c for c in _all_cards() if fnmatch.fnmatch(c.model, pattern) or fnmatch.fnmatch(c.name, pattern)]
+    return [card for card in found if task in (None, card.task)]
 
 
 def model_args(model: str, tag: str | None) -> dict[str, Any]:
@@ -119,24 +139,5 @@ def timm_cfgs(family: str, *, first_conv: str, classifier: str, reduction: int =
             paper_ids=card.paper,
         )
         for card in _all_cards()
-        if card.family == family
+        if card.family == family and card.task == "classification"
     }
-
-
-def markdown_table() -> str:
-    """All cards as a Markdown table, a line each; `docs/models.md` holds it."""
-    head = ("model and tag", "parameters", "GMACs", "input", "top-1", "weights", "licence of the weights")
-    lines = [head, ("---",) * len(head)]
-    for card in sorted(_all_cards(), key=lambda card: card.family):
-        lines.append(
-            (
-                f"`{card.name}`",
-                f"{card.params / 1e6:.1f} M",
-                f"{card.gmacs:.2f}",
-                f"{card.input_size[1]} x {card.input_size[2]}",
-                "-" if card.top1 is None else f"{card.top1:.1f}",
-                {"ok": "yes", "doubtful": "doubtful link", "dead": "dead link", "none": "none public"}[card.status],
-                card.licence.partition(" (")[0] or "-",
-            )
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.weights import load_matching, read_state_dict
+from hybridzoo.train.weights import fitting_out_norms, load_matching, read_parts, tell
 
 
 @MODELS.register_module()
@@ -31,11 +32,14 @@ class PyramidBackbone(nn.Module):
             0-3 at strides 4-32, ResNets a level 0 at stride 2 before those.
         out_norm: a fresh norm per level, on the output only (the trunk goes on without it): "LN" over channels,
             "BN" BatchNorm, or None.
+        out_norm_eps: of "LN"; default that of the model's first LayerNorm, which published detectors have too (DiNAT
+            and the Swin hosts 1e-5, BiFormer 1e-6), or 1e-6 where it has none.
         frozen_stages: no gradient and no changing statistics in the stem (0), the stem and the first k stages (k); -1
             freezes nothing. Stages are the model's own `group_matcher(coarse=True)`.
         norm_eval: keep BatchNorms at their running statistics while training; their weights still learn.
         with_cp: recompute activations in backward to save memory, where the model can.
-        weights: checkpoint to start training from (safetensors or .pth); a classifier's head in it is ignored. Read by
+        weights: checkpoint to start training from (safetensors or .pth): of a classifier, whose head is ignored, or of
+            a detector or segmentor, published or ours, whose backbone and output norms are taken. Read by
             `init_weights`, so testing and resuming do not need the file. `pretrained=True` takes timm's instead.
         **model_args: for `timm.create_model`.
 
@@ -52,6 +56,7 @@ class PyramidBackbone(nn.Module):
         name: str,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         out_norm: Literal["LN", "BN"] | None = None,
+        out_norm_eps: float | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
@@ -82,7 +87,8 @@ class PyramidBackbone(nn.Module):
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
         if with_cp:
             self.model.set_grad_checkpointing(True)
-        norm = {None: nn.Identity, "LN": LayerNorm2d, "BN": nn.BatchNorm2d}
+        eps = self._eps() if out_norm_eps is None else out_norm_eps
+        norm: dict[str | None, Any] = {None: nn.Identity, "LN": partial(LayerNorm2d, eps=eps), "BN": nn.BatchNorm2d}
         if out_norm not in norm:
             raise UserError(f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None")
         self.out_norms = nn.ModuleList(norm[out_norm](width) for width in self.channels)
@@ -90,6 +96,9 @@ class PyramidBackbone(nn.Module):
 
     def _create(self) -> Any:  # Any: nn.Module does not declare what every timm model has
         return timm.create_model(self.name, **self.model_args)
+
+    def _eps(self) -> float:
+        return next((module.eps for module in self.model.modules() if isinstance(module, nn.LayerNorm)), 1e-6)
 
     def _group(self, coarse: bool) -> dict[str, int]:
         """Parameter name of the full timm model -> the number of its stage (coarse) or layer, counted from the stem."""
@@ -107,12 +116,31 @@ class PyramidBackbone(nn.Module):
 
     def init_weights(self) -> None:
         """Load `weights`, if given. mmengine calls this once before training, not before testing or resuming."""
-        if self.weights is None:
-            return
-        whole = self._create()  # with the head and norm that this backbone lacks, so that loading can be strict
-        load_matching(whole, read_state_dict(self.weights), allow_head_mismatch=True)
-        own = self.model.state_dict()
-        self.model.load_state_dict({key: value for key, value in whole.state_dict().items() if key in own})
+        if self.weights is not None:
+            self.load(self.weights)
+
+    def load(self, path: str | Path) -> None:
+        """Load a file's backbone, all of it, and its output norms where they fit; say what was loaded and what not.
+
+        Raises:
+            UserError: the file cannot be read, or its backbone is of another model; nothing changes.
+        """
+        parts = read_parts(path, self.model)
+        # A classifier has a head and a final norm, and stages beyond the last level, that this backbone lacks.
+        lacking = self._create().state_dict().keys() - self.model.state_dict().keys()
+        state = {name: value for name, value in parts.network.items() if name not in lacking}
+        report = f"backbone: {load_matching(self.model, state, allow_head_mismatch=True)}"
+        norms = fitting_out_norms(self.out_norms, parts.out_norms)
+        self.out_norms.load_state_dict(norms, strict=False)
+        if norms:
+            report += f"; output norms: {len(norms)} tensors"
+        beyond = sorted({name.partition(".")[0] for name in parts.network if name in lacking})
+        unused = [*parts.outside, *(f"backbone's {part}" for part in beyond)]
+        if parts.out_norms and not norms:
+            unused.append("output norms")
+        if unused:
+            report += f"; left out: {', '.join(unused)}"
+        tell(f"weights {path}: {report}")
 
     def train(self, mode: bool = True) -> PyramidBackbone:
         super().train(mode)

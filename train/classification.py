@@ -18,7 +18,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.weights import load_matching, read_state_dict
+from hybridzoo.train.weights import load_matching, read_parts, tell
 
 
 @MODELS.register_module()
@@ -72,7 +72,10 @@ class ImageClassifier(BaseModel):
 
     def load_weights(self, path: str | Path, *, allow_head_mismatch: bool) -> None:
         """Load a file's weights into the timm model, see :func:`hybridzoo.train.weights.load_matching`."""
-        load_matching(self.model, read_state_dict(path), allow_head_mismatch=allow_head_mismatch)
+        state = read_parts(path, self.model).network
+        report = load_matching(self.model, state, allow_head_mismatch=allow_head_mismatch)
+        if allow_head_mismatch:  # to start from; otherwise everything fitted
+            tell(f"weights {path}: {report}")
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Any:
         """Logits, losses or predictions.

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybridzoo.train import tables
+from hybridzoo.train import checkpoint_verbs, tables
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.help import examples
 
 if TYPE_CHECKING:
     import mmengine
@@ -32,6 +33,7 @@ EXTRAS = {
 }
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(checkpoint_verbs.app, name="checkpoints")
 
 
 class Launcher(str, Enum):
@@ -53,11 +55,6 @@ CfgOptions = Annotated[
 WorkDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Logs and checkpoints; default work_dirs/CONFIG.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Your own data; its classes are found by themselves.")]
 Processes = Annotated[Launcher, typer.Option("--launcher", help="pytorch: torchrun started this process.")]
-
-
-def examples(*commands: str) -> str:
-    """The end of a verb's help; tests/train/test_cli.py runs each line that starts with a dollar sign."""
-    return "\n\n".join(["[bold]Example[/bold]", *(f"$ hybridzoo {command}" for command in commands)])
 
 
 @app.callback(invoke_without_command=True, epilog=examples("list", "info biformer_tiny"))
@@ -107,7 +104,9 @@ def train(
     config: ConfigName,
     cfg_options: CfgOptions = None,
     data: Data = None,
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Start the backbone from this file.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="TAG_OR_FILE", help="Start from published weights or from a file.")
+    ] = None,
     work_dir: WorkDir = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision.")] = False,
@@ -120,8 +119,6 @@ def train(
     from hybridzoo.train import engine
 
     loaded = _load(config, cfg_options)
-    if weights is not None:
-        _existing(weights, "--weights")
     if on_bad_image is not None:
         loaded.on_bad = on_bad_image.value
     scores = engine.train(

@@ -31,7 +31,7 @@ import hybridzoo  # noqa: F401 - registers the models with timm
 from hybridzoo.train import hooks, optim, progress, seeding
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.tracking import add_wandb
-from hybridzoo.train.weights import load_matching, read_checkpoint, read_state_dict
+from hybridzoo.train.weights import find_weights, load_matching, read_checkpoint, read_state_dict, tell
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _runs = itertools.count()
@@ -61,7 +61,7 @@ class Runner(MMRunner):
 
     def load_or_resume(self) -> None:
         if self.initial_weights is not None:  # mmengine has initialised the model by now
-            load_weights(self.model, self.initial_weights, allow_head_mismatch=True)
+            start_from(self.model, self.initial_weights)
         super().load_or_resume()
 
     def dump_config(self) -> None:
@@ -115,7 +115,9 @@ def train(
         resume: go on from the newest readable checkpoint in ``work_dir``; from the start where there is none.
         amp: mixed precision in the config's ``amp_dtype``.
         launcher: ``"pytorch"`` under torchrun, else ``"none"``.
-        weights: file to start from: of a whole model, or of the backbone alone.  The class heads may differ.
+        weights: file to start from, or the name of a published one (``dinat_mini.in1k``), which is downloaded: of a
+            whole model, or of the backbone alone.  The class heads may differ.  A detector or segmentor of another
+            kind, ours or published, gives its backbone.
         data: the user's own data instead of the config's, in the task's layout.
         wandb: log to Weights & Biases, offline where it cannot be reached.
         seed: default the config's, or with ``resume`` the interrupted run's.
@@ -129,6 +131,7 @@ def train(
     config = copy.deepcopy(config)
     task = prepare(config)
     with _process_group(launcher):
+        weights = find_weights(weights) if weights is not None else None
         task.configure(config, Path(data) if data is not None else None)
         folder = _set_up(config, work_dir, launcher)
         if seed is not None:
@@ -147,12 +150,12 @@ def train(
             if seed is None:  # loaders are built before mmengine looks at the checkpoint's seed
                 config.randomness["seed"] = read_checkpoint(checkpoint)["meta"]["seed"]
             weights = None
-        elif weights is not None and "backbone" in config.model and not _is_whole_model(weights):
+        elif weights is not None and _takes_a_backbone(config.model) and not _is_whole_model(weights):
             config.model.backbone.weights, weights = str(weights), None
 
         with _running(folder):
             runner = Runner.from_cfg(config)
-            runner.initial_weights = Path(weights) if weights is not None else None
+            runner.initial_weights = weights
             try:
                 runner.train()
                 metrics = _validation_metrics(runner)
@@ -263,7 +266,26 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_head_mismatch: boo
     if hasattr(inner, "load_weights"):
         inner.load_weights(path, allow_head_mismatch=allow_head_mismatch)
     else:
-        load_matching(inner, read_state_dict(path, strip=False), allow_head_mismatch=allow_head_mismatch)
+        state = read_state_dict(path, strip=False)
+        report = load_matching(inner, state, allow_head_mismatch=allow_head_mismatch)
+        if allow_head_mismatch:
+            tell(f"weights {path}: {report}")
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Load a file's weights before training: all of them but other class heads, or else those of the backbone.
+
+    Raises:
+        UserError: not even the backbone fits; the model is untouched.
+    """
+    inner: Any = model.module if is_model_wrapper(model) else model
+    try:
+        load_weights(inner, path, allow_head_mismatch=True)
+    except UserError as error:
+        if not hasattr(getattr(inner, "backbone", None), "load"):
+            raise
+        tell(f"{error}: taking its backbone alone")  # another detector's neck and heads, or a segmentor's
+        inner.backbone.load(path)
 
 
 def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
@@ -330,9 +352,13 @@ def _running(folder: Path) -> Iterator[None]:
         raise
 
 
+def _takes_a_backbone(model: Any) -> bool:
+    return model.get("backbone", {}).get("type") == "PyramidBackbone"
+
+
 def _is_whole_model(weights: str | Path) -> bool:
-    """Whether a file holds a detector or segmentor, not a backbone alone."""
-    return any(name.startswith("backbone.") for name in read_state_dict(weights, strip=False))
+    """Whether a file holds a detector or segmentor of ours; a published one has other names, its backbone fits."""
+    return any(name.startswith("backbone.model.") for name in read_state_dict(weights, strip=False))
 
 
 def _validation_metrics(runner: Runner) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The tables that the command line prints: aligned on a terminal, whole and plain on a pipe."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from hybridzoo.checkpoints import Card
+    from hybridzoo.checkpoints.verification import Verification
     from hybridzoo.train.model_info import Facts, Summary
     from hybridzoo.train.predict import Prediction
 
@@ -76,12 +78,7 @@ def model(f: "Facts") -> Table:
         "weights": f.weights,
         "notes": f.notes,
     }
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in lines.items():
-        table.add_row(label, value or "-")
-    return table
+    return _facts(lines)
 
 
 def scores(values: dict[str, float]) -> Table:
@@ -114,6 +111,37 @@ def predictions(found: Sequence["Prediction"], source: Path) -> Table:
     return table
 
 
+def weights(found: Iterable[tuple["Card", Path | None]]) -> Table:
+    """One line per published file; its size where it is known, and whether it is on this machine."""
+    table = _table("weights!", "link", "size>", "here", "licence")
+    for card, path in found:
+        size = path.stat().st_size if path is not None else card.size
+        licence = (card.licence or "-").partition(" (")[0]
+        link = "-" if card.status == "none" else card.status
+        table.add_row(card.name, link, megabytes(size), "yes" if path is not None else "-", licence)
+    return table
+
+
+def verification(f: "Verification") -> Table:
+    """What was found out about a file of weights, a fact a line."""
+    compared = {"card": "as the card says", "record": "as when it first came", "": "nothing to compare with"}[f.known]
+    lines = {
+        "file": str(f.path),
+        "weights": f.name,
+        "size": f"{f.size:,} bytes",
+        "SHA-256": f.sha256,
+        "known": compared,
+        "values": f"{f.values:,}",
+        "verdict": "good" if f.ok else f"{len(f.problems)} wrong",
+    }
+    return _facts(lines)
+
+
+def megabytes(size: int | None) -> str:
+    """52428800 -> "52.4 MB"; None -> "-"."""
+    return "-" if size is None else f"{size / 1e6:.1f} MB"
+
+
 def millions(count: int) -> str:
     """13142760 -> "13.1 M"."""
     return f"{count / 1e6:.1f} M"
@@ -123,6 +151,16 @@ def pixels(input_size: Sequence[int]) -> str:
     """(3, 224, 224) -> "224"; (3, 256, 320) -> "256x320"."""
     _, height, width = input_size
     return str(height) if height == width else f"{height}x{width}"
+
+
+def _facts(lines: Mapping[str, str | None]) -> Table:
+    """A fact a line, label and value; what nobody knows is a dash."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in lines.items():
+        table.add_row(label, value or "-")
+    return table
 
 
 def _table(*columns: str) -> Table:

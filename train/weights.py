@@ -2,93 +2,82 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import warnings
+import copy
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
+from hybridzoo.checkpoints import reading
+from hybridzoo.checkpoints.conversion import Parts, split
+from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.train.errors import UserError
 
-# Where training scripts put the weights: mmengine and timm, DeiT and its descendants, torch.hub.
-_WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
-# Prefixes that wrappers put before the backbone's own names: DDP, torch.compile, our ImageClassifier.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+@contextlib.contextmanager
+def _told_to_the_user() -> Iterator[None]:
+    try:
+        yield
+    except reading.CheckpointError as error:
+        raise UserError(str(error)) from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The whole content of a checkpoint file, tensors on the CPU; nothing in the file is executed.
-
-    Args:
-        path: a ``.safetensors`` file or anything ``torch.save`` wrote.
-
-    Raises:
-        UserError: the file is missing, is no checkpoint, is cut short, or asks for code to be run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals(_harmless_types()), _statistics_kept(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and safetensors each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in reason or "Unsupported" in reason or "GLOBAL" in str(error):
-            reason = "it contains Python objects that only arbitrary code could rebuild; save its weights alone"
-        raise UserError(f"checkpoint {path}: cannot be read ({reason})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, expected a dictionary of tensors")
-    return content
+    """See :func:`hybridzoo.checkpoints.reading.read_checkpoint`; a bad file is a UserError here."""
+    with _told_to_the_user():
+        return reading.read_checkpoint(path)
 
 
 def read_state_dict(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
-    """The weights in a file, whatever wrote it: plain, timm, DeiT-style or mmengine, ``.pth`` or safetensors.
+    """See :func:`hybridzoo.checkpoints.reading.read_state_dict`; a bad file is a UserError here."""
+    with _told_to_the_user():
+        return reading.read_state_dict(path, strip=strip)
 
-    Args:
-        path: the checkpoint file.
-        strip: reduce the names to those of the backbone itself: of a detector's or segmentor's weights only
-            ``backbone.*`` is kept, and the prefixes ``backbone.``, ``module.`` and ``model.`` go.  With False the names
-            stay as the file has them.
 
-    Returns:
-        Name -> tensor, on the CPU.
+def read_parts(path: str | Path, model: nn.Module) -> Parts:
+    """The weights in a file for a timm model, under our names, whatever else the file holds.
 
     Raises:
-        UserError: the file cannot be read or holds no tensors.
+        UserError: the file cannot be read or holds no weights.
     """
-    content: Any = read_checkpoint(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise UserError(f"checkpoint {path}: holds no weights (its keys: {', '.join(map(str, list(content)[:5]))})")
-    return strip_prefixes(state) if strip else state
+    architecture = _name(model)
+    wrapper_keys = [card.wrapper_key for card in checkpoints.cards(architecture) if card.wrapper_key]
+    with _told_to_the_user():
+        state, _ = reading.unwrap(reading.read_checkpoint(path), path, next(iter(wrapper_keys), None), strict=False)
+    return split(state, architecture)
 
 
-def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the backbone itself has them: see :func:`read_state_dict`."""
-    for part in ("backbone.model.", "backbone."):  # a detector's: its necks and heads stay outside
-        if any(name.startswith(part) for name in state):
-            state = {name[len(part) :]: value for name, value in state.items() if name.startswith(part)}
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None):
-        state = {name[len(prefix) :]: value for name, value in state.items()}
-    return state
+def find_weights(tag_or_file: str | Path) -> Path:
+    """The file itself, or the published file of that name (`dinat_mini.in1k`), downloaded where it is not here yet.
+
+    Raises:
+        UserError: neither a file nor a published name, or a download that failed.
+    """
+    path, name = Path(tag_or_file), str(tag_or_file)
+    if path.exists():
+        return path
+    published = [card.name for card in checkpoints.cards(task=None) if card.url]
+    if name not in published and name not in {known.partition(".")[0] for known in published}:
+        near = difflib.get_close_matches(name, published, n=3, cutoff=0.6)
+        hint = f"did you mean {', '.join(near)}?" if near else "type: hybridzoo checkpoints list"
+        raise UserError(f"weights {name}: no such file, and no published weights are called so; {hint}")
+    from hybridzoo.checkpoints.store import download
+    from hybridzoo.checkpoints.transfer import DownloadError
+
+    try:
+        return download(name)
+    except (DownloadError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
-def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mismatch: bool) -> None:
+def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mismatch: bool) -> str:
     """Load ``state`` into ``model``: every name and shape has to fit, or nothing is loaded.
+
+    A table of positions for another image, window or kernel fits where the model's family has a rule to resize it.
 
     Args:
         model: a timm model, or a detector or segmentor.
@@ -96,13 +85,21 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mism
         allow_head_mismatch: let the classifier differ (another number of classes, or no classifier on either side).
             Its fitting part is loaded, the rest keeps its values.
 
+    Returns:
+        What was loaded, in words.
+
     Raises:
         UserError: names the first tensors that do not fit; the model is untouched.
     """
-    own, state = model.state_dict(), _in_our_names(model, state)
+    own = model.state_dict()
+    if hasattr(model, "pretrained_cfg"):  # timm's: a detector's names are its own
+        state = split(state, _name(model)).network
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
-    reshaped = [name for name in state if name in own and state[name].shape != own[name].shape]
+    differing = {name: value.shape for name, value in state.items() if name in own and value.shape != own[name].shape}
+    state = sizes.fit(state, own)
+    resized = [n for n in differing if state[n].shape == own[n].shape or _resizes(model, n, state[n])]
+    reshaped = [name for name in differing if name not in resized]
     if allow_head_mismatch:
         # A classifier on one side only, e.g. num_classes=0, is a mismatch as well.
         missing, unexpected, reshaped = (
@@ -119,15 +116,50 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mism
             shapes = f"{tuple(state[first].shape)}, the model has {tuple(own[first].shape)}"
             parts.append(f"{len(reshaped)} of another shape, first {first!r}: {shapes}")
         raise UserError(f"the weights do not fit {_name(model)}: {'; '.join(parts)}")
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    fitting = {
+        name: value
+        for name, value in state.items()
+        if name in own and (value.shape == own[name].shape or name in resized)
+    }
+    report = f"{len(fitting)} of {len(own)} tensors"
+    if resized:
+        first = resized[0]
+        change = f"{tuple(differing[first])} to {tuple(own[first].shape)}"
+        report += f", {len(resized)} tables of positions resized (first {first}, {change})"
+    if kept := [name for name in own if name not in fitting]:
+        report += f"; newly initialised: {', '.join(sorted({name.rpartition('.')[0] for name in kept}))}"
     model.load_state_dict(fitting, strict=False)
+    return report
 
 
-def _in_our_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published names become ours where the model's family has a key map; our own names stay as they are."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    architecture = cfg.get("architecture", "")
-    return checkpoints.convert(state, architecture) if checkpoints.cards(architecture) else state
+def fitting_out_norms(norms: nn.ModuleList, published: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's norms for each of a dense backbone's outputs, or none where they are of another kind or number."""
+    own = norms.state_dict()
+    fits = own.keys() == published.keys() and all(own[name].shape == published[name].shape for name in own)
+    return published if fits else {}
+
+
+def tell(line: str) -> None:
+    """Say a line to the person and to the run's log, once however many processes there are."""
+    from mmengine.dist import is_main_process
+    from mmengine.logging import print_log
+
+    if is_main_process():
+        print(line)
+        print_log(line, logger="current")
+
+
+def _resizes(model: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether the layer that owns the parameter takes one of another shape: tried on a copy of the layer."""
+    owner, _, local = name.rpartition(".")
+    try:
+        layer = model.get_submodule(owner)
+        if type(layer)._load_from_state_dict is nn.Module._load_from_state_dict:
+            return False
+        copy.deepcopy(layer).load_state_dict({local: value}, strict=False)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def _in_head(model: nn.Module, name: str) -> bool:
@@ -143,38 +175,3 @@ def _in_head(model: nn.Module, name: str) -> bool:
 def _name(model: nn.Module) -> str:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return cfg.get("architecture") or type(model).__name__
-
-
-@contextlib.contextmanager
-def _statistics_kept() -> Iterator[None]:
-    """Unpickling a HistoryBuffer overwrites the methods that all of them share, with what we put in getattr's place."""
-    try:
-        from mmengine.logging import HistoryBuffer
-    except ImportError:
-        yield
-        return
-    kept = dict(HistoryBuffer._statistics_methods)
-    try:
-        yield
-    finally:
-        HistoryBuffer._statistics_methods.clear()
-        HistoryBuffer._statistics_methods.update(kept)
-
-
-def _harmless_types() -> list[Any]:
-    """Types that published checkpoints carry beside their tensors and that only hold data."""
-    types: list[Any] = [argparse.Namespace]
-    with contextlib.suppress(ImportError):
-        import numpy as np
-        from mmengine.logging import HistoryBuffer
-
-        numeric = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.uint8, np.bool_)}
-        core = getattr(np, "_core", None) or np.core  # NumPy 1 has no _core
-        # A HistoryBuffer names its methods by getattr; nothing here calls them, so they need not be found.
-        types += [(_nothing, f"{module}.getattr") for module in ("builtins", "__builtin__")]
-        types += [HistoryBuffer, np.ndarray, np.dtype, core.multiarray._reconstruct, core.multiarray.scalar, *numeric]
-    return types
-
-
-def _nothing(*args: Any) -> None:
-    """Stands in for a function that a checkpoint names and that reading weights does not need."""

@@ -1,0 +1,237 @@
+"""Weights from one layout to another: the authors', timm's or ours in; safetensors and a note of provenance out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hybridzoo.checkpoints.catalogue import Card, cards
+from hybridzoo.checkpoints.files import hash_of, write_note
+from hybridzoo.checkpoints.keymaps import convert
+from hybridzoo.checkpoints.keymaps.inverse import publish
+from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, strip_prefixes, unwrap
+
+Layout = Literal["hybridzoo", "published", "timm"]
+KEY_MAP_VERSION = 1  # of our names; counted up when a network's parameters are renamed
+_AVERAGES = ("state_dict_ema", "model_ema", "ema")
+# A dense backbone's norms of its outputs: ours; published ones: BiFormer's; DiNAT's, Agent-Swin's and InLine-Swin's
+_OUT_NORM = re.compile(r"^out_norms\.(\d)\.")
+_PUBLISHED_OUT_NORM = re.compile(r"^(?:out_norms\.|extra_norms\.|norm)(\d)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A state dict, sorted.
+
+    Attributes:
+        network: the classifier's or backbone's tensors under our names.
+        out_norms: of a dense backbone, `"<level>.weight"` and the like.
+        outside: first names of what belongs to a detector's or segmentor's other parts, such as `neck`.
+    """
+
+    network: dict[str, Tensor]
+    out_norms: dict[str, Tensor]
+    outside: tuple[str, ...]
+
+
+def split(state: Mapping[str, Tensor], model: str) -> Parts:
+    """Any state dict of `model` - published, timm's or ours; bare, wrapped, or a detector's - sorted, in our names.
+
+    A model that is not ours, whose files have its own names, is sorted only.
+    """
+    ours = bool(cards(model))
+    state = strip_prefixes(state, dense=False)
+    segmentor = any(name.startswith("head.input_ops.") for name in state)  # EfficientViT (MIT)
+    dense = segmentor or (
+        any(name.startswith("backbone.") for name in state) and not any(".op_list." in name for name in state)
+    )
+    outside = sorted({name.partition(".")[0] for name in state if not name.startswith("backbone.")}) if dense else []
+    if dense and not segmentor:
+        state = {name.removeprefix("backbone."): v for name, v in state.items() if name.startswith("backbone.")}
+    elif dense:
+        state = {name: value for name, value in state.items() if name.startswith("backbone.")}
+    # PATNet's own norms are called like the others' output norms
+    pattern = _PUBLISHED_OUT_NORM if ours and not model.startswith(("patnet_", "partialnet_")) else _OUT_NORM
+    out_norms = {f"{m[1]}.{name[m.end() :]}": v for name, v in state.items() if (m := pattern.match(name))}
+    state = {name: value for name, value in state.items() if not pattern.match(name)}
+    if dense or out_norms:
+        state = strip_prefixes(state, dense=False)  # `backbone.model.`, as ours are
+    return Parts(convert(state, model) if ours else state, out_norms, tuple(outside))
+
+
+def convert_file(
+    source: str | Path, model: str, *, to: Layout = "hybridzoo", out: str | Path | None = None, ema: bool = False
+) -> Path:
+    """Write a checkpoint's weights in another layout, as safetensors, with `<out>.json` saying where they come from.
+
+    Args:
+        source: a published file, in the authors' layout or timm's; or a checkpoint of our training, of any task. Of a
+            detector or segmentor the backbone is taken.
+        model: registered name, with a tag where the weights need other arguments than the default ones.
+        to: `"hybridzoo"`: loads strictly into `timm.create_model(model)`; `"published"`: the authors' names and shapes,
+            without constants that their code computes; `"timm"`: of timm's own network of the same design.
+        out: file to write; default `<source>.<to>.safetensors` beside the source. It appears whole or not at all.
+        ema: take the exponential moving average that the file keeps beside the weights.
+
+    Returns:
+        The file written.
+
+    Raises:
+        CheckpointError: the file cannot be read, does not fit the model (with all that does not), or has no form in the
+            layout asked for. Nothing is written.
+    """
+    if to not in get_args(Layout):
+        raise CheckpointError(f"to={to!r}: choose {', '.join(get_args(Layout))}")
+    source, card = Path(source), _card(model)
+    content = read_checkpoint(source)
+    state, wrapper = unwrap(content, source, _average(content, source) if ema else card.wrapper_key, strict=ema)
+    if wrapper == "ema_state_dict":
+        state.pop("steps", None)  # mmengine's counter
+    parts = split(state, card.model)
+    check(parts, model, source)
+    result = parts.network if to == "hybridzoo" else _in_layout(parts.network, card.model, to)
+    target = Path(out) if out is not None else source.with_name(f"{_stem(source)}.{to}.safetensors")
+    if target.exists() and target.resolve() == source.resolve():
+        raise CheckpointError(f"out {target}: is the source itself, choose another name")
+    _write(result, target)
+    write_note(
+        target.with_name(f"{target.name}.json"),
+        {
+            "model": model,
+            "layout": to,
+            "source": {"file": source.name, "sha256": hash_of(source), "weights": wrapper},
+            "sha256": hash_of(target),
+            "left_out": [*parts.outside, *(["output norms"] if parts.out_norms else [])],
+            "key_map": KEY_MAP_VERSION,
+            "hybridzoo": metadata.version("hybridzoo"),
+            "licence": card.licence,
+            "parity": card.parity,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        },
+    )
+    return target
+
+
+def _card(model: str) -> Card:
+    found = [card for card in cards(model, task=None) if model in (card.name, card.model)]
+    if not found:
+        known = ", ".join(sorted({card.model for card in cards(f"{model.partition('.')[0][:4]}*")})[:8])
+        raise CheckpointError(f"model {model!r}: no such model or tag" + (f"; there are {known}" if known else ""))
+    return found[0]
+
+
+def _average(content: Mapping[str, Any], source: Path) -> str:
+    """Where a file keeps its exponential moving average."""
+    if "ema_state_dict" in content:  # mmengine and we swap the two, unless the run measured its raw weights
+        meta = content.get("meta")
+        raw = re.search(r"""evaluate['"]?\s*[=:]\s*['"]raw['"]""", str(meta.get("cfg", "") if meta else ""))
+        return "ema_state_dict" if raw else "state_dict"
+    for key in _AVERAGES:
+        if isinstance(content.get(key), dict):
+            return key
+    raise CheckpointError(f"checkpoint {source}: holds no moving average (its keys: {', '.join(map(str, content))})")
+
+
+def check(parts: Parts, model: str, source: Path) -> None:
+    """Every tensor of the network has to be there, with its shape, and nothing else."""
+    import timm  # not before it is needed: timm's models import the cards
+
+    card = _card(model)
+    # A detector's tag is none of timm's: what it needs of the network is said here.
+    name, args = (model, {}) if card.task == "classification" else (card.model, card.model_args)
+    with torch.device("meta"):
+        network: Any = timm.create_model(name, **args)
+        classifier = f"{network.pretrained_cfg['classifier']}.weight"
+        if classifier in parts.network and len(parts.network[classifier]) != network.num_classes:
+            network = timm.create_model(name, num_classes=len(parts.network[classifier]), **args)
+    own = network.state_dict()
+    missing = [key for key in own if key not in parts.network]
+    if parts.outside or parts.out_norms:  # dense networks have no use for what follows the last stage
+        missing = [key for key in missing if not key.startswith(("norm.", "head."))]
+    unexpected = [key for key in parts.network if key not in own]
+    shapes = [
+        f"{key} {tuple(parts.network[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in parts.network and parts.network[key].shape != own[key].shape
+    ]
+    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    if wrong := [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in found if keys]:
+        others = [other.name for other in cards(card.model) if other.model == card.model and other.name != card.name]
+        hint = f" (other tags: {', '.join(others)})" if others and shapes and not missing else ""
+        raise CheckpointError(f"checkpoint {source}: does not fit {model}; {'; '.join(wrong)}{hint}")
+
+
+def _listed(keys: Iterable[str], most: int = 12) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _in_layout(network: dict[str, Tensor], name: str, to: Layout) -> dict[str, Tensor]:
+    """Our tensors in another layout, which has to lead back to them."""
+    try:
+        if to == "timm" or name.startswith("maxvit_"):  # MaxViT's published files are timm's
+            result = _like_timm(network, name)
+        else:
+            result = publish(network, name)
+    except ValueError as error:
+        raise CheckpointError(f"to={to!r}: {error}") from error
+    back = convert(result, name)
+    if back.keys() != network.keys() or not all(torch.equal(back[key], network[key]) for key in network):
+        raise CheckpointError(f"to={to!r}: these weights of {name} have no exact form there")
+    return result
+
+
+def _like_timm(network: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Names that timm's own network has, learnt by converting them."""
+    import timm
+
+    host = name.replace("_mit_", "_").replace("_msra_", "_")
+    if name.startswith("maxvit_"):
+        sides = {32 * (value.shape[-1] + 1) // 2 for key, value in network.items() if key.endswith(".attn.bias.table")}
+        host = f"{name}_tf_{sides.pop()}"
+    if not name.startswith(("maxvit_", "efficientvit_")):
+        raise ValueError(f"timm has no network of its own for {name}")
+    if not timm.is_model(host):
+        raise ValueError(f"timm has no {host}")
+    with torch.device("meta"):
+        example = timm.create_model(host).state_dict()
+    ours = {id(tensor): key for key, tensor in convert(example, name).items()}
+    names = {key: ours[id(tensor)] for key, tensor in example.items() if id(tensor) in ours}
+    return {theirs: network[own] for theirs, own in names.items() if own in network}
+
+
+def _first_line(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"(\.(safetensors|pth|pt|bin|tar|ckpt))+$", "", path.name)
+
+
+def _write(state: Mapping[str, Tensor], target: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in state.items():
+        shared = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
+    new = target.with_name(f"{target.name}.{os.getpid()}.new")
+    try:
+        save_file(tensors, new, metadata={"format": "pt"})
+        os.replace(new, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"out {target}: cannot be written ({_first_line(error)})") from error
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""Files that are whole or not there: parts that can be continued, small notes, locks, hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+_LOG = logging.getLogger(__name__)
+BLOCK = 1 << 20  # bytes read and written at a time
+
+
+def is_web_page(head: bytes) -> bool:
+    """Whether a file that begins like this is a page for people: what a server sends instead of a file."""
+    return head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
+def hash_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """A small JSON object, empty where there is none or it cannot be read."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def write_note(path: Path, note: Mapping[str, Any]) -> None:
+    """Write a small JSON object whole or not at all, and never through a link that lies in its place."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new.unlink(missing_ok=True)
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
+        file.write(json.dumps(note, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+@contextlib.contextmanager
+def only_one(target: Path) -> Iterator[None]:
+    """One process at a time works on `target`, the others wait; the system frees the lock of one that dies."""
+    locks = target.parent / ".locks"
+    locks.mkdir(exist_ok=True)
+    lock = FileLock(locks / f"{target.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _LOG.warning("%s: another process is downloading it; waiting", target.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Part:
+    """What has come of a file so far, `<file>.part`, and a note of which version of what it is, `<file>.part.json`.
+
+    Args:
+        target: the file to be.
+        url: where it comes from; a part from elsewhere is thrown away.
+    """
+
+    def __init__(self, target: Path, url: str) -> None:
+        self.url = url
+        self.path = target.with_name(f"{target.name}.part")
+        self._target = target
+        self._note_path = target.with_name(f"{target.name}.part.json")
+        self.note = read_note(self._note_path)
+        if self.note.get("url") != url or self.path.is_symlink():
+            self.discard()
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def complete(self) -> bool:
+        return 0 < self.size() == self.note.get("size")
+
+    def validator(self) -> str:
+        """What tells this version of the file from others: a strong ETag, or the date of change; else empty."""
+        etag = self.note.get("etag", "")
+        return etag if etag and not etag.startswith("W/") else self.note.get("last_modified", "")
+
+    def begin(self, headers: Any, size: int | None) -> None:
+        """Start over, with the version of the file that a server's headers announce."""
+        self.discard()
+        # The note comes first: bytes without one are never taken for a part of anything.
+        note = dict(etag=headers.get("ETag", ""), last_modified=headers.get("Last-Modified", ""))
+        self.note = {"url": self.url, "size": size, **note}
+        write_note(self._note_path, self.note)
+
+    def append(self) -> BinaryIO:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        return open(os.open(self.path, flags, 0o666), "ab")
+
+    def discard(self) -> None:
+        self.note = {}
+        self.path.unlink(missing_ok=True)
+        self._note_path.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Give the part, now whole, its name; a link that has the name is replaced, not followed."""
+        os.replace(self.path, self._target)
+        self._note_path.unlink(missing_ok=True)
+        if hasattr(os, "O_DIRECTORY"):  # the name shall survive a power cut as well
+            folder = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)

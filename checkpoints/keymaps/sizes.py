@@ -1,0 +1,46 @@
+"""Tables trained for one image size, for a network made for another one, as the authors resized them to fine-tune.
+
+Relative position tables are not here: the layers that hold them resize what they load.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_AXIS = re.compile(r"\.(ah|aw|ha|wa)_bias$")  # agent attention's: (heads, agents, rows or columns)
+_POSITIONS = re.compile(r"\.pos_embed$")  # DeiT's and PVT's: (1, tokens of a square map, after a class token, dim)
+
+
+def fit(state_dict: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Position tables in the sizes that a network has; everything else as it is.
+
+    Args:
+        state_dict: under our names.
+        network: the network's own state dict.
+    """
+    fitted = dict(state_dict)
+    for key, tensor in state_dict.items():
+        size = network[key].shape if key in network else tensor.shape
+        if size == tensor.shape or tensor.ndim != 3 or len(size) != 3:
+            continue
+        if _AXIS.search(key) and size[:2] == tensor.shape[:2]:
+            fitted[key] = F.interpolate(tensor, size[2], mode="linear", align_corners=False)
+        elif _POSITIONS.search(key) and size[2] == tensor.shape[2]:
+            fitted[key] = _resized(tensor, size[1])
+    return fitted
+
+
+def _resized(tensor: Tensor, tokens: int) -> Tensor:
+    """Position embeddings of a square map for another one, bicubic; a class token's stays."""
+    side, new = int(tensor.shape[1] ** 0.5), int(tokens**0.5)
+    classes = tensor.shape[1] - side * side
+    if classes != tokens - new * new:
+        return tensor
+    grid = tensor[:, classes:].transpose(1, 2).unflatten(2, (side, side))
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return torch.cat([tensor[:, :classes], grid.flatten(2).transpose(1, 2)], dim=1)

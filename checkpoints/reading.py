@@ -1,0 +1,190 @@
+"""Weights out of a file, safely: tensors and plain data come back, nothing that a file says is ever executed.
+
+Safetensors hold nothing but tensors. Everything else is a pickle and goes through PyTorch's restricted unpickler
+(`weights_only=True`), which knows tensors and containers. Published files carry some further types beside their
+tensors. Each of them is named in `_INERT` with the files that need it; an empty stand-in takes its place, so neither
+its code nor its package is needed, and a name that is not in the list is refused.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridzoo.checkpoints.files import is_web_page
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used as weights: one line that names the file, what is wrong and what to do."""
+
+
+# Where training scripts put the weights: mmengine and timm, DeiT and its descendants, torch.hub.
+_WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+# Prefixes that wrappers put before the network's own names: DDP, torch.compile, our ImageClassifier.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+class _Inert:
+    """Stands in for a type or function that a file names and that reading weights does not need; keeps nothing."""
+
+    def __new__(cls, *args: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Full name in the pickle -> what is made in its place.
+_INERT: dict[str, Any] = {
+    # options of the training script, `args`: FasterViT (timm's saver), BiFormer, DeiT's descendants
+    "argparse.Namespace": _Inert,
+    # the same where a script kept its options in OmegaConf, as BiFormer's may
+    "omegaconf.dictconfig.DictConfig": _Inert,
+    "omegaconf.listconfig.ListConfig": _Inert,
+    "omegaconf.base.ContainerMetadata": _Inert,
+    "omegaconf.base.Metadata": _Inert,
+    "omegaconf.nodes.AnyNode": _Inert,
+    "typing.Any": _Inert,
+    # `config`: Agent and InLine attention. A CfgNode is a dictionary with attributes, which this type has too
+    "yacs.config.CfgNode": collections.OrderedDict,
+    # curves in `message_hub`: mmengine's checkpoints, ours among them; a HistoryBuffer names its methods by getattr
+    "mmengine.logging.history_buffer.HistoryBuffer": _Inert,
+    "builtins.getattr": _Inert,
+    "__builtin__.getattr": _Inert,
+}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The whole content of a checkpoint file, tensors on the CPU; nothing in the file is executed.
+
+    Args:
+        path: safetensors, or anything `torch.save` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, empty, an HTML page, cut short, no checkpoint, or asks for code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise CheckpointError(f"checkpoint {path}: cannot be read (the file is empty)")
+    if is_web_page(head):
+        reason = "it is a web page, not weights: open its address in a browser, which may ask to confirm or log in"
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({reason})")
+    try:
+        if path.suffix == ".safetensors" or head[8:10] == b'{"':
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        allowed: list[Any] = [(stand_in, name) for name, stand_in in {**_INERT, **_numpy_types()}.items()]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and safetensors each raise their own kinds
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({_reason(error, path, head)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint {path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
+
+
+def read_state_dict(path: str | Path, *, wrapper_key: str | None = None, strip: bool = True) -> dict[str, Tensor]:
+    """The weights in a file, whatever wrote it: plain, timm, DeiT-style or mmengine, pickled or safetensors.
+
+    Args:
+        path: the checkpoint file.
+        wrapper_key: where in the file the weights are, as the file's card says; default: looked for. A file whose
+            weights are not wrapped at all is read with any key.
+        strip: reduce the names to those of the backbone itself, see `strip_prefixes`. With False the names stay as the
+            file has them.
+
+    Returns:
+        Name -> tensor, on the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no tensors.
+    """
+    state, _ = unwrap(read_checkpoint(path), path, wrapper_key)
+    return strip_prefixes(state) if strip else state
+
+
+def unwrap(
+    content: Mapping[str, Any], path: str | Path, wrapper_key: str | None = None, *, strict: bool = True
+) -> tuple[dict[str, Tensor], str]:
+    """The weights in a checkpoint's content, and the key that they were under, empty for none.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+        wrapper_key: where the weights are; default: looked for.
+        strict: with a `wrapper_key`, do not look elsewhere.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    wanted = [wrapper_key] if wrapper_key else []
+    found: Mapping[str, Any] = content
+    used = ""
+    for wrapper in wanted if wanted and strict else [*wanted, *_WRAPPERS]:
+        if isinstance(content.get(wrapper), dict):
+            found, used = content[wrapper], wrapper
+            break
+    state = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not state:
+        expected = f" under {wrapper_key!r}" if wrapper_key else ""
+        keys = ", ".join(map(str, list(found)[:5]))
+        raise CheckpointError(f"checkpoint {path}: holds no weights{expected} (its keys: {keys})")
+    return state, used
+
+
+def strip_prefixes(state: Mapping[str, Tensor], *, dense: bool = True) -> dict[str, Tensor]:
+    """Names as the network itself has them, without the prefixes `module.`, `_orig_mod.` and `model.`.
+
+    Args:
+        state: name -> tensor.
+        dense: of a detector's or segmentor's weights, which have `backbone.*`, keep the backbone's only.
+            EfficientViT (MIT), whose published classifiers are a `backbone` and a `head`, is left as it is.
+    """
+    state = dict(state)
+    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name[len(prefix) :]: value for name, value in state.items()}
+    if dense and not any(".op_list." in name for name in state):
+        for part in ("backbone.model.", "backbone."):
+            if any(name.startswith(part) for name in state):
+                inside = {name[len(part) :]: value for name, value in state.items() if name.startswith(part)}
+                return strip_prefixes(inside)
+    return state
+
+
+def _reason(error: Exception, path: Path, head: bytes) -> str:
+    """Why a file cannot be read, in one line."""
+    text = str(error).strip()
+    if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
+        return "it contains Python objects that only arbitrary code could rebuild; save its weights alone"
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "it is cut short: download or copy it again"
+    return text.splitlines()[0] if text else f"{type(error).__name__}: no checkpoint, or cut short"
+
+
+def _numpy_types() -> dict[str, Any]:
+    """Arrays and numbers, e.g. the best accuracy so far: only data, under the names of NumPy 1 and 2."""
+    with contextlib.suppress(ImportError):
+        import numpy as np
+
+        core = (getattr(np, "_core", None) or np.core).multiarray  # NumPy 1 has no _core
+        kinds = (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)
+        made = [type(np.dtype(kind)) for kind in kinds]  # by numpy.dtype
+        types: dict[str, Any] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in made}
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            types |= {f"{module}.{name}": getattr(core, name) for name in ("_reconstruct", "scalar")}
+        return {**types, "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
+    return {}

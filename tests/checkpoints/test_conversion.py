@@ -1,0 +1,273 @@
+"""Weights survive every way between the authors' layout, timm's and ours, bit for bit; what does not fit is refused."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import goldens
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import hybridzoo
+from hybridzoo.checkpoints import convert, convert_file
+from hybridzoo.checkpoints.keymaps.inverse import publish
+from hybridzoo.checkpoints.reading import CheckpointError
+
+# A fixture with a published state dict of every family -> the model
+PUBLISHED = {
+    "agent/agent_pvt_tiny": "agent_pvt_tiny",
+    "biformer/biformer_stl_nchw": "biformer_stl_nchw",
+    "dinat/dinat_mini": "dinat_mini",
+    "dinat/vitrpb_small": "vitrpb_small",
+    "efficientvit_mit/efficientvit_b0": "efficientvit_mit_b0",
+    "efficientvit_msra/efficientvit_m0": "efficientvit_msra_m0",
+    "fastervit/faster_vit_0_224": "fastervit_0",
+    "inline/inline_cswin_tiny": "inline_cswin_tiny",
+    "maxvit/maxvit_tiny_tf_224": "maxvit_tiny",
+}
+# Every fixture of a classifier in the authors' own layout; networks that only tests have made are left out
+EVERY = [
+    f"{family}/{name}"
+    for family in ("agent", "biformer", "dinat", "efficientvit_mit", "efficientvit_msra", "fastervit", "inline")
+    for name in goldens.names(family, numeric=False)
+    if not re.search(r"_(dense|seg|det|timm)_|\d+x\d+$|damped", name) or name.endswith("11x11")
+]
+# What published code computes for itself, and FasterViT's second name of one convolution
+CONSTANTS = (
+    "attn_mask",
+    "attention_bias_idxs",
+    "relative_position_index",
+    "relative_coords_table",
+    "relative_bias",
+    "global_tokenizer.pos_embed.weight",
+    "global_tokenizer.pos_embed.bias",
+)
+
+
+def published(fixture: str) -> dict[str, torch.Tensor]:
+    """The fixture's names and shapes with values that no two tensors share."""
+    names = goldens.manifest(*fixture.split("/"))["state_dict"]
+    return {
+        key: torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
+        for seed, (key, shape, dtype) in enumerate(names)
+    }
+
+
+def empty(model: str, **kwargs: int) -> torch.nn.Module:
+    with torch.device("meta"):  # shapes without memory or time
+        return timm.create_model(model, **kwargs)
+
+
+def filled(model: str) -> dict[str, torch.Tensor]:
+    """A state dict of the model's names and shapes, quicker than the model's own initialisation."""
+    state = empty(model).state_dict()
+    return {key: torch.rand(value.shape).to(value.dtype) for key, value in state.items()}
+
+
+def model_of(fixture: str) -> str:
+    family, name = fixture.split("/")
+    if family.startswith("efficientvit"):
+        return family + "_" + name.split("_")[1]
+    return re.sub(r"^faster_vit_(\d)_.*", r"fastervit_\1", name)
+
+
+@pytest.mark.parametrize("fixture", EVERY)
+def test_every_published_layout_has_an_inverse(fixture: str) -> None:
+    """Names, shapes and values; the values are counted, so that a permutation would be seen."""
+    names = goldens.manifest(*fixture.split("/"))["state_dict"]
+    if sum(math.prod(shape) for _, shape, _ in names) > 4e7:  # large ones without values
+        state = {key: torch.empty(shape, device="meta") for key, shape, _ in names}
+    else:
+        state = {key: torch.arange(math.prod(shape)).view(shape) for key, shape, _ in names}
+    ours = convert(state, model_of(fixture))
+    back = publish(ours, model_of(fixture))
+    assert {key for key in state if not key.endswith(CONSTANTS)} <= back.keys() <= state.keys()
+    for key, value in back.items():
+        assert value.shape == state[key].shape, key
+        assert value.is_meta or torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("fixture", PUBLISHED)
+def test_published_to_ours_and_back_is_bit_equal(fixture: str, tmp_path: Path) -> None:
+    model, state = PUBLISHED[fixture], published(fixture)
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    ours = convert_file(tmp_path / "theirs.pth", model)
+    assert ours == tmp_path / "theirs.hybridzoo.safetensors"
+    empty(model).load_state_dict(load_file(ours), strict=True, assign=True)
+    back = load_file(convert_file(ours, model, to="published", out=tmp_path / "back.safetensors"))
+    assert {key for key in state if not key.endswith(CONSTANTS)} <= back.keys() <= state.keys()
+    for key, value in back.items():
+        assert value.shape == state[key].shape
+        if not key.endswith(CONSTANTS):
+            assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize(
+    ("model", "host"),
+    [
+        ("maxvit_tiny.tf_384_in1k", "maxvit_tiny_tf_384"),
+        ("efficientvit_mit_b0", "efficientvit_b0"),
+        ("efficientvit_msra_m0", "efficientvit_m0"),
+    ],
+)
+def test_timms_own_weights_come_in_and_go_out_as_they_were(model: str, host: str, tmp_path: Path) -> None:
+    theirs = filled(host)
+    torch.save(theirs, tmp_path / "timm.bin")
+    ours = convert_file(tmp_path / "timm.bin", model)
+    empty(model).load_state_dict(load_file(ours), strict=True, assign=True)
+    back = load_file(convert_file(ours, model, to="timm"))
+    empty(host).load_state_dict(back, strict=True, assign=True)
+    assert all(torch.equal(value, theirs[key]) for key, value in back.items())
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    return timm.create_model("efficientvit_msra_m0", num_classes=3)
+
+
+def test_our_training_checkpoints(network: torch.nn.Module, tmp_path: Path) -> None:
+    """mmengine's, with an average; the run's config says which of the two `state_dict` is."""
+    state = {f"model.{key}": value for key, value in network.state_dict().items()}
+    other = {"steps": torch.tensor(3)} | {f"module.{key}": value + 1 for key, value in state.items()}
+    for evaluate in ("ema", "raw"):
+        cfg = f"custom_hooks = [dict(type='TimmEMAHook', evaluate='{evaluate}')]"
+        content = {"state_dict": state, "ema_state_dict": other, "meta": {"cfg": cfg}, "optimizer": {}}
+        torch.save(content, tmp_path / f"{evaluate}.pth")
+    weight = network.state_dict()["head.fc.weight"]
+    for name, ema, more in (("ema", True, 0), ("ema", False, 0), ("raw", False, 0), ("raw", True, 1)):
+        found = load_file(convert_file(tmp_path / f"{name}.pth", "efficientvit_msra_m0", ema=ema))
+        assert found.keys() == network.state_dict().keys()
+        assert torch.equal(found["head.fc.weight"], weight + more), (name, ema)
+    torch.save({"state_dict": state}, tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match=r"none.pth: holds no moving average \(its keys: state_dict\)"):
+        convert_file(tmp_path / "none.pth", "efficientvit_msra_m0", ema=True)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.model.", "backbone."])
+def test_of_a_detector_the_backbone_is_taken(prefix: str, tmp_path: Path) -> None:
+    """Ours, and DiNAT's published ones with a norm for every level."""
+    state = published("dinat/dinat_mini") if prefix == "backbone." else filled("dinat_mini")
+    trunk = {key: value for key, value in state.items() if not key.startswith(("norm.", "head."))}
+    norms = "norm0." if prefix == "backbone." else "out_norms.0."
+    detector = {prefix + key: value for key, value in trunk.items()}
+    detector |= {
+        f"backbone.{norms}weight": torch.ones(64),
+        "neck.0.weight": torch.ones(1),
+        "bbox_head.a": torch.ones(1),
+    }
+    torch.save({"state_dict": detector, "meta": {}}, tmp_path / "detector.pth")
+    out = convert_file(tmp_path / "detector.pth", "dinat_mini")
+    missing, unexpected = empty("dinat_mini").load_state_dict(load_file(out), strict=False, assign=True)
+    assert not unexpected
+    assert all(key.startswith(("norm.", "head.")) for key in missing)
+    assert json.loads(Path(f"{out}.json").read_text())["left_out"] == ["bbox_head", "neck", "output norms"]
+
+
+def test_provenance(tmp_path: Path) -> None:
+    state = published("biformer/biformer_tiny")
+    torch.save({"model": state, "model_ema": {}, "args": argparse.Namespace()}, tmp_path / "biformer_tiny_best.pth")
+    out = convert_file(tmp_path / "biformer_tiny_best.pth", "biformer_tiny.in1k", out=tmp_path / "o.safetensors")
+    note = json.loads((tmp_path / "o.safetensors.json").read_text())
+    digest = hashlib.sha256((tmp_path / "biformer_tiny_best.pth").read_bytes()).hexdigest()
+    assert note["source"] == {"file": "biformer_tiny_best.pth", "sha256": digest, "weights": "model"}
+    assert note["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert note["model"] == "biformer_tiny.in1k"
+    assert note["licence"].startswith("MIT")
+    assert note["hybridzoo"] == hybridzoo.__version__
+    assert 0 < note["parity"] < 1e-9
+    assert note["key_map"] >= 1
+    assert note["date"][:2] == "20"
+    with safe_open(out, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "biformer_tiny_best.pth",
+        "o.safetensors",
+        "o.safetensors.json",
+    ]
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_written(network: torch.nn.Module, tmp_path: Path) -> None:
+    state = dict(network.state_dict())
+    del state["stem.conv1.norm.weight"]
+    state["extra.weight"] = torch.ones(1)
+    state["stem.conv2.norm.bias"] = torch.ones(7)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(
+        CheckpointError,
+        match=r"odd.pth: does not fit efficientvit_msra_m0; 1 missing: stem.conv1.norm.weight; "
+        r"1 unexpected: extra.weight; 1 of another shape: stem.conv2.norm.bias \(7,\), not \(16,\)$",
+    ):
+        convert_file(tmp_path / "odd.pth", "efficientvit_msra_m0")
+    torch.save(network.state_dict(), tmp_path / "whole.pth")
+    with pytest.raises(
+        CheckpointError,
+        match=r"does not fit efficientvit_msra_m1; \d+ unexpected: .* more; \d+ of another shape: .* more$",
+    ):
+        convert_file(tmp_path / "whole.pth", "efficientvit_msra_m1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.pth", "whole.pth"]
+
+
+def test_another_tags_weights_name_the_tags(tmp_path: Path) -> None:
+    torch.save(filled("maxvit_tiny_tf_384"), tmp_path / "w.bin")
+    with pytest.raises(CheckpointError, match=r"does not fit maxvit_tiny; .*other tags: .*maxvit_tiny.tf_384_in1k"):
+        convert_file(tmp_path / "w.bin", "maxvit_tiny")
+
+
+def test_bad_arguments(network: torch.nn.Module, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"to='onnx': choose hybridzoo, published, timm"):
+        convert_file(tmp_path / "w.safetensors", "efficientvit_msra_m0", to="onnx")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"model 'dinat_minni': no such model or tag; there are dinat_base"):
+        convert_file(tmp_path / "w.safetensors", "dinat_minni")
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"w.pth: is the source itself"):
+        convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", out=tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"cannot be written"):
+        convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", out=tmp_path / "nowhere" / "w.safetensors")
+    torch.save(filled("patnet_t0"), tmp_path / "p.pth")
+    for layout, reason in (("published", "no weights in a layout of the authors"), ("timm", "timm has no network")):
+        with pytest.raises(CheckpointError, match=rf"to='{layout}': .*{reason}"):
+            convert_file(tmp_path / "p.pth", "patnet_t0", to=layout)
+    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The examples in its help, in order; and bad input is one line and exit code 2."""
+    from hybridzoo.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    torch.save({"model": published("biformer/biformer_tiny")}, "biformer_tiny_best.pth")
+    torch.save({"state_dict": filled("dinat_mini")}, "final.pth")
+    assert main(["checkpoints", "convert", "--help"]) == 0
+    examples = [
+        line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("$ hybridzoo ")
+    ]
+    written = ["biformer_tiny_best.hybridzoo.safetensors", "final.published.safetensors"]
+    for example, file in zip(examples, written, strict=True):
+        assert main(shlex.split(example)[2:]) == 0
+        assert capsys.readouterr().out.split() == [file, f"{file}.json"]
+        assert Path(file).is_file()
+    assert "levels.0.blocks.0.attn.rpb" in load_file("final.published.safetensors")
+    for argv, reason in (
+        (["final.pth", "--model", "efficientvit_msra_m1"], "does not fit efficientvit_msra_m1"),
+        (["final.pth", "--model", "efficientvit_m0"], "no such model or tag"),
+        (["final.pth", "--model", "dinat_mini", "--ema"], "holds no moving average"),
+        (["final.pth", "--model", "efficientvit_msra_m0", "--to", "onnx"], "'onnx' is not one of"),
+        (["nowhere.pth", "--model", "efficientvit_msra_m0"], "checkpoint nowhere.pth: no such file"),
+        (["final.pth"], "--model"),
+    ):
+        assert main(["checkpoints", "convert", *argv]) == 2
+        told = capsys.readouterr()
+        assert reason in told.err
+        assert len(told.err.splitlines()) == 1
