@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -34,8 +33,8 @@ from torch import Tensor, nn
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.layers import ConvNormAct, EvalCache, FusedMBConv, MBConv, PooledHead, PoolShortcut, Stage
-from hybridzoo.layers.heads import merge_heads
 from hybridzoo.layers.relative_position import gather_bias, resize_table
+from hybridzoo.layers.windows import attend
 
 TABLE_PIXELS = 224  # image side at which a bias table has an entry for every offset
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
@@ -136,10 +135,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = None if self.bias is None else self.bias(size).to(query.dtype)[None]  # 4D, or a CPU takes the slow path
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(merge_heads(out))
+        return self.proj(attend(self.qkv(x), self.num_heads, None if self.bias is None else self.bias(size)))
 
 
 class Transformer(nn.Module):
@@ -181,6 +177,8 @@ class AsCAN(Backbone):
         ValueError: an argument does not fit; the message names it.
     """
 
+    memory_format = torch.channels_last
+
     def __init__(
         self,
         cfg: AsCANConfig,
@@ -219,7 +217,7 @@ class AsCAN(Backbone):
                 if kind == "C":
                     blocks.append(_conv_block(cfg, width, dim, 1 if i else 2, next(rates)))
                 else:
-                    blocks.append(Transformer(cfg, dim, TABLE_PIXELS // stride, next(rates)))
+                    blocks.append(Transformer(cfg, dim, -(-TABLE_PIXELS // stride), next(rates)))
                 width = dim
             stages.append(Stage(blocks, downsample))
         self.stages = nn.Sequential(*stages)
@@ -227,12 +225,6 @@ class AsCAN(Backbone):
         norm_after_pool = nn.LayerNorm(self.num_features, eps=1e-6)
         self.head = PooledHead(nn.Identity(), norm_after_pool, self.num_features, num_classes, global_pool, drop_rate)
         self.apply(_init_linear)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return super().forward_features(x.contiguous(memory_format=torch.channels_last))
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward_intermediates(x.contiguous(memory_format=torch.channels_last), *args, **kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -4,8 +4,11 @@ Paper: "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Pre
 arXiv 2205.14756. Published code and weights: mit-han-lab/efficientvit (Apache-2.0). Not the Microsoft family of the
 same name, see `efficientvit_msra`. Written from the paper and from measurements of that code.
 
-image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, sizes rounded up -> logits (B, num_classes); NCHW.
-Nothing depends on the image's size.
+image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, sizes rounded up -> logits (B, num_classes). Maps
+are NCHW with channels last in memory; nothing depends on the image's size.
+
+Weights in timm's layout load too, and run here with the authors' numerics: 1e-15 in the attention's quotient, where
+timm's port has 1e-5, and 1e-7 in all norms of L, where it keeps 1e-5 in the head's.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -110,6 +114,7 @@ class EfficientViTMIT(Backbone):
         ValueError: a pooling that the head does not know, or channels that do not fit the heads.
     """
 
+    memory_format = torch.channels_last
     head: PooledHead
 
     def __init__(

@@ -4,7 +4,8 @@ Paper: "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group At
 arXiv 2305.07027. Published code and weights: microsoft/Cream (MIT). Not the MIT family of the same name, see
 `efficientvit_mit`. Written from the paper and from measurements of that code.
 
-image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 16, 32, 64, sizes rounded up -> logits (B, num_classes); NCHW.
+image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 16, 32, 64, sizes rounded up -> logits (B, num_classes). Maps
+are NCHW with channels last in memory.
 
 Windows at other sizes than 224: the trained ones, (7, 7, 4) tokens. A map that fits into its window is attended to as
 it is; a larger one is padded with zeros at the bottom and right, as the published code does.
@@ -130,6 +131,7 @@ class EfficientViTMSRA(Backbone):
         ValueError: a pooling that the head does not know, or channels that do not fit the heads.
     """
 
+    memory_format = torch.channels_last
     head: Head
 
     def __init__(

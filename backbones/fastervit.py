@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage
+from hybridzoo.layers.mlp import Mlp
+from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +63,9 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        return by_images(self._forward, x, math.prod(x.shape[1:]), self.training)
+
+    def _forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.conv2(self.conv1(x)))
 
 
@@ -176,6 +182,10 @@ class AttentionStage(Stage):
         self.carrier_tokens = CarrierTokens(dim, self.window[0]) if hierarchical else None
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden = 2 * MLP_RATIO * math.prod(x.shape[1:]) // 4  # twice the channels on a quarter of the tokens
+        return by_images(self._forward, x, hidden, self.training)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % self.window[1], 0, -height % self.window[0]))
@@ -213,11 +223,16 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, stem_dim: int, dim: int) -> None:
         super().__init__()
-        make = partial(ConvNormAct, norm_layer=partial(nn.BatchNorm2d, eps=1e-4), act_layer=nn.ReLU)
+        relu = partial(nn.ReLU, inplace=True)
+        make = partial(ConvNormAct, norm_layer=partial(nn.BatchNorm2d, eps=1e-4), act_layer=relu)
         self.conv1 = make(in_chans, stem_dim, 3, 2)
         self.conv2 = make(stem_dim, dim, 3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv2.conv.in_channels * x.shape[2] * x.shape[3] // 4
+        return by_images(self._forward, x, hidden, self.training)
+
+    def _forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
         return self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
 

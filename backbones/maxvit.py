@@ -14,14 +14,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, GELUTanh, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import DropPath, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
-from hybridzoo.layers import ConvNormAct, MBConv, PoolShortcut, Stage, WindowAttention
+from hybridzoo.layers import ConvNormAct, GELUTanh, MBConv, PoolShortcut, Stage, WindowAttention
 from hybridzoo.layers.relative_position import Resize
+from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import fit_window, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -30,6 +31,7 @@ EXPANSION = 4  # of MBConv (counted from its output's width) and of the MLPs
 SE_RATIO = 0.25  # of MBConv's output width, not of its hidden width
 
 batch_norm = partial(nn.BatchNorm2d, eps=1e-3)  # TensorFlow's
+gelu: Any = partial(GELUTanh, inplace=True)  # for what a convolution or linear layer has just made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class PartitionAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, dim // HEAD_DIM, window, table_resize)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, EXPANSION * dim, act_layer=GELUTanh)
+        self.mlp = Mlp(dim, EXPANSION * dim, act_layer=gelu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,15 +82,16 @@ class Block(nn.Module):
         self, in_dim: int, dim: int, stride: int, window: tuple[int, int], drop_path: float, table_resize: Resize
     ) -> None:
         super().__init__()
+        self.hidden_dim = EXPANSION * dim
         self.conv = MBConv(
             in_dim,
             dim,
             stride,
-            hidden_dim=EXPANSION * dim,
+            hidden_dim=self.hidden_dim,
             norms=(True, True, False),
             pre_norm=True,
             se_dim=int(SE_RATIO * dim),
-            act_layer=GELUTanh,
+            act_layer=gelu,
             norm_layer=batch_norm,
             padding="same",
             shortcut=PoolShortcut(in_dim, dim, stride) if stride > 1 else nn.Identity(),
@@ -98,6 +101,10 @@ class Block(nn.Module):
         self.attn_grid = PartitionAttention(dim, window, True, drop_path, table_resize)
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden_dim * x.shape[1] * x.shape[2]  # MBConv widens before it strides
+        return by_images(self._forward, x, hidden, self.training)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.attn_grid(self.attn_block(x))
 
@@ -107,12 +114,14 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
-        self.conv1 = ConvNormAct(
-            in_chans, dim, 3, 2, padding="same", bias=True, norm_layer=batch_norm, act_layer=GELUTanh
-        )
+        self.conv1 = ConvNormAct(in_chans, dim, 3, 2, padding="same", bias=True, norm_layer=batch_norm, act_layer=gelu)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv2.in_channels * x.shape[2] * x.shape[3] // 4
+        return by_images(self._forward, x, hidden, self.training)
+
+    def _forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
         x = self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
         return x.permute(0, 2, 3, 1).contiguous()

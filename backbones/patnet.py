@@ -8,7 +8,8 @@ The code's configurations are not the papers' models. `patnet_*` are the form th
 FLOPs: a spatial gate in every block, depths 1-2-6-4 of T0 and T1, six heads from T1 on (depths and heads are inferred,
 not read). `partialnet_*` are what the code builds: the spatial gate in T1 only, depths 1-2-8-2, four heads.
 
-image (B, 3, H, W) -> maps (B, dim * 2**i, H // s, W // s), s = 4, 8, 16, 32 -> logits (B, num_classes); NCHW inside.
+image (B, 3, H, W) -> maps (B, dim * 2**i, H // s, W // s), s = 4, 8, 16, 32 -> logits (B, num_classes). Maps
+are NCHW with channels last in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -114,6 +116,8 @@ class PATNet(Backbone):
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
+
+    memory_format = torch.channels_last
 
     def __init__(
         self,

@@ -1,10 +1,16 @@
 """MaxViT beside timm's own with the same weights, FasterViT beside a plain transcription of its published forward pass.
 
-    python benchmarks/window_families.py [--families maxvit fastervit] [--sizes 224x224 448x672] [--batch 8]
-        [--train] [--compile] [--repeats 7] [--out benchmarks/window_families_cpu.md]
+    python benchmarks/window_families.py [--models maxvit_tiny fastervit_0] [--modes eager compiled training]
+        [--sizes 224x224 448x672] [--batch 8] [--threads 2] [--seconds 20] [--grown]
+        [--out benchmarks/window_families_cpu.md]
 
-One process, medians of interleaved runs; on a GPU if there is one (bf16), else on the CPU (float32). "fused" is ours
-after `model.fuse()`, for inference only. Absolute times of a shared machine prove nothing: read the ratios.
+One process; medians of interleaved rounds, at least three and for `--seconds` a row; on a GPU if there is one
+(bfloat16, channels-last), else on the CPU (float32). "fused" is ours after `model.fuse()`, for inference only. Compiled
+and training rows are for the first size only, unless `--modes` or `--sizes` are given. Absolute times of a shared
+machine prove nothing: read the ratios.
+
+timm's MaxViT takes sizes whose maps its window divides. 448x672 is one for windows of 7, so both sides attend in the
+same windows there; `--grown` adds what timm does with `img_size=`, windows of a 32nd of the image, on both sides.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -24,9 +31,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+import hybridzoo
 from hybridzoo.checkpoints import convert
 
-NAMES = {"maxvit": "maxvit_tiny", "fastervit": "fastervit_0"}
+MODELS = [f"maxvit_{size}" for size in ("tiny", "small", "base", "large")] + [f"fastervit_{i}" for i in range(3)]
+MODES = ("eager", "compiled", "training")
+COLUMNS = ("model", "pixels", "mode", "reference", "ms", "ours ms", "ratio", "fused ms", "ratio")
+ROUNDS = 3  # at least
 
 
 class PlainFasterViT(nn.Module):
@@ -38,9 +49,11 @@ class PlainFasterViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         model = self.model
-        x = model.stem.conv2(model.stem.conv1(x))
+        x = plain_conv(model.stem.conv2, plain_conv(model.stem.conv1, x, F.relu), F.relu)
         for stage in model.stages[:2]:
-            x = stage(x)
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = x + plain_conv(block.conv2, plain_conv(block.conv1, x, F.gelu))
         for stage in model.stages[2:]:
             x = self.attention_stage(stage, stage.downsample(x))
         return model.forward_head(model.norm(x))
@@ -71,6 +84,11 @@ class PlainFasterViT(nn.Module):
         return x.reshape(batch, dim, rows * w, columns * w)[:, :, :height, :width].contiguous()
 
 
+def plain_conv(module: nn.Module, x: Tensor, act: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    x = module.norm(module.conv(x))
+    return x if act is None else act(x)
+
+
 def embedding(module: nn.Module, size: tuple[int, int]) -> Tensor:
     axes = [
         (torch.arange(n, dtype=torch.float32, device=module.mlp.fc1.weight.device) - n // 2) / (n // 2) for n in size
@@ -99,92 +117,118 @@ def attention(module: nn.Module, x: Tensor, size: tuple[int, int], extra: int) -
     return module.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, dim))
 
 
-def contestants(family: str, train: bool, compiled: bool, device: torch.device) -> dict[str, nn.Module]:
-    """The reference, ours, and ours fused (not for training), in this order and with the same weights."""
+class Job(NamedTuple):
+    model: str
+    size: tuple[int, int]
+    mode: str
+    grown: bool = False
+
+
+def contestants(job: Job, device: torch.device) -> dict[str, nn.Module]:
+    """The reference, ours, and ours fused (eager inference), in this order and with the same weights."""
     torch.manual_seed(0)
-    ours = timm.create_model(NAMES[family]).to(device)
-    if family == "maxvit":
-        other = timm.create_model("maxvit_tiny_tf_224").to(device)
-        ours.load_state_dict(convert(other.state_dict(), NAMES[family]))
+    grown = {"img_size": job.size} if job.grown else {}
+    ours = timm.create_model(job.model, **grown).to(device)
+    if job.model.startswith("maxvit"):
+        other = timm.create_model(f"{job.model}_tf_224", **grown).to(device)
+        ours.load_state_dict(convert(other.state_dict(), job.model))
         models: dict[str, nn.Module] = {"timm": other, "ours": ours}
     else:
         models = {"plain": PlainFasterViT(copy.deepcopy(ours)), "ours": ours}
-    if not train:
+    if job.mode == "eager":
         models["fused"] = copy.deepcopy(ours).fuse()
     for model in models.values():
-        model.train(train)
+        model.train(job.mode == "training")
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)
-    return {name: torch.compile(model) for name, model in models.items()} if compiled else models
+    if job.mode == "compiled":
+        torch._dynamo.reset()
+        return {name: torch.compile(model) for name, model in models.items()}
+    return models
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(models: dict[str, nn.Module], image: Tensor, train: bool, repeats: int) -> dict[str, float]:
-    """Median seconds of every model on the image; checks that they agree in evaluation."""
+def measure(models: dict[str, nn.Module], image: Tensor, training: bool, seconds: float) -> list[float]:
+    """Median milliseconds of every model on the image, after a check that they compute the same."""
 
     def step(model: nn.Module) -> Tensor:
-        with torch.set_grad_enabled(train), torch.autocast(image.device.type, torch.bfloat16, image.is_cuda):
+        with torch.set_grad_enabled(training), torch.autocast(image.device.type, torch.bfloat16, image.is_cuda):
             out = model(image)
-        if train:
+        if training:
             out.float().square().mean().backward()
+            model.zero_grad()
         return out.detach().float()
 
-    outputs = [step(model) for model in models.values()]  # also the warm-up
-    if not train:
-        for out in outputs[1:]:
-            error = ((out - outputs[0]).abs().max() / outputs[0].std()).item()
-            assert error < (0.2 if image.is_cuda else 1e-3), f"the outputs differ by {error:.1e} of their deviation"
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats):
-        for name, model in models.items():
-            times[name].append(timed(lambda m=model: step(m), image.device))
-    return {name: statistics.median(values) for name, values in times.items()}
+    def timed(model: nn.Module) -> float:
+        torch.accelerator.synchronize() if image.is_cuda else None
+        start = time.perf_counter()
+        step(model)
+        torch.accelerator.synchronize() if image.is_cuda else None
+        return 1e3 * (time.perf_counter() - start)
+
+    expected, *outputs = [step(model) for model in models.values()]  # also the warm-up
+    for out in outputs:
+        error = ((out - expected).abs().max() / expected.std()).item()
+        assert error < (0.2 if image.is_cuda else 1e-3), f"the outputs differ by {error:.1e} of their deviation"
+    rounds = []
+    end = time.monotonic() + seconds
+    while len(rounds) < ROUNDS or time.monotonic() < end:
+        rounds.append([timed(model) for model in models.values()])
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def row(job: Job, batch: int, seconds: float, device: torch.device) -> list[str]:
+    models = contestants(job, device)
+    image = torch.randn(batch, 3, *job.size, device=device)
+    if device.type == "cuda":
+        image = image.contiguous(memory_format=torch.channels_last)
+    slow, *ours = measure(models, image, job.mode == "training", seconds)
+    cells = [job.model, f"{job.size[0]}x{job.size[1]}", job.mode, next(iter(models)), f"{slow:.0f}"]
+    if job.grown:
+        cells[1] += " grown"
+    for fast in ours:
+        cells += [f"{fast:.0f}", f"{slow / fast:.2f}x"]
+    return cells + ["-"] * (len(COLUMNS) - len(cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--families", nargs="+", default=list(NAMES), choices=list(NAMES))
-    parser.add_argument("--sizes", nargs="+", default=["224x224", "448x672"], help="height x width in pixels")
+    parser.add_argument("--models", nargs="+", default=["maxvit_tiny", "fastervit_0"], choices=MODELS)
+    parser.add_argument("--modes", nargs="+", choices=MODES)
+    parser.add_argument("--sizes", nargs="+", help="height x width in pixels; 224x224 448x672 by default")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both sides")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--seconds", type=float, default=20, help="a row is measured, at least")
+    parser.add_argument("--grown", action="store_true", help="MaxViT also with windows grown to a 32nd of the image")
     parser.add_argument("--out", type=Path, help="also write the table as Markdown")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    columns = ["model", "pixels", "reference", "ms", "ours ms", "ratio", "fused ms", "ratio"]
+    sizes = [(int(h), int(w)) for h, w in (size.split("x") for size in args.sizes or ("224x224", "448x672"))]
+    if any(side % 224 for size in sizes for side in size) and any(name.startswith("maxvit") for name in args.models):
+        parser.error("--sizes: timm's MaxViT takes multiples of 224; other sizes with --models fastervit_… only")
+    jobs = []
+    for mode in args.modes or MODES:
+        everywhere = mode == "eager" or args.modes or args.sizes
+        for model in args.models:
+            jobs += [Job(model, size, mode) for size in (sizes if everywhere else sizes[:1])]
+            if args.grown and model.startswith("maxvit"):
+                jobs.append(Job(model, sizes[-1], mode, grown=True))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
+    title = f"Window families, batch {args.batch}, {where}, torch {torch.__version__}"
+    table = Table(*COLUMNS, title=title)
     rows = []
-    jobs = [(family, size) for family in args.families for size in args.sizes]
-    for family, size in track(jobs, "measuring", console=Console(stderr=True)):
-        torch._dynamo.reset()
-        models = contestants(family, args.train, args.compile, device)
-        image = torch.randn(args.batch, 3, *map(int, size.split("x")), device=device)
-        if device.type == "cuda":
-            image = image.contiguous(memory_format=torch.channels_last)
-        (reference, slow), *ours = measure(models, image, args.train, args.repeats).items()
-        cells = [NAMES[family], size, reference, f"{slow * 1e3:.0f}"]
-        for _, fast in ours:
-            cells += [f"{fast * 1e3:.0f}", f"{slow / fast:.2f}x"]
-        rows.append(cells + ["-"] * (len(columns) - len(cells)))
-    how = f"{'training' if args.train else 'inference'}, {'compiled' if args.compile else 'eager'}"
-    title = f"Window families, {how}, batch {args.batch}, {where}, torch {torch.__version__}"
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    for job in track(jobs, "measuring", console=Console(stderr=True)):
+        rows.append(row(job, args.batch, args.seconds, device))
+        table.add_row(*rows[-1])
+    Console(width=max(Console().width, 110)).print(table)
     if args.out:
-        lines = ["| " + " | ".join(r) + " |" for r in (columns, ["---"] * len(columns), *rows)]
-        args.out.write_text(f"# {title}\n\nMedians of {args.repeats} interleaved runs.\n\n" + "\n".join(lines) + "\n")
+        lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+        note = (
+            f"Medians of interleaved rounds, hybridzoo {hybridzoo.__version__}, timm {timm.__version__}. "
+            "448x672 is a multiple of 224, so timm's MaxViT attends in the same windows of 7 as ours; "
+            '"grown" is `img_size=` on both sides.'
+        )
+        args.out.write_text(f"# {title}\n\n{note}\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

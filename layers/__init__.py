@@ -7,6 +7,7 @@ from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
 from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.folding import fuse
+from hybridzoo.layers.gelu_tanh import GELUTanh
 from hybridzoo.layers.head import PooledHead
 from hybridzoo.layers.inline_attention import InLineAttention
 from hybridzoo.layers.linear_attention import MultiScaleLinearAttention
@@ -26,6 +27,7 @@ __all__ = [
     "CoordinateEmbedding",
     "EvalCache",
     "FusedMBConv",
+    "GELUTanh",
     "InLineAttention",
     "MBConv",
     "MultiScaleLinearAttention",

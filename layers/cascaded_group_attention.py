@@ -106,30 +106,24 @@ class CascadedGroupAttention(nn.Module):
         window = self.window
         if height <= window and width <= window:
             return self._attend(x)
-        # Channels-last inside: a window is then a strided view of the map, copied once on the way in and once out.
+        # With channels last a window is a strided view of the map, copied once on the way in and once out.
         windows = to_windows(x.permute(0, 2, 3, 1), (window, window))
         grid = windows.shape[1:3]
         out = self._attend(windows.reshape(-1, window, window, dim).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return from_windows(out.unflatten(0, (-1, *grid)), height, width).permute(0, 3, 1, 2)
 
     def _attend(self, x: Tensor) -> Tensor:
-        """One window an image: `(B, dim, h, w)` in and out."""
-        batch, _, height, width = x.shape
-        bias = self.bias(height, width)
+        """One window an image: `(B, dim, h, w)` in and out, channels last in memory, or it is copied."""
+        size = x.shape[2:]
+        bias = self.bias(*size).to(x.dtype)
         shares = x.chunk(self.num_heads, dim=1)
         outs: list[Tensor] = []
         for head, (to_qkv, depthwise) in enumerate(zip(self.qkvs, self.depthwise, strict=True)):
             share = shares[head] + outs[-1] if head else shares[head]
             query, key, value = to_qkv(share).split((self.key_dim, self.key_dim, self.value_dim), dim=1)
-            query, key, value = depthwise(query).flatten(2), key.flatten(2), value.flatten(2)
-            logits = torch.baddbmm(
-                bias[head].to(query.dtype).expand(batch, -1, -1),
-                query.transpose(1, 2),
-                key,
-                alpha=self.key_dim**-0.5,
-            )
-            out = value @ logits.softmax(-1).transpose(1, 2)
-            outs.append(out.unflatten(2, (height, width)))
+            query, key, value = (part.flatten(2).mT for part in (depthwise(query), key, value))  # tokens, by view
+            logits = torch.baddbmm(bias[head].expand(x.shape[0], -1, -1), query, key.mT, alpha=self.key_dim**-0.5)
+            outs.append((logits.softmax(-1) @ value).mT.unflatten(2, size))
         return self.proj(self.act(torch.cat(outs, dim=1)))
 
 

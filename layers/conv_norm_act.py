@@ -7,7 +7,10 @@ from typing import Literal
 
 from timm.layers import create_conv2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from hybridzoo.layers.fused_conv import conv_act
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Callable[[], nn.Module]
@@ -59,11 +62,13 @@ class ConvNormAct(nn.Module):
         self.act = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, nn.Identity):
+            return conv_act(self.conv, self.act, x)
         return self.act(self.norm(self.conv(x)))
 
     def fuse(self) -> ConvNormAct:
         """Fold a batch norm's running statistics into the convolution, in place; exact in evaluation only."""
-        if isinstance(self.norm, nn.BatchNorm2d):
+        if isinstance(self.norm, _BatchNorm):
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
         return self

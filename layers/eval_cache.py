@@ -48,5 +48,9 @@ class EvalCache(nn.Module):
         self._results.clear()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._results.clear()  # `.half().float()` may end at the address that it started from
+        return super()._apply(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_results": {}}

@@ -10,10 +10,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.linear_attention import without_autocast
 from hybridzoo.layers.relative_position import gather_bias
 
 BUCKETS = 81  # entries of a distance table; the first 40 are never used
@@ -43,7 +45,17 @@ class PartialChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         local, rest = x.split(self.split, 1)
         gate = F.hardsigmoid(self._normalise(self.gate(torch.cat(mean_std(rest), 1).to(x.dtype))))
-        return torch.cat((self.conv(local), self.norm(rest * gate[:, :, None, None])), 1)
+        if self.norm.training or _records():
+            return torch.cat((self.conv(local), self.norm(rest * gate[:, :, None, None])), 1)
+        # Gate and norm are one scale and one shift a channel; what that makes of the first channels is written over.
+        first = (self.split[0], 0)
+        if self.folded:
+            out = x * F.pad(gate, first)[:, :, None, None].to(x.dtype)
+        else:
+            scale, shift = (F.pad(part, first)[..., None, None].to(x.dtype) for part in _scale_shift(self.norm, gate))
+            out = torch.addcmul(shift, x, scale)
+        out[:, : self.split[0]] = self.conv(local)
+        return out
 
     def _normalise(self, gate: Tensor) -> Tensor:
         norm = self.gate_norm
@@ -60,7 +72,7 @@ class PartialChannelAttention(nn.Module):
         assert isinstance(self.gate_norm, nn.BatchNorm1d)
         self.gate = fuse_linear_bn_eval(self.gate.eval(), self.gate_norm.eval())
         self.gate_norm = nn.Identity()
-        scale, shift = _affine(self.norm)
+        scale, shift = _scale_shift(self.norm)
         self.norm = nn.Identity()
         keep, rest = following.weight.detach().flatten(1).split(self.split, 1)
         return _pointwise(torch.cat((keep, rest * scale), 1), rest @ shift)
@@ -161,8 +173,8 @@ class SpatialGate(nn.Module):
 
         Every linear map here moves into `previous`: its extra output is the gate before the hard sigmoid.
         """
-        scale, shift = _affine(self.norm)
-        conv_scale, conv_shift = _affine(self.conv_norm)
+        scale, shift = _scale_shift(self.norm)
+        conv_scale, conv_shift = _scale_shift(self.conv_norm)
         gate, conv = self.gate.weight.detach().flatten(1), self.conv.weight.detach().flatten(1)
         gated, mixed = previous.weight.detach().flatten(1).split(self.split, 0)
         weight = torch.cat((gated * scale[:, None], (conv * conv_scale) @ mixed, gate @ gated))
@@ -180,7 +192,10 @@ class FoldedSpatialGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gated = self.shift.shape[0]
         gated, mixed, gate = x.split((gated, x.shape[1] - gated - 1, 1), 1)
-        return torch.cat((torch.addcmul(self.shift, gated, F.hardsigmoid(gate)), mixed), 1)
+        if _records():
+            return torch.cat((torch.addcmul(self.shift, gated, F.hardsigmoid(gate)), mixed), 1)
+        gated.mul_(F.hardsigmoid(gate)).add_(self.shift)  # in place: x is a convolution's fresh output
+        return x[:, :-1]
 
 
 class DynamicPartialConv(nn.Module):
@@ -246,25 +261,35 @@ def mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A constant channel has deviation 0 and gradient 0 there; a single pixel deviates by 0. In float32 at least.
     """
-    if x.is_cuda:  # one pass; on a CPU it is six times slower than two
-        std, mean = torch.std_mean(
-            x.float() if x.element_size() < 4 else x, (2, 3), correction=int(x[0, 0].numel() > 1)
-        )
+    pixels = x.shape[2] * x.shape[3]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.is_cuda:  # one pass; on a CPU it is five times slower than these two
+        std, mean = torch.std_mean(x, (2, 3), correction=int(pixels > 1))
         return mean, std
-    x = x.flatten(2)
-    if x.element_size() < 4:
-        x = x.float()
-    mean = x.mean(2, keepdim=True)
-    return mean[:, :, 0], torch.linalg.vector_norm(x - mean, dim=2) / math.sqrt(max(x.shape[2] - 1, 1))
+    tokens = x.flatten(2).mT
+    with without_autocast(x):  # sums as products with ones: the fastest over maps with channels last
+        ones = tokens.new_ones(1, 1, 1).expand(x.shape[0], 1, pixels)
+        mean = ones @ tokens / pixels
+        centred = tokens - mean
+        total = ones @ (centred.square() if torch.is_grad_enabled() else centred.square_())
+    # Below the mean's own rounding error a channel is constant; the root's gradient would be infinite there.
+    constant = total <= pixels * (4 * torch.finfo(x.dtype).eps * mean).square()
+    std = (total.masked_fill(constant, 1) / max(pixels - 1, 1)).sqrt().masked_fill(constant, 0)
+    return mean[:, 0], std[:, 0]
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift that a batch norm applies in evaluation."""
-    assert isinstance(norm, nn.BatchNorm2d)
+def _records() -> bool:
+    """Whether operations go into a graph (for a backward pass, a compiler): then nothing is written in place."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def _scale_shift(norm: nn.Module, gate: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and shift of what a batch norm does in evaluation to its input times `gate`."""
+    assert isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias.detach() - norm.running_mean * scale
+    return gate * scale, norm.bias.detach() - norm.running_mean * scale
 
 
 def _pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:

@@ -120,6 +120,22 @@ def test_position_table_is_exact_at_its_size_and_follows_other_maps():
     assert (taller[7:].diff() < 0).all()
 
 
+@pytest.mark.parametrize(("pattern", "dims"), [("CT", (32,)), ("C/CC/TT", (16, 24, 32)), ("C/C/CT/TT/T", (16,) * 5)])
+def test_any_number_of_stages(pattern, dims):
+    options = {**SMALL, "pattern": pattern, "dims": dims}
+    model = timm.create_model("ascan_tiny", **options).eval()
+    strides = [4 * 2**i for i in range(len(dims))]
+    assert [level["reduction"] for level in model.feature_info] == strides
+    sides = [m.bias.table.shape[1] for m in model.modules() if isinstance(m, ascan.Attention)]
+    assert sides[-1] == 2 * -(-224 // strides[-1]) - 1  # every offset at 224 pixels
+    x = torch.randn(2, 3, 70, 97)
+    maps = timm.create_model("ascan_tiny", features_only=True, **options).eval()(x)
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (c, -(-70 // s), -(-97 // s)) for c, s in zip(dims, strides, strict=True)
+    ]
+    assert model(x).shape == (2, 5)
+
+
 def test_attention_sees_the_whole_map():
     """A change in one corner reaches the opposite one within a single T."""
     torch.manual_seed(0)

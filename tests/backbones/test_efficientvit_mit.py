@@ -14,6 +14,7 @@ import hybridzoo  # noqa: F401
 from hybridzoo.backbones.efficientvit_mit_segmentation import SEGMENTORS, EfficientViTSegmentor
 from hybridzoo.checkpoints import cards, convert
 from hybridzoo.layers import MultiScaleLinearAttention, fuse
+from hybridzoo.layers.linear_attention import EPS
 
 FAMILY = "efficientvit_mit"
 MANIFESTS = goldens.names(FAMILY, numeric=False)
@@ -111,6 +112,15 @@ def test_timms_layout_converts(theirs_name):
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
 
 
+def test_norms_have_the_authors_epsilons_also_where_timms_port_has_another():
+    """Weights of timm's layout run with the authors' numerics: timm leaves 1e-5 in the head of L."""
+    for name, eps in (("b0", 1e-5), ("l1", 1e-7)):
+        with torch.device("meta"):
+            model = timm.create_model(f"efficientvit_mit_{name}")
+        assert {m.eps for m in model.modules() if hasattr(m, "eps")} == {eps}
+    assert EPS == 1e-15
+
+
 def test_equals_timm_with_timms_weights_but_for_the_attentions_epsilon():
     torch.manual_seed(0)
     theirs = timm.create_model("efficientvit_b0").double().eval()
@@ -135,7 +145,15 @@ def test_cards_state_the_models_size_and_cost(card):
     assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, rel=2e-3)
 
 
-@pytest.mark.parametrize("fixture", ["efficientvit_b0", "efficientvit_seg_l1_ade20k_128x256"])
+@pytest.mark.parametrize(
+    "fixture",
+    [  # every structure: B, L, and the segmentation heads of both
+        "efficientvit_b0",
+        "efficientvit_l1",
+        "efficientvit_seg_b0_cityscapes_128x256",
+        "efficientvit_seg_l1_ade20k_128x256",
+    ],
+)
 def test_folding_changes_nothing_but_the_speed(fixture):
     model = published(fixture)
     folded = fuse(copy.deepcopy(model))

@@ -83,3 +83,14 @@ def test_a_folded_model_can_be_exported():
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(program.module()(x), model(x))
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["efficientvit_msra_m0", "efficientvit_mit_b0", "patnet_t0", "ascan_tiny"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_convolution_heavy_families_keep_channels_last(name, folded):
+    """Whichever way the image comes: on a CPU convolutions are up to twice as fast so."""
+    model = timm.create_model(name, depths=(1,) * (3 if "msra" in name else 4)).eval()
+    with torch.no_grad():
+        maps = (fuse(model) if folded else model).forward_intermediates(torch.randn(2, 3, 128, 160))[1]
+    assert all(level.is_contiguous(memory_format=torch.channels_last) for level in maps)
+    assert not any(level.is_contiguous() for level in maps)

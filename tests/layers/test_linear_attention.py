@@ -10,15 +10,14 @@ from hybridzoo.layers.linear_attention import relu_linear_attention
 
 
 def quadratic(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The definition, token by token: `(..., head_dim, tokens)`."""
-    weights = query.transpose(-1, -2) @ key  # queries x keys
-    weights = weights / (weights.sum(-1, keepdim=True) + 1e-15)
-    return value @ weights.transpose(-1, -2)
+    """The definition, token by token: `(..., tokens, head_dim)`."""
+    weights = query @ key.mT  # queries x keys
+    return weights / (weights.sum(-1, keepdim=True) + 1e-15) @ value
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    query, key, value = (torch.randn(2, 3, 8, tokens, generator=generator, dtype=torch.float64) for _ in range(3))
+    query, key, value = (torch.randn(2, 3, tokens, 8, generator=generator, dtype=torch.float64) for _ in range(3))
     return [(query.relu() * scale).to(dtype), (key.relu() * scale).to(dtype), value.to(dtype)]
 
 
@@ -30,12 +29,12 @@ def test_equals_the_definition(tokens):
 
 def test_queries_without_any_weight_give_zero_and_finite_gradients():
     query, key, value = inputs(20, torch.float32)
-    query[..., 3] = 0
+    query[..., 3, :] = 0
     key[:, 1] = 0
     for t in (query, key, value):
         t.requires_grad_()
     out = relu_linear_attention(query, key, value)
-    assert not out[..., 3].any()
+    assert not out[..., 3, :].any()
     assert not out[:, 1].any()
     grads = torch.autograd.grad(out.sum(), (query, key, value))
     assert all(g.isfinite().all() for g in grads)
@@ -50,7 +49,7 @@ def test_low_precision_loses_only_what_rounding_the_result_loses(dtype, limit, a
     with torch.autocast("cpu", dtype, enabled=autocast):
         out = relu_linear_attention(query, key, value)
     assert out.dtype == dtype
-    assert (key.double() @ query.double().transpose(-1, -2)).max() > 65504
+    assert (key.double() @ query.double().mT).max() > 65504
     assert (out.double() - expected).abs().max() < limit * expected.abs().max()
 
 
@@ -60,8 +59,8 @@ def test_layer_orders_channels_by_head_and_scales_after_each_other():
     x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
     with torch.no_grad():
         qkv = layer.qkv(x)
-        heads = torch.cat([qkv, *(branch(qkv) for branch in layer.aggregate)], dim=1).reshape(2, 6, 3, 8, 35)
-        expected = quadratic(heads[:, :, 0].relu(), heads[:, :, 1].relu(), heads[:, :, 2]).reshape(2, 48, 5, 7)
+        heads = torch.cat([qkv, *(branch(qkv) for branch in layer.aggregate)], dim=1).reshape(2, 6, 3, 8, 35).mT
+        expected = quadratic(heads[:, :, 0].relu(), heads[:, :, 1].relu(), heads[:, :, 2]).mT.reshape(2, 48, 5, 7)
         torch.testing.assert_close(layer(x), layer.proj(expected))
 
 

@@ -16,6 +16,7 @@ from hybridzoo.layers.partial_attention import (
     DynamicPartialConv,
     PartialAttention,
     PartialChannelAttention,
+    SpatialGate,
     distance_bucket,
     group_mask,
     mean_std,
@@ -140,3 +141,26 @@ def test_gates_make_a_grouped_convolution_in_training_and_a_partial_one_in_evalu
 def test_the_leading_gates_on_make_neighbouring_channels_a_group():
     mask = group_mask(torch.tensor([1.0, 1.0, 0.0]))[:, :, 0, 0]
     torch.testing.assert_close(mask, torch.block_diag(*[torch.ones(2, 2)] * 4))
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_evaluation_in_place_equals_the_graph_of_training(folded):
+    """Without gradients the gates write over fresh maps; neither the result nor the input may change by that."""
+    torch.manual_seed(0)
+    mixer, gate = PartialChannelAttention(16, 4).double(), SpatialGate(16).double()
+    expand, project = (nn.Conv2d(16, 16, 1, bias=False).double() for _ in range(2))
+    x = torch.randn(3, 16, 5, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        gate(project(expand(mixer(x))))
+    mixer.eval(), gate.eval()
+    if folded:
+        expand = mixer.fold(expand)
+        project, gate = gate.fold(project)
+    before = x.clone()
+    expected = gate(project(expand(mixer(x))))
+    assert expected.grad_fn is not None
+    with torch.no_grad():
+        mixed = mixer(x)
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(gate(project(expand(mixed))), expected.detach())
+    assert torch.equal(x, before)

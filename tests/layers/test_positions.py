@@ -140,6 +140,18 @@ def test_changed_weights_are_noticed(change):
         assert module.computed == 2
 
 
+def test_a_change_of_type_and_back_is_noticed():
+    """Whatever address the weights end at: half precision rounded them."""
+    module = Counted().eval()
+    with torch.no_grad():
+        module.weight.fill_(1 / 3)
+        module()
+        assert module._results
+        module.half().float()
+        assert not module._results
+        assert torch.equal(module(), module.weight * 2)
+
+
 def test_nothing_is_kept_where_gradients_flow_or_while_training():
     module = Counted().eval()
     module().sum().backward()
