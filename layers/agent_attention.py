@@ -2,9 +2,16 @@
 
 A few agent tokens, pooled from the queries, gather the values by softmax attention and hand them to the queries by a
 second one: two attentions of N x A instead of one of N x N.
+
+No kernel of its own: on an H200 (bf16, 128 images of 224 px, Swin-T's first stage) the two attentions' products take
+3 us, the linear layers around them 30 us and every pass over the map 16 us. Folded, the layer makes about 13 such
+passes, a fused one 5: in all stages together less than a tenth of the network's forward pass.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +19,13 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.layers.eval_cache import EvalCache
-from hybridzoo.layers.heads import merge_heads, split_heads
+from hybridzoo.layers.heads import add_product, merge_heads, split_heads
 from hybridzoo.layers.resize import adaptive_pool, resize_map
+from hybridzoo.layers.slicing import lean
 
 COARSE = 7  # side of the block biases `an_bias` and `na_bias`, whatever the map
-FOLD_BELOW = 0.6  # of the projections' work; measured on a CPU, see benchmarks/linear_attention_families.py
+FOLD_BELOW = 1.0  # of the work it replaces; measured on a CPU, see benchmarks/linear_attention_families.py
+LARGEST_KEPT = 2**20  # entries of a map's bias tables that are kept between evaluation batches
 
 
 class AgentAttention(EvalCache):
@@ -108,82 +117,115 @@ class AgentAttention(EvalCache):
                 f"size must be the (rows, columns) of the {x.shape[1]} tokens"
                 f"{' less the class token' if first else ''}; got {size}"
             )
-        out, value = self._folded(x, size) if self.folds(size) else self._projected(x, size)
-        local = self.dwc(value[:, first:].unflatten(1, size).permute(0, 3, 1, 2))
-        local = local.permute(0, 2, 3, 1).flatten(1, 2)
-        return self.proj(out + (F.pad(local, (0, 0, first, 0)) if first else local))
+        return self.proj(self._folded(x, size) if self.folds(size) else self._projected(x, size))
 
     def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tables for a map of this size and the current grid, each `(heads, agents, tokens)`.
 
         The first is added to the scores of agents (as queries) and tokens (as keys), the second to those of tokens (as
-        queries) and agents (as keys). In evaluation they are computed once a size.
+        queries) and agents (as keys). In evaluation they are computed once a size, unless they are large.
         """
-        return self.cached((tuple(size), self.grid), lambda: self._resized(size))
+        spread, gather = self._tables(size)
+        return gather, spread
 
     def folds(self, size: tuple[int, int]) -> bool:
         """Whether few enough agents look at a map of this size that queries and keys need not be formed.
 
         Agents times queries is agents times query weights times tokens: with fewer agents than channels, the first
-        product is the small one. Compares multiplications an image, one projection against its replacement.
+        product is the small one. Compares the multiplications that differ, an image.
         """
         dim, tokens, agents = self.proj.in_features, size[0] * size[1], self.grid[0] * self.grid[1]
-        return self.num_heads * agents * (tokens + dim // self.num_heads) < FOLD_BELOW * tokens * dim
+        folded = self.num_heads * agents * (4 * tokens + 2 * dim // self.num_heads)
+        return folded < FOLD_BELOW * tokens * (2 * dim + 4 * agents)
 
-    def _projected(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Attention as the paper writes it: `(out, value)`, each `(batch, tokens, dim)`."""
-        qkv = self.qkv(x)
-        query, key, value = (split_heads(t, self.num_heads) for t in qkv.chunk(3, dim=-1))
-        pooled = self._pool(qkv[..., : x.shape[-1]], size)
-        agent = split_heads(pooled, self.num_heads)
-        gather_bias, spread_bias = (b.to(qkv.dtype)[None] for b in self.biases(size))
-        out = agent_attention(query, agent, key, value, gather_bias, spread_bias.transpose(2, 3).contiguous())
-        return merge_heads(out), qkv[..., 2 * x.shape[-1] :]
+    def _projected(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Attention as the paper writes it, and the convolution: `(batch, tokens, dim)`."""
+        query, key = self._project(x, 0, 2).chunk(2, dim=-1)
+        value = self._project(x, 2, 3)
+        agent = self._pool(query, size)
+        q, a, k, v = (split_heads(t, self.num_heads) for t in (query, agent, key, value))
+        gather_bias, spread_bias = self._remembered("attention", size, self._attention_biases)
+        out = agent_attention(q, a, k, v, gather_bias.to(value.dtype), spread_bias.to(value.dtype))
+        if not lean(x):
+            return merge_heads(out) + self._local(value, size)
+        out = merge_heads(out)
+        out[:, int(self.class_token) :] += self._convolved(value, size)
+        return out
 
-    def _folded(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _folded(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The same numbers without queries and keys; scores are agent-major, so that both softmaxes run over rows."""
         dim, heads = x.shape[-1], self.num_heads
-        weight, bias = self.qkv.weight, self.qkv.bias
-        value = F.linear(x, weight[2 * dim :], None if bias is None else bias[2 * dim :])
+        value = self._project(x, 2, 3)
         # Pooling commutes with the projection.
-        agent = F.linear(self._pool(x, size), weight[:dim], None if bias is None else bias[:dim])
-        agent = (
-            split_heads(agent, self.num_heads)[:, None] * (dim // heads) ** -0.5
-        )  # (batch, 1, heads, agents, head_dim)
-        probe = agent @ weight[: 2 * dim].unflatten(0, (2, heads, -1))  # (batch, 2: of queries and of keys, …, dim)
-        of_queries, of_keys = (probe.flatten(1, 3) @ x.transpose(1, 2)).unflatten(1, probe.shape[1:4]).unbind(1)
-        gather_bias, spread_bias = self.biases(size)
-        if bias is not None:  # of the queries; that of the keys is the same for all keys: the softmax does not see it
-            of_queries = of_queries + agent[:, 0] @ bias[:dim].unflatten(0, (heads, -1, 1))
-        gather = (of_keys + gather_bias).softmax(-1).to(value.dtype)
-        spread = (of_queries + spread_bias).softmax(2).to(value.dtype)
-        agent_value = gather @ split_heads(value, self.num_heads)
-        # All heads in one product, with their values as the blocks of a diagonal: no transposed copy of the result.
-        blocks = torch.eye(heads, dtype=value.dtype, device=x.device)[:, None, :, None] * agent_value[:, :, :, None]
-        return spread.flatten(1, 2).transpose(1, 2) @ blocks.flatten(3).flatten(1, 2), value
+        agent = split_heads(self._project(self._pool(x, size), 0, 1), heads)[:, None] * (dim // heads) ** -0.5
+        # What the agents of all heads look for in the tokens themselves, as keys of queries and as queries of keys.
+        probe = agent @ self.qkv.weight[: 2 * dim].unflatten(0, (2, heads, -1))  # (batch, 2, heads, agents, dim)
+        bias = self.qkv.weight.new_zeros(2 * dim) if self.qkv.bias is None else self.qkv.bias[: 2 * dim]
+        tables = self._tables(size) + agent @ bias.view(2, heads, -1, 1)
+        scores = add_product(tables.flatten(1, 3), probe.flatten(1, 3), x.mT)
+        spread, gather = scores.unflatten(1, probe.shape[1:4]).unbind(1)
+        spread, gather = spread.softmax(2).to(value.dtype), gather.softmax(-1).to(value.dtype)
+        # All heads in one product, of which the blocks on the diagonal count: cheaper than to set the heads apart.
+        agent_value = (gather.flatten(1, 2) @ value).view(*agent.shape[:1], heads, -1, heads, dim // heads)
+        blocks = agent_value * torch.eye(heads, dtype=value.dtype, device=x.device)[:, None, :, None]
+        return add_product(self._local(value, size), spread.flatten(1, 2).mT, blocks.flatten(3).flatten(1, 2))
+
+    def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Of queries (0), keys (1) and values (2), those from `start` to before `stop`."""
+        rows = slice(start * x.shape[-1], stop * x.shape[-1])
+        return F.linear(x, self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows])
+
+    def _local(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        """The convolution of the values, `(batch, tokens, dim)`; zero for the class token."""
+        local = self._convolved(value, size)
+        return F.pad(local, (0, 0, 1, 0)) if self.class_token else local
+
+    def _convolved(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        maps = value[:, int(self.class_token) :].unflatten(1, size)
+        return self.dwc(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
 
     def _pool(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return adaptive_pool(x[:, int(self.class_token) :].unflatten(1, size), self.grid).flatten(1, 2)
 
+    def _tables(self, size: tuple[int, int]) -> Tensor:
+        """`(2, heads, agents, tokens)`: for the queries, for the keys."""
+        return self._remembered("tables", size, lambda size: torch.stack(self._resized(size)))
+
+    def _attention_biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """For `agent_attention`, as it reads them."""
+        spread, gather = self._resized(size)
+        return gather[None], spread.mT.contiguous()[None]
+
+    def _remembered(self, form: str, size: tuple[int, int], compute: Callable[[tuple[int, int]], Any]) -> Any:
+        """`compute(size)`, kept in evaluation: large maps with fine grids, all of other sizes, would fill memory."""
+        if 2 * self.num_heads * self.grid[0] * self.grid[1] * size[0] * size[1] > LARGEST_KEPT:
+            return compute(size)
+        return self.cached((form, tuple(size), self.grid), lambda: compute(size))
+
     def _resized(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """For the queries and for the keys, each `(heads, agents, tokens)`."""
         tables = []
         for block, rows, columns, of_class in (
-            (self.an_bias, self.ah_bias, self.aw_bias, "ac_bias"),
             (self.na_bias, self.ha_bias, self.wa_bias, "ca_bias"),
+            (self.an_bias, self.ah_bias, self.aw_bias, "ac_bias"),
         ):
-            # Rows and columns resize each along their own axis: both have length 1 along the other.
-            axes = resize_map(rows[..., None], (size[0], 1)) + resize_map(columns[:, :, None], (1, size[1]))
-            table = (resize_map(block, size) + axes).flatten(2)
+            # First the agents, which commutes: the tables are small until they get the map's size.
+            coarse, along_rows, along_columns = (self._regridded(t.flatten(2)) for t in (block, rows, columns))
+            # Rows and columns resize each along their own axis: both have length 1 along the other. What is added
+            # before the columns are resized, whose weights sum to one, is the same after it.
+            table = resize_map(coarse.unflatten(2, (COARSE, COARSE)), (size[0], COARSE))
+            table = resize_map(table + resize_map(along_rows[..., None], (size[0], 1)), size)
+            table = (table + resize_map(along_columns[:, :, None], (1, size[1]))).flatten(2)
             if self.class_token:
-                table = torch.cat([getattr(self, of_class)[..., None], table], dim=2)
-            tables.append(self._regridded(table))
+                table = torch.cat([self._regridded(getattr(self, of_class)[..., None]), table], dim=2)
+            tables.append(table)
         return tables[0], tables[1]
 
     def _regridded(self, table: Tensor) -> Tensor:
-        """`(heads, agents, tokens)` from the trained grid of agents to the current one."""
+        """`(heads, agents, entries)` from the trained grid of agents to the current one."""
         if self.grid == self.agents:
             return table
-        return resize_map(table.transpose(1, 2).unflatten(2, self.agents), self.grid).flatten(2).transpose(1, 2)
+        return resize_map(table.mT.unflatten(2, self.agents), self.grid).flatten(2).mT
 
 
 def agent_attention(

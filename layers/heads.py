@@ -1,4 +1,4 @@
-"""Heads of an attention: apart for the attention, together for the projection."""
+"""Heads of an attention: apart for the attention, together for the projection; products of all of them."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def merge_heads(x: Tensor) -> Tensor:
         # fit it.
         x = x.clone(memory_format=torch.contiguous_format)
     return x.flatten(2)
+
+
+def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`base + left @ right`, all with one batch axis, in one pass; `base` is lost where nothing needs a gradient."""
+    if torch.is_grad_enabled() or not base.dtype == left.dtype == right.dtype:
+        return torch.baddbmm(base, left, right)
+    return base.baddbmm_(left, right)

@@ -10,11 +10,15 @@ make the output `mean(v) + s * q_i @ Cov(k, v)`: the whole attention is one `hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridzoo.layers.heads import merge_heads, split_heads
+from hybridzoo.layers.heads import add_product, merge_heads, split_heads
+
+FOLD_ABOVE = 1.0  # tokens a channel; measured on a CPU
 
 
 class InLineAttention(nn.Module):
@@ -86,39 +90,65 @@ class InLineAttention(nn.Module):
                 f"size must be the (rows, columns) of the {x.shape[1]} tokens"
                 f"{' less the class token' if first else ''}; got {size}"
             )
-        kernels = self.residual((x.mean(1) if summary is None else summary)[..., None]).unflatten(1, (-1, 9))[..., 0]
-        if self.dwc is not None:  # the same padding and the same values: both kernels are one
-            kernels = kernels + self.dwc.weight.flatten(1)
-        out, value = self._folded(x) if x.shape[1] > x.shape[2] else self._projected(x)
-        local = dynamic_depthwise(value[:, first:].unflatten(1, size), kernels).flatten(1, 2)
-        if self.dwc is not None and self.dwc.bias is not None:
-            local = local + self.dwc.bias
-        return self.proj(out + (F.pad(local, (0, 0, first, 0)) if first else local))
+        mean = x.mean(1)
+        kernels = self.kernels(mean if summary is None else summary)
+        if x.shape[1] > FOLD_ABOVE * x.shape[2]:
+            return self.proj(self._folded(x, mean, size, kernels))
+        return self.proj(self._projected(x, size, kernels))
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`mean(v) + s * q @ Cov(k, v)` and the values, each `(batch, tokens, dim)`."""
+    def kernels(self, summary: Tensor) -> Tensor:
+        """3x3 kernels of every image's every channel, `(batch, dim, 9)` row by row, from a summary `(batch, dim)`."""
+        hidden = self._grouped(self.residual[0], summary.unflatten(1, (self.num_heads, -1)).transpose(0, 1))
+        kernels = self._grouped(self.residual[2], self.residual[1](hidden)).transpose(0, 1).reshape(*summary.shape, 9)
+        # The same padding and the same values: both kernels are one.
+        return kernels if self.dwc is None else kernels + self.dwc.weight.flatten(1)
+
+    def _grouped(self, conv: Any, x: Tensor) -> Tensor:
+        """A grouped convolution of single pixels as one product: `(heads, batch, in)` -> `(heads, batch, out)`."""
+        weight = conv.weight.view(self.num_heads, -1, x.shape[2])
+        return torch.baddbmm(conv.bias.view(self.num_heads, 1, -1), x, weight.mT)
+
+    def _projected(self, x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
+        """`mean(v) + s * q @ Cov(k, v)` plus the local residual, `(batch, tokens, dim)`."""
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         out = inline_attention(*(split_heads(t, self.num_heads) for t in (query, key, value)))
-        return merge_heads(out), value
+        return merge_heads(out) + self._local(value, size, kernels, torch.zeros_like(kernels[..., 0]))
 
-    def _folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same numbers without queries and keys, the cheaper way where tokens outnumber channels.
+    def _folded(self, x: Tensor, mean: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
+        """The same numbers without queries and keys, the cheaper way where tokens are many.
 
         With q = x Wq + b and k = x Wk, `q @ Cov(k, v) = (x Wq + b) Wk^T Cov(x, v)`: two products with the tokens, as
-        for q and k themselves, but none of `tokens x head_dim x head_dim`. (A bias of k has no covariance.)
+        for q and k themselves, but none of `tokens x head_dim x head_dim`. (A bias of k has no covariance.) What is the
+        same for all tokens goes along as the convolution's bias, and the product is added to its result.
         """
         dim, heads = x.shape[-1], self.num_heads
         weight, bias = self.qkv.weight, self.qkv.bias
-        value = F.linear(x, weight[2 * dim :], None if bias is None else bias[2 * dim :])
-        mean = value.mean(1, keepdim=True)
-        scale = (dim // heads) ** -0.5 / x.shape[1]
-        covariance = (x - x.mean(1, keepdim=True)).transpose(1, 2) @ (value - mean) * scale  # all inputs, all values
+        of_value = (weight[2 * dim :], None if bias is None else bias[2 * dim :])
+        value, mean_value = F.linear(x, *of_value), F.linear(mean, *of_value)
+        covariance = (x - mean[:, None]).mT @ _centred(value, mean_value)  # of all inputs and all values
         query_weight, key_weight = weight[: 2 * dim].unflatten(0, (2, heads, -1)).unbind(0)  # (heads, head_dim, dim)
-        covariance = key_weight @ split_heads(covariance, self.num_heads)  # (batch, heads, head_dim, head_dim)
-        out = x @ (query_weight.transpose(1, 2) @ covariance).transpose(1, 2).flatten(2)
+        scale = (dim // heads) ** -0.5 / x.shape[1]
+        covariance = key_weight @ split_heads(covariance, heads) * scale  # (batch, heads, head_dim, head_dim)
         if bias is not None:
-            mean = mean + (bias[:dim].view(heads, 1, -1) @ covariance).transpose(1, 2).flatten(2)
-        return out + mean, value
+            mean_value = mean_value + (bias[:dim].view(heads, 1, -1) @ covariance).flatten(1)
+        mixing = (query_weight.mT @ covariance).transpose(1, 2).flatten(2)  # (batch, dim, dim), of values from tokens
+        return add_product(self._local(value, size, kernels, mean_value), x, mixing)
+
+    def _local(self, value: Tensor, size: tuple[int, int], kernels: Tensor, shift: Tensor) -> Tensor:
+        """The convolved values plus the `(batch, dim)` numbers `shift`, which is all that a class token gets."""
+        first = int(self.class_token)
+        static = None if self.dwc is None else self.dwc.bias
+        maps = value[:, first:].unflatten(1, size)
+        local = dynamic_depthwise(maps, kernels, shift if static is None else shift + static).flatten(1, 2)
+        return torch.cat([shift[:, None].to(local.dtype), local], dim=1) if first else local
+
+
+def _centred(value: Tensor, mean: Tensor) -> Tensor:
+    """Values for a covariance with something centred already, which is enough unless numbers are coarse.
+
+    In bfloat16 the mean of one side times the rounding error of the other's is as large as the covariance.
+    """
+    return value - mean[:, None] if value.element_size() < 4 else value
 
 
 def inline_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -134,48 +164,50 @@ def inline_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     mean = value.mean(2, keepdim=True)
     # To centre one side would do, but in bfloat16 the other's mean times its rounding error is as large as the result.
     key = key - key.mean(2, keepdim=True)
-    covariance = key.transpose(2, 3) @ (value - mean) * (key.shape[3] ** -0.5 / key.shape[2])
+    covariance = key.mT @ (value - mean) * (key.shape[3] ** -0.5 / key.shape[2])
     return query @ covariance + mean
 
 
-def dynamic_depthwise(x: Tensor, kernels: Tensor) -> Tensor:
-    """3x3 cross-correlation with zero padding of every image's every channel with a kernel of its own.
+def dynamic_depthwise(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
+    """3x3 cross-correlation with zero padding of every image's every channel with a kernel and a bias of its own.
 
     Args:
         x: channels-last maps `(batch, height, width, dim)`.
         kernels: `(batch, dim, 9)`, row by row.
+        bias: `(batch, dim)`.
 
     Returns:
         `(batch, height, width, dim)`.
     """
-    kernels = kernels.to(x.dtype)
+    kernels, bias = kernels.to(x.dtype), bias.to(x.dtype)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _by_taps(x, kernels)
-    return _by_images(x, kernels) if x.device.type == "cpu" else _by_groups(x, kernels)
+        return _by_taps(x, kernels, bias)
+    return _by_images(x, kernels, bias) if x.device.type == "cpu" else _by_groups(x, kernels, bias)
 
 
-def _by_taps(x: Tensor, kernels: Tensor) -> Tensor:
+def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     """Nine shifted products, which a compiler fuses into one pass; no group count that depends on the batch."""
     height, width = x.shape[1:3]
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-    out = torch.zeros_like(x)
+    out = bias[:, None, None].expand_as(x)
     for tap in range(9):
         row, column = divmod(tap, 3)
         out = out + padded[:, row : row + height, column : column + width] * kernels[:, None, None, :, tap]
     return out
 
 
-def _by_images(x: Tensor, kernels: Tensor) -> Tensor:
+def _by_images(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     """Image by image, each channels-last as it lies: a CPU copies nothing."""
     weights = kernels.unflatten(-1, (3, 3))[:, :, None]
     maps = x.permute(0, 3, 1, 2).split(1)
-    images = [F.conv2d(m, w, padding=1, groups=x.shape[3]) for m, w in zip(maps, weights, strict=True)]
+    images = [F.conv2d(m, w, b, padding=1, groups=x.shape[3]) for m, w, b in zip(maps, weights, bias, strict=True)]
     return torch.cat(images).permute(0, 2, 3, 1)
 
 
-def _by_groups(x: Tensor, kernels: Tensor) -> Tensor:
+def _by_groups(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     """One convolution of all images' channels: the fewest launches on a GPU, for two copies."""
     batch, height, width, dim = x.shape
     maps = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
-    out = F.conv2d(maps, kernels.reshape(batch * dim, 1, 3, 3), padding=1, groups=batch * dim)
+    weights = kernels.reshape(batch * dim, 1, 3, 3)
+    out = F.conv2d(maps, weights, bias.flatten(), padding=1, groups=batch * dim)
     return out.view(batch, dim, height, width).permute(0, 2, 3, 1)

@@ -29,7 +29,8 @@ class Mlp(timm.layers.Mlp):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__(dim, hidden_dim, act_layer=GELU)
+        self.hidden_dim = hidden_dim
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        return by_images(super().forward, tokens, self.fc1.out_features, self.training).view(x.shape)
+        return by_images(super().forward, tokens, self.hidden_dim, self.training).view(x.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 def resize_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of the last two axes (half-pixel centres, no antialiasing), of learned tables of any rank.
 
-    Computed in float64, where the device has it, so that autocast cannot round a table to bfloat16 on its way.
+    Under autocast computed in float64, so that no table is rounded to bfloat16 on its way.
 
     Args:
         x: `(..., height, width)`.
@@ -23,7 +23,8 @@ def resize_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    wide = x if x.device.type == "mps" else x.double()
+    kind = x.device.type
+    wide = x.double() if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else x
     for axis, side in zip((-2, -1), size, strict=True):
         if wide.shape[axis] != side:
             matrix = _linear(wide.shape[axis], side, wide)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
+from hybridzoo.layers.mlp import Mlp
 
 ALL = 1000  # blocks of a stage that carry the family's attention: more than any stage has
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
 from hybridzoo.backbones.hosts.block import ALL, Attention, Block, init_weights
-from hybridzoo.layers import Stage
+from hybridzoo.layers import EvalCache, Stage
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -34,7 +35,7 @@ class CSwinConfig:
     img_size: int = 224
 
 
-class StripeAttention(nn.Module):
+class StripeAttention(EvalCache):
     """Softmax attention of half the heads in vertical, half in horizontal stripes of a `(B, H, W, dim)` map.
 
     A depthwise 3x3 convolution of the values, stripe by stripe, encodes positions (LePE). Where stripes do not divide
@@ -58,21 +59,32 @@ class StripeAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        parts = self.qkv(x).unflatten(-1, (3, len(self.lepe), -1)).unbind(-2)
         if self.stripe is None:
             windows = [(height, width)]
         else:
             windows = [(height, _even(width, self.stripe)), (_even(height, self.stripe), width)]
-        branches = [self._branch(p.flatten(3), w, c) for p, w, c in zip(parts, windows, self.lepe, strict=True)]
-        return self.proj(torch.cat(branches, dim=-1))
+        linears = self.cached("linears", self._linears)
+        branches = [self._branch(x, *args) for args in zip(linears, windows, self.lepe, strict=True)]
+        return self.proj(torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0])
 
-    def _branch(self, qkv: Tensor, window: tuple[int, int], lepe: nn.Module) -> Tensor:
-        _, height, width, dim = qkv.shape
-        windows = to_windows(qkv, window)
-        tokens = windows.flatten(3, 4).flatten(0, 2)
-        out = attend(tokens, self.num_heads, mask=padding_mask(height, width, window, device=qkv.device))
-        value = tokens[..., 2 * dim // 3 :].unflatten(1, window)
-        out = out.unflatten(1, window) + lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def _linears(self) -> list[tuple[Tensor, Tensor]]:
+        """Each branch's own weight and bias of the projection to queries, keys and values."""
+        weights, biases = (
+            t.unflatten(0, (3, len(self.lepe), -1)).transpose(0, 1).flatten(1, 2)
+            for t in (self.qkv.weight, self.qkv.bias)
+        )
+        return list(zip(weights.unbind(0), biases.unbind(0), strict=True))
+
+    def _branch(self, x: Tensor, linear: tuple[Tensor, Tensor], window: tuple[int, int], lepe: nn.Module) -> Tensor:
+        _, height, width, _ = x.shape
+        windows = to_windows(x, window)  # before the projection, which makes three times as much to move
+        qkv = F.linear(windows.flatten(3, 4).flatten(0, 2), *linear)
+        mask = padding_mask(height, width, window, device=x.device)
+        value = qkv[..., -(qkv.shape[-1] // 3) :]
+        if mask is not None:  # what lies beyond the edge is projected to the bias; a convolution expects zero
+            value = value * mask.repeat(x.shape[0], 1)[..., None]
+        local = lepe(value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = attend(qkv, self.num_heads, mask=mask).unflatten(1, window) + local
         return from_windows(out.unflatten(0, windows.shape[:3]), height, width)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import goldens
@@ -10,8 +11,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import hybridzoo.layers.inline_attention as layer
 from hybridzoo.checkpoints import cards, convert
-from hybridzoo.layers import InLineAttention
 
 MANIFESTS = goldens.names("inline", numeric=False)
 
@@ -45,8 +46,7 @@ def test_a_file_that_lacks_a_local_kernel_is_not_loaded_in_silence():
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "projected"])
 @pytest.mark.parametrize("fixture", goldens.names("inline", numeric=True))
 def test_equals_the_published_network(fixture, fold, monkeypatch):
-    if not fold:
-        monkeypatch.setattr(InLineAttention, "_folded", InLineAttention._projected)
+    monkeypatch.setattr(layer, "FOLD_ABOVE", 0 if fold else 1e9)
     model = model_of(fixture).double().eval()
     model.load_state_dict(convert(goldens.published_state("inline", fixture), fixture))
     data = goldens.numbers("inline", fixture)
@@ -91,13 +91,26 @@ def test_equals_the_published_cswin_block():
 @pytest.mark.parametrize("card", cards("inline*"), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card, monkeypatch):
     """Without folding; the published form computes one product more, less than a hundredth of all."""
-    monkeypatch.setattr(InLineAttention, "_folded", InLineAttention._projected)
+    monkeypatch.setattr(layer, "FOLD_ABOVE", 1e9)
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()
         assert sum(p.numel() for p in model.parameters()) == card.params
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, *card.input_size))
     assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["inline_deit_tiny", "inline_pvt_tiny", "inline_swin_tiny"])
+def test_cost_is_linear_in_the_area(name):
+    """Of multiplications, from 224 to 1792 px."""
+    flops = []
+    with torch.device("meta"), torch.no_grad():
+        model = timm.create_model(name).eval()
+        for side in (224, 1792):
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(1, 3, side, side))
+            flops.append(counter.get_total_flops())
+    assert math.log(flops[1] / flops[0]) / math.log(64) < 1.05
 
 
 def test_unknown_argument_is_an_error():

@@ -73,12 +73,14 @@ def test_published_module_values_and_gradients(name, fold, monkeypatch):
         goldens.assert_close(parameter.grad, grads[key])
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (8, 8), (13, 6)])
-def test_both_forms_agree_at_any_size(size, class_token, monkeypatch):
-    """Smaller than the grid, square, odd; in training and in evaluation, where the tables are cached."""
-    layer = layer_of(class_token=class_token)
-    x = torch.randn(2, size[0] * size[1] + class_token, 16, dtype=torch.double)
+def test_both_forms_agree_at_any_size(size, batch, class_token, bias, monkeypatch):
+    """Smaller than the grid, square, odd; in training and in evaluation, where the tables are cached (and kept)."""
+    layer = layer_of(class_token=class_token, qkv_bias=bias)
+    x = torch.randn(batch, size[0] * size[1] + class_token, 16, dtype=torch.double)
     outs = []
     for fold in (0.0, 1e9):
         monkeypatch.setattr(module, "FOLD_BELOW", fold)
@@ -120,6 +122,24 @@ def test_cached_tables_follow_the_weights_and_the_grid():
         third = layer(x, (5, 6))
     assert not torch.allclose(first, second)
     assert not torch.allclose(second, third)
+
+
+@pytest.mark.parametrize("fold", [0.0, 1e9], ids=["projected", "folded"])
+def test_small_tables_are_kept_and_large_ones_are_not(fold, monkeypatch):
+    monkeypatch.setattr(module, "FOLD_BELOW", fold)
+    layer = layer_of().eval()
+    made = []
+    resized = layer._resized
+    layer._resized = lambda size: made.append(size) or resized(size)
+    x = torch.randn(1, 30, 16, dtype=torch.double)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x, (5, 6))
+        assert len(made) == 1
+        monkeypatch.setattr(module, "LARGEST_KEPT", 2 * 2 * 9 * 30 - 1)
+        for _ in range(3):
+            layer(x, (5, 6))
+        assert len(made) == 4
 
 
 @pytest.mark.parametrize(("old", "new"), [((7, 7), (14, 9)), ((8, 8), (3, 8)), ((5, 5), (5, 1)), ((4, 6), (4, 6))])

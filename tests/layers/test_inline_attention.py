@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hybridzoo.layers.inline_attention as inline_attention_module
+import hybridzoo.layers.inline_attention as module
 from hybridzoo.layers import InLineAttention
 from hybridzoo.layers.inline_attention import inline_attention
 
@@ -34,9 +34,10 @@ def test_equals_the_attention_map_that_it_never_forms():
     torch.testing.assert_close(inline_attention(q, k, v), weights @ v)
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("fold", [1e9, 0], ids=["projected", "folded"])
 @pytest.mark.parametrize("name", MODULES)
-def test_published_module_values_and_gradients(name, folded):
+def test_published_module_values_and_gradients(name, fold, monkeypatch):
+    monkeypatch.setattr(module, "FOLD_ABOVE", fold)
     meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
     for group in ("param.", "grad."):
         for part in ("weight", "bias"):
@@ -45,7 +46,6 @@ def test_published_module_values_and_gradients(name, folded):
                 data[f"{group}qkv.{part}"] = torch.cat(both)
     layer = InLineAttention(data["x"].shape[-1], meta["heads"], class_token="deit" in name).double()
     layer.load_state_dict({k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")})
-    layer._folded = layer._projected = layer._folded if folded else layer._projected
     x = data["x"].requires_grad_()
     out = layer(x, tuple(meta.get("map_size", meta.get("window"))))
     goldens.assert_close(out, data["out"])
@@ -56,17 +56,29 @@ def test_published_module_values_and_gradients(name, folded):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 4)])
-def test_both_forms_agree_at_any_size(size, bias):
+def test_all_forms_agree_at_any_size(size, class_token, bias, monkeypatch):
+    """Folded or not, with gradients or (in place) without; a static kernel with a bias, which no class token gets."""
     torch.manual_seed(0)
-    layer = InLineAttention(16, 2, static_kernel=True, qkv_bias=bias).double()
-    x = torch.randn(2, *size, 16, dtype=torch.double)
-    layer._folded = layer._projected
-    expected = layer(x)
-    del layer._folded
-    layer._projected = layer._folded
-    torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer(x.flatten(1, 2), size).view(x.shape), expected)
+    layer = InLineAttention(16, 2, class_token=class_token, static_kernel=True, qkv_bias=bias).double()
+    x = torch.randn(2, size[0] * size[1] + class_token, 16, dtype=torch.double)
+    before = x.clone()
+    outs = []
+    for fold in (1e9, 0):
+        monkeypatch.setattr(module, "FOLD_ABOVE", fold)
+        outs += [layer(x, size)]
+        with torch.no_grad():
+            outs += [layer(x, size), layer(x, size)]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, before)
+
+
+def test_a_map_is_its_tokens():
+    layer = InLineAttention(16, 2).double()
+    x = torch.randn(2, 5, 7, 16, dtype=torch.double)
+    torch.testing.assert_close(layer(x).flatten(1, 2), layer(x.flatten(1, 2), (5, 7)))
 
 
 def test_the_static_kernel_is_a_depthwise_convolution_of_the_values():
@@ -92,15 +104,15 @@ def test_every_image_is_convolved_with_its_own_kernels(form):
     """As a device or a compiler sees it: the same values and gradients."""
     x = torch.randn(3, 5, 6, 4, dtype=torch.double, requires_grad=True)
     kernels = torch.randn(3, 4, 9, dtype=torch.double, requires_grad=True)
+    bias = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
     windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)  # (B, H, W, C, 9)
-    expected = torch.einsum("bhwck,bck->bhwc", windows, kernels)
+    expected = torch.einsum("bhwck,bck->bhwc", windows, kernels) + bias[:, None, None]
     grad = torch.randn_like(expected)
-    out = getattr(inline_attention_module, form)(x, kernels)
+    out = getattr(module, form)(x, kernels, bias)
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(out, (x, kernels), grad), torch.autograd.grad(expected, (x, kernels), grad)
-    )
+    inputs = (x, kernels, bias)
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad))
 
 
 def test_large_means_cost_no_digits_in_bfloat16():
