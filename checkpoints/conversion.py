@@ -229,7 +229,10 @@ def _write(state: Mapping[str, Tensor], target: Path) -> None:
         tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
     new = target.with_name(f"{target.name}.{os.getpid()}.new")
     try:
+        new.touch(exist_ok=False)
+        mode = new.stat().st_mode  # as any new file's; safetensors writes one that only its owner may read
         save_file(tensors, new, metadata={"format": "pt"})
+        new.chmod(mode)
         os.replace(new, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"out {target}: cannot be written ({_first_line(error)})") from error
