@@ -17,15 +17,13 @@ that all agree. Absolute times of a shared machine prove nothing: read the ratio
 from __future__ import annotations
 
 import argparse
-import ctypes
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import measuring
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -38,7 +36,6 @@ from hybridzoo.kernels.neighborhood import reference
 
 KERNEL, HEAD_DIM = 7, 32
 DENSE_MAX_TOKENS = 4096  # its bias is quadratic
-FLUSH_BYTES = 2 << 30  # written between GPU measurements: empties the cache, and hides the time to launch a kernel
 Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -149,7 +146,10 @@ class Case:
         return function(*self.packed.unbind(3), self.rpb)
 
     def both_ways(self, function: Function) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(function), (self.packed, self.rpb), self.grad)
+        return self.backward(self.forward(function))
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, (self.packed, self.rpb), self.grad)
 
     def check(self, functions: dict[str, Function], truth: Function) -> None:
         """All results and gradients of the first image against `truth` in float32."""
@@ -175,61 +175,12 @@ class Case:
             for name, function in functions.items():
                 with torch.no_grad():
                     self.forward(function)  # what other contenders left in caches and allocator is not its own cost
-                    samples[name][0].append(self._timed(lambda f=function: self.forward(f)))
+                    samples[name][0].append(measuring.seconds(lambda f=function: self.forward(f), self.device))
                 self.both_ways(function)
                 out = self.forward(function)
-                backward = self._timed(lambda out=out: torch.autograd.grad(out, (self.packed, self.rpb), self.grad))
-                samples[name][1].append(backward)
+                samples[name][1].append(measuring.seconds(lambda out=out: self.backward(out), self.device))
                 del out
         return {name: (statistics.median(f), statistics.median(b)) for name, (f, b) in samples.items()}
-
-    def _timed(self, step: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            step()
-            return time.perf_counter() - start
-        torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device).zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) * 1e-3
-
-    def peak_memory(self, function: Function) -> int | None:
-        """Bytes; None where the system cannot tell."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.both_ways(function)
-            return torch.cuda.max_memory_allocated() - before
-        if platform.system() != "Linux":
-            return None
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
-        before = _resident("VmRSS")
-        self.both_ways(function)
-        return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field))
-    return int(line.split()[1]) << 10
-
-
-def copy_speed(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy."""
-    source = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(10):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        stop.record()
-        torch.cuda.synchronize()
-        best = min(best, start.elapsed_time(stop) * 1e-3)
-    return 2 * FLUSH_BYTES / best
 
 
 def measure(shape: Shape, batch: int, repeats: int, device: torch.device, speed: float | None) -> list[list[str]]:
@@ -242,7 +193,7 @@ def measure(shape: Shape, batch: int, repeats: int, device: torch.device, speed:
     if shape.height * shape.width <= DENSE_MAX_TOKENS:
         functions["dense"] = dense(shape, device)
     case.check(functions, functions["gather"])
-    memory = {name: case.peak_memory(function) for name, function in functions.items()}
+    memory = {n: measuring.peak_memory(lambda f=f: case.both_ways(f), device) for n, f in functions.items()}
     seconds = case.times(functions, repeats)
     rows, slow = [], seconds["gather"]
     for name, (forward, backward) in seconds.items():
@@ -269,7 +220,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
-    speed = copy_speed(device) if gpu else None
+    speed = measuring.copy_speed(device) if gpu else None
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     columns = ["map", "heads", "dilation", "", "forward ms", "backward ms", "over gather: forward"]
     columns += ["forward + backward", "memory MiB", *(["floor: forward", "backward"] if gpu else [])]
