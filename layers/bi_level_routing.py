@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.kernels import bi_level_route, routed_attention2d
+from hybridzoo.kernels.routed.grid import Grid
 
 Padding = Literal["bias", "zeros", "mask"]
 PADDINGS = ("bias", "zeros", "mask")
@@ -20,7 +21,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     `(batch, height, width, dim)` in and out, any height and width.
 
-    Where the regions do not divide the map, it is extended to the right and bottom by tokens that are
+    Where the regions do not divide the map, they reach beyond it, to the right and bottom, over tokens that are
 
     * `"bias"`: images of a zero input, so that q, k and v equal the projection's bias. They count in the region means,
       are attended to and seen by LePE. BiFormer's tiny, small, base and stl weights were published with this code.
@@ -97,47 +98,34 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, dim = x.shape
-        grid, size = self.region_grid(height, width)
-        qkv = self.qkv(x)
-        beyond = (grid[0] * size[0] - height, grid[1] * size[1] - width)
-        if any(beyond) and self.padding != "mask":
-            fill = self.qkv.bias if self.padding == "bias" else torch.zeros_like(self.qkv.bias)
-            qkv = _extend(qkv, beyond, fill.to(qkv.dtype))
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, dim // self.num_heads)).unbind(3)
-        if self.topk >= grid[0] * grid[1]:  # every region is routed to every other: nothing to choose
-            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (query, key, value))
+        regions, size = self.region_grid(height, width)
+        grid = Grid(*regions, *size)
+        heads = (3, self.num_heads, dim // self.num_heads)
+        query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
+        fill = None  # query, key and value of the tokens beyond the edge
+        if any(grid.beyond(x)) and self.padding != "mask":
+            fill = self.qkv.bias.view(heads)
+            fill = fill if self.padding == "bias" else torch.zeros_like(fill)
+        if self.topk < grid.regions:
+            routes = self._route(query, key, grid, fill)
+            beyond = None if fill is None else fill[1:]
+            out = routed_attention2d(
+                query, key, value, routes, regions, region_size=size, fill=beyond, scale=self.scale
+            )
+        else:  # every region is routed to every other: nothing to choose
+            keys, values = key, value
+            if fill is not None:
+                keys, values = grid.extend(key, fill[1]), grid.extend(value, fill[2])
+            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (query, keys, values))
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(query.shape)
-        else:
-            routes = self._route(query, key, grid, size, (height, width))
-            out = routed_attention2d(query, key, value, routes, grid, scale=self.scale)
-        out = out[:, :height, :width].flatten(3)
-        return self.proj(out + self._lepe(value.flatten(3), height, width))
+        if fill is not None and self.padding == "bias":  # the rewrite with "zeros" convolves the map as it is
+            # Only as far as the convolution looks.
+            reach = self.lepe.kernel_size[0] // 2
+            below, right = (min(n, reach) for n in grid.beyond(x))
+            value = Grid(1, 1, height + below, width + right).extend(value, fill[2])
+        local = self.lepe(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :height, :width]
+        return self.proj(out.flatten(3) + local)
 
-    def _route(
-        self, query: Tensor, key: Tensor, grid: tuple[int, int], size: tuple[int, int], real: tuple[int, int]
-    ) -> Tensor:
-        if self.padding == "zeros" and real != key.shape[1:3]:
-            # Means over real tokens only: undo the dilution of a key region by its zeros. (A query region's own
-            # dilution scales all its logits alike and changes no choice.)
-            share = [
-                (side - step * torch.arange(n, device=key.device)).clamp(max=step) / step
-                for side, step, n in zip(real, size, grid, strict=True)
-            ]
-            rows, columns = (s.repeat_interleave(step) for s, step in zip(share, size, strict=True))
-            key = key / (rows[:, None] * columns)[:, :, None, None].to(key.dtype)
-        return bi_level_route(query, key, grid, self.topk)
-
-    def _lepe(self, value: Tensor, height: int, width: int) -> Tensor:
-        if self.padding == "zeros":  # the rewrite convolves the map as it was; the legacy code the extended one
-            value = value[:, :height, :width]
-        return self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :height, :width]
-
-
-def _extend(x: Tensor, beyond: tuple[int, int], fill: Tensor) -> Tensor:
-    """Append rows and columns of the vector `fill` to a `(B, H, W, C)` map, at the bottom and right."""
-    below, right = beyond
-    if right:
-        x = torch.cat([x, fill.expand(x.shape[0], x.shape[1], right, -1)], dim=2)
-    if below:
-        x = torch.cat([x, fill.expand(x.shape[0], below, x.shape[2], -1)], dim=1)
-    return x
+    def _route(self, query: Tensor, key: Tensor, grid: Grid, fill: Tensor | None) -> Tensor:
+        in_means = fill[:2] if fill is not None and self.padding == "bias" else None
+        return bi_level_route(query, key, grid[:2], self.topk, region_size=grid[2:], fill=in_means)

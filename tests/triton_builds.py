@@ -109,13 +109,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("cuobjdump"), "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        report, code = _dump("-res-usage", file.name), _dump("-sass", file.name)
     numbers = {name: re.search(rf"\b{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
-    if None in numbers.values():
-        raise RuntimeError(f"cuobjdump reports no resources:\n{report}")
+    if None in numbers.values() or "EXIT" not in code:
+        raise RuntimeError(f"cuobjdump reports no resources, or no code:\n{report}")
     registers, stack, local = (int(match[1]) for match in numbers.values() if match)
-    return registers, stack + local
+    # ptxas sometimes reserves a frame that no instruction then loads from or stores to.
+    return registers, stack + local if re.search(r"\b(LDL|STL)\b", code) else 0
+
+
+def _dump(option: str, file: str) -> str:
+    return subprocess.run([_tool("cuobjdump"), option, file], capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache

@@ -11,17 +11,8 @@ import triton
 import triton.language as tl
 
 from hybridzoo.kernels.neighborhood.triton_forward import SIZES
-from hybridzoo.kernels.neighborhood.triton_windows import (
-    LOG2E,
-    bias_of,
-    keys_of,
-    load_tokens,
-    locate,
-    places,
-    queries_of,
-    sees,
-    store_tokens,
-)
+from hybridzoo.kernels.neighborhood.triton_windows import bias_of, keys_of, locate, places, queries_of, sees
+from hybridzoo.kernels.triton_common import LOG2E, load_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=[*SIZES[:6], "images"])

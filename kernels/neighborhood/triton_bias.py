@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from hybridzoo.kernels.neighborhood.triton_forward import SIZES
-from hybridzoo.kernels.neighborhood.triton_windows import LOG2E, bias_of, keys_of, load_tokens, locate, places, sees
+from hybridzoo.kernels.neighborhood.triton_windows import bias_of, keys_of, locate, places, sees
+from hybridzoo.kernels.triton_common import LOG2E, load_tokens
 
 
 @triton.jit

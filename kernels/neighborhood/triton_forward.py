@@ -9,16 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.neighborhood.triton_windows import (
-    LOG2E,
-    bias_of,
-    keys_of,
-    load_tokens,
-    locate,
-    places,
-    sees,
-    store_tokens,
-)
+from hybridzoo.kernels.neighborhood.triton_windows import bias_of, keys_of, locate, places, sees
+from hybridzoo.kernels.triton_common import LOG2E, load_tokens, store_tokens
 
 # Sizes differ between images of a multi-scale training run; a kernel compiled for each would never be reused.
 SIZES = ["batch", "heads", "height", "width", "dilation_h", "dilation_w", "tile_h", "tile_w", "tiles_h", "tiles_w"]

@@ -1,55 +1,32 @@
 """Neighborhood attention on the GPU: which kernels run, on which tiles, with which configuration.
 
-Tensors are `(batch, height, width, heads, head_dim)`. A *launch* holds everything a kernel is called with; the tests
-compile the very launches that calls make.
+Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from hybridzoo.kernels import triton_common
 from hybridzoo.kernels.neighborhood import triton_backward, triton_bias, triton_configs, triton_forward
+from hybridzoo.kernels.triton_common import Launch, launch, same_strides, sizes
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENSE_MAX_TOKENS = 64  # per group, and
 DENSE_MAX_BYTES = 8192  # per group and tensor: all of it stays in registers, with the scores
 PROGRAMS = 2048  # enough to keep a large GPU busy; beyond it, a program takes several images
 MAX_IMAGES = 16
 
 
-class Launch(NamedTuple):
-    """One call of a kernel."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]  # of the compiler
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
-
-
 def unsupported(query: Tensor, kernel: tuple[int, int], dilation: tuple[int, int]) -> str | None:
     """Why these kernels cannot take this call; None if they can."""
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is none of float16, bfloat16, float32"
-    if query.dtype == torch.bfloat16 and not query.is_cuda:
-        return "Triton's interpreter multiplies bfloat16 matrices as if they were integers"
-    if not 16 <= query.shape[4] <= 128:
-        return f"head_dim {query.shape[4]} does not lie between 16 and 128"
     if not all(3 <= k <= 13 and k % 2 for k in kernel):
         return f"kernel_size {kernel} is not odd and between 3 and 13"
-    reach = sum((size - 1) * abs(stride) for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
-    if max(reach, query[:1].numel()) >= 2**31:
-        return "an image has more elements than 32-bit offsets reach"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None
+    return triton_common.unsupported(query)
 
 
 def forward(
@@ -90,8 +67,8 @@ def backward(
         launches, partial = backward_launches(
             grad.contiguous(), query, key, value, rpb, out, lse, dquery, dkey, dvalue, kernel, dilation, scale
         )
-        for launch in launches:
-            launch.run()
+        for one in launches:
+            one.run()
     if rpb is None or partial is None:
         return dquery, dkey, dvalue, None
     return dquery, dkey, dvalue, partial.sum(0).view(rpb.shape).to(rpb.dtype)
@@ -108,7 +85,7 @@ def forward_launch(
     dilation: tuple[int, int],
     scale: float,
 ) -> Launch:
-    tensors = dict(_same_strides(query, key, value), rpb=_table(rpb, query), out=out, lse=lse)
+    tensors = dict(same_strides(query, key, value), rpb=_table(rpb, query), out=out, lse=lse)
     common = dict(_common(tensors["query"], rpb, kernel, dilation), scale=scale)
     if (tokens := _dense_tokens(query, kernel, dilation)) is not None:
         return _dense("forward_dense", triton_forward.forward_dense, tensors | common, query, dilation, tokens)
@@ -131,7 +108,7 @@ def backward_launches(
     scale: float,
 ) -> tuple[list[Launch], Tensor | None]:
     """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that the last one fills."""
-    inputs = dict(_same_strides(query, key, value), grad=grad, rpb=_table(rpb, query), lse=lse)
+    inputs = dict(same_strides(query, key, value), grad=grad, rpb=_table(rpb, query), lse=lse)
     common = inputs | dict(_common(inputs["query"], rpb, kernel, dilation), scale=scale, delta=torch.empty_like(lse))
     if (tokens := _dense_tokens(query, kernel, dilation)) is not None:
         arguments = common | dict(out=out, dquery=dquery, dkey=dkey, dvalue=dvalue)
@@ -143,21 +120,14 @@ def backward_launches(
         launches.append(_tiled("backward_key", triton_backward.backward_key, arguments, query, dilation))
     if rpb is None:
         return launches, None
-    launch = _tiled("backward_bias", triton_bias.backward_bias, common, query, dilation)
+    last = _tiled("backward_bias", triton_bias.backward_bias, common, query, dilation)
     entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
     heads = query.shape[3]
-    partial = torch.empty(launch.programs // heads, heads, entries, dtype=torch.float32, device=query.device)
+    partial = torch.empty(last.programs // heads, heads, entries, dtype=torch.float32, device=query.device)
     columns = min(64, triton.next_power_of_2(entries))  # the kernel holds its table as a matrix, padded
     rows = triton.next_power_of_2(math.ceil(entries / columns))
-    launch.arguments.update(partial=partial, COLUMNS=columns, ROWS=rows)
-    return [*launches, launch], partial
-
-
-def _same_strides(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """The three with one set of strides, as the kernels want them: views of a packed projection pass as they are."""
-    if not (query.stride() == key.stride() == value.stride() and query.stride(4) == 1):
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    return dict(query=query, key=key, value=value)
+    last.arguments.update(partial=partial, COLUMNS=columns, ROWS=rows)
+    return [*launches, last], partial
 
 
 def _table(rpb: Tensor | None, query: Tensor) -> Tensor:
@@ -166,22 +136,9 @@ def _table(rpb: Tensor | None, query: Tensor) -> Tensor:
 
 def _common(query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int]) -> dict[str, Any]:
     """Arguments of all kernels: sizes, strides, and what is fixed when compiling."""
-    _, height, width, heads, head_dim = query.shape
-    strides = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), query.stride(), strict=False))
-    return strides | dict(
-        heads=heads, height=height, width=width, dilation_h=dilation[0], dilation_w=dilation[1],
-        KERNEL_H=kernel[0], KERNEL_W=kernel[1], HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-        BIAS=rpb is not None, PRECISION=_precision(),
-    )  # fmt: skip
-
-
-def _precision() -> str:
-    """How float32 products are taken; of no effect on the others.
-
-    As PyTorch's own are: exactly, unless the user allows TF32 (`torch.set_float32_matmul_precision`, or the older
-    `torch.backends.cuda.matmul.allow_tf32`).
-    """
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return sizes(query) | dict(
+        dilation_h=dilation[0], dilation_w=dilation[1], KERNEL_H=kernel[0], KERNEL_W=kernel[1], BIAS=rpb is not None
+    )
 
 
 def _dense_tokens(query: Tensor, kernel: tuple[int, int], dilation: tuple[int, int]) -> int | None:
@@ -202,7 +159,7 @@ def _dense(
     images = _images(groups, batch)
     programs = groups * math.ceil(batch / images)
     arguments = arguments | dict(batch=batch, images=images, TOKENS=tokens)
-    return _launch(kernel, programs, arguments, config)
+    return launch(kernel, programs, arguments, config)
 
 
 def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, dilation: tuple[int, int]) -> Launch:
@@ -221,14 +178,7 @@ def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, dil
         programs *= math.ceil(batch / images)
     else:
         programs *= batch
-    return _launch(kernel, programs, arguments, config)
-
-
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any], config: triton_configs.Config) -> Launch:
-    """Of `arguments`, a kernel is passed those it has; their union is simpler to build than each one's own set."""
-    return Launch(
-        kernel, programs, {name: arguments[name] for name in kernel.arg_names if name in arguments}, config.options
-    )
+    return launch(kernel, programs, arguments, config)
 
 
 def _tile(members_h: int, members_w: int, block: int) -> tuple[int, int]:

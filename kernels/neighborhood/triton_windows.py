@@ -13,8 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # the hardware has a fast exp2, no fast exp
-UNSEEN = tl.constexpr(-1.0e30)  # the score of a key outside the window: finite, so that no row makes inf - inf
+from hybridzoo.kernels.triton_common import LOG2E, UNSEEN
 
 
 @triton.jit
@@ -101,22 +100,3 @@ def bias_of(
     else:
         bias = tl.where(seen, 0.0, UNSEEN)
     return bias
-
-
-@triton.jit
-def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[n, BLOCK_D]`, zeros beyond HEAD_DIM."""
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    pointers = tensor + offsets[:, None] + channel
-    if HEAD_DIM == BLOCK_D:
-        tokens = tl.load(pointers)
-    else:
-        tokens = tl.load(pointers, mask=channel < HEAD_DIM, other=0.0)
-    return tokens
-
-
-@triton.jit
-def store_tokens(tensor, offsets, exists, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    mask = exists[:, None] & (channel < HEAD_DIM)
-    tl.store(tensor + offsets[:, None] + channel, tokens.to(tensor.dtype.element_ty), mask=mask)

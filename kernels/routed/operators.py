@@ -1,57 +1,106 @@
-"""Routed attention, grouped by region, as two `torch.library` operators: compilers see one node per direction."""
+"""Routed attention as two `torch.library` operators: compilers see one node per direction."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hybridzoo.kernels.routed import torch_impl
+from hybridzoo.kernels.routed.grid import Grid
 
 
 @torch.library.custom_op("hybridzoo::routed_attention2d", mutates_args=())
 def routed_attention2d(
-    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, regions: list[int], scale: float
-) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):  # it would change the output's dtype
-        return torch_impl.region_forward(query, key, value, routes, (regions[0], regions[1]), scale)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    fill: Tensor | None,
+    grid: list[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The result and, from Triton, the log-sum-exp of the scores that its backward pass wants, (B, H, W, heads)."""
+    args = (query, key, value, routes, fill, Grid(*grid), scale)
+    if impl == "triton":
+        from hybridzoo.kernels.routed import triton_impl  # only when used: Triton is slow to import
+
+        return triton_impl.forward(*args)
+    with _full_precision(query):
+        return torch_impl.region_forward(*args), query.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("hybridzoo::routed_attention2d_backward", mutates_args=())
 def routed_attention2d_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Tensor, regions: list[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        return torch_impl.region_backward(grad, query, key, value, routes, (regions[0], regions[1]), scale)
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    fill: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    grid: list[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and fill; the last one is empty without fill. Only Triton reads out and lse."""
+    if impl == "triton":
+        from hybridzoo.kernels.routed import triton_impl
+
+        assert out is not None
+        assert lse is not None
+        dq, dk, dv, dfill = triton_impl.backward(grad, query, key, value, routes, fill, out, lse, Grid(*grid), scale)
+    else:
+        with _full_precision(query):
+            args = (grad, query, key, value, routes, fill, Grid(*grid), scale)
+            dq, dk, dv, dfill = torch_impl.region_backward(*args)
+    return dq, dk, dv, query.new_empty(0) if dfill is None else dfill
 
 
 @routed_attention2d.register_fake
-def _(query, key, value, routes, regions, scale):
-    return query.new_empty(query.shape)
+def _(query, key, value, routes, fill, grid, scale, impl):
+    lse = query.new_empty(query.shape[:4] if impl == "triton" else (0,), dtype=torch.float32)
+    return query.new_empty(query.shape), lse
 
 
 @routed_attention2d_backward.register_fake
-def _(grad, query, key, value, routes, regions, scale):
-    return tuple(query.new_empty(query.shape) for _ in range(3))
+def _(grad, query, key, value, routes, fill, out, lse, grid, scale, impl):
+    dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
+    return dq, dk, dv, query.new_empty(0) if fill is None else fill.new_empty(fill.shape)
+
+
+def _full_precision(query: Tensor) -> torch.autocast:
+    """Inside the operator autocast would still change the precision of its products, and of its output."""
+    return torch.autocast(query.device.type, enabled=False)
 
 
 def _save(ctx, inputs, output) -> None:
-    query, key, value, routes, ctx.regions, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, routes)
+    *tensors, ctx.grid, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *(output if ctx.impl == "triton" else (None, None)))
 
 
-def _differentiate(ctx, grad):
-    grads = routed_attention2d_backward(grad, *ctx.saved_tensors, ctx.regions, ctx.scale)
-    return *grads, None, None, None
+def _differentiate(ctx, grad, _):
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes on every access
+    *grads, dfill = routed_attention2d_backward(grad, *saved, ctx.grid, ctx.scale, ctx.impl)
+    return *grads, None, None if saved[4] is None else dfill, None, None, None
 
 
 routed_attention2d.register_autograd(_differentiate, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.hybridzoo.routed_attention2d)
-def _flops(query, key, value, routes, regions, scale, *args, out_shape=None, **kwargs) -> int:
+def _multiplications(query, routes, grid) -> int:
+    """Of q k^T alone."""
     batch, height, width, heads, head_dim = query
-    keys = routes[2] * math.ceil(height / regions[0]) * math.ceil(width / regions[1])
-    return 2 * 2 * batch * height * width * heads * keys * head_dim  # q k^T and weights v, a multiply and an add each
+    return batch * height * width * heads * routes[2] * Grid(*grid).tokens * head_dim
+
+
+@register_flop_formula(torch.ops.hybridzoo.routed_attention2d)
+def _flops(query, key, value, routes, fill, grid, *args, out_shape=None, **kwargs) -> int:
+    return 2 * 2 * _multiplications(query, routes, grid)  # q k^T and weights v, a multiply and an add each
+
+
+@register_flop_formula(torch.ops.hybridzoo.routed_attention2d_backward)
+def _backward_flops(grad, query, key, value, routes, fill, out, lse, grid, *args, out_shape=None, **kwargs) -> int:
+    return 2 * 5 * _multiplications(query, routes, grid)  # the scores again, dweights, and one for each of q, k, v

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import goldens
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridzoo.kernels import bi_level_route, routed_attention2d
 from hybridzoo.kernels.routed import operators, reference, torch_impl
+from hybridzoo.kernels.routed.grid import Grid
 
 CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("bra_core_")]
 
@@ -31,16 +34,15 @@ def test_published_values_and_gradients(name, grouping):
     grid, size = tuple(meta["regions"]), meta["region_size"]
     shape = data["q"].shape
     leaves = [data[n].clone().requires_grad_() for n in "qkv"]
-    # The rewrite's zero tokens beyond the edge are attended to: to the operator they are tokens like others.
-    below, right = grid[0] * size[0] - shape[1], grid[1] * size[1] - shape[2]
-    q, k, v = (
-        torch.nn.functional.pad(t, (0, 0, 0, right, 0, below)).unflatten(-1, (meta["heads"], -1)) for t in leaves
-    )
-    if not (below or right):
+    q, k, v = (t.unflatten(-1, (meta["heads"], -1)) for t in leaves)
+    if grid == Grid.of(q, *grid)[:2] and tuple(size) == Grid.of(q, *grid)[2:]:
         routes = bi_level_route(q, k, grid, meta["topk"])
         assert torch.equal(routes.sort(-1).values, data["topk_index"])
-    out = routed_attention2d(q, k, v, data["topk_index"], grid, scale=meta["scale"])
-    out = out.flatten(3)[:, : shape[1], : shape[2]]
+    # The rewrite's zero tokens beyond the edge are attended to.
+    fill = torch.zeros(2, *q.shape[3:]) if (grid[0] * size[0], grid[1] * size[1]) != shape[1:3] else None
+    out = routed_attention2d(
+        q, k, v, data["topk_index"], grid, region_size=tuple(size), fill=fill, scale=meta["scale"]
+    ).flatten(3)
     goldens.assert_close(out, data["out"])
     grads = torch.autograd.grad(out, leaves, data["grad_out"])
     for grad, letter in zip(grads, "qkv", strict=True):
@@ -51,32 +53,64 @@ def test_published_values_and_gradients(name, grouping):
 def test_published_region_logits(name):
     meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
     q, k = (data[n].unflatten(-1, (meta["heads"], -1)) for n in "qk")
-    logits = reference.route_logits(q, k, tuple(meta["regions"]), meta["scale"])
+    logits = reference.route_logits(q, k, Grid.of(q, *meta["regions"]), meta["scale"])
     goldens.assert_close(logits, data["region_logits"])
 
 
-@settings(max_examples=40, deadline=None)
+@st.composite
+def grids(draw):
+    """Rows and columns of regions, their size, a map that they cover, and whether tokens beyond it carry something."""
+    rows, columns, height, width = (draw(st.integers(1, n)) for n in (4, 4, 3, 3))
+    filled = draw(st.booleans())
+    # Where nothing fills them, the last regions of an axis may be smaller, but hold at least one token.
+    missing = [
+        draw(st.integers(0, n * size - 1 if filled else size - 1)) for n, size in ((rows, height), (columns, width))
+    ]
+    return Grid(rows, columns, height, width), (rows * height - missing[0], columns * width - missing[1]), filled
+
+
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_equals_the_definition(data):
-    rows, columns = data.draw(st.integers(1, 4), "rows"), data.draw(st.integers(1, 4), "columns")
-    # The last region of an axis may be smaller, but holds at least one token.
-    height = data.draw(st.integers(1, 3), "region height") * rows - data.draw(st.integers(0, 2), "missing rows")
-    width = data.draw(st.integers(1, 3), "region width") * columns - data.draw(st.integers(0, 2), "missing columns")
-    for side, count in ((height, rows), (width, columns)):
-        if side < 1 or (count - 1) * -(-side // count) >= side:
-            return
-    topk = data.draw(st.integers(1, rows * columns + 1), "topk")  # longer than the list of regions: duplicates
+    grid, (height, width), filled = data.draw(grids(), "grid")
+    topk = data.draw(st.integers(1, grid.regions + 1), "topk")  # longer than the list of regions: duplicates
     torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
     batch, heads, head_dim = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5))
-    qkv = [t.requires_grad_() for t in maps(batch, height, width, heads, head_dim, dtype=torch.float64)]
-    routes = torch.randint(0, rows * columns, (batch, rows * columns, topk))
-    grad = torch.randn_like(qkv[0])
-    expected = reference.routed_attention2d(*qkv, routes, (rows, columns), 0.7)
-    expected_grads = torch.autograd.grad(expected, qkv, grad)
-    for function in (torch_impl.dense_forward, operators.routed_attention2d, torch_impl.region_forward):
-        out = function(*qkv, routes, (rows, columns), 0.7)
+    leaves = [t.requires_grad_() for t in maps(batch, height, width, heads, head_dim, dtype=torch.float64)]
+    if filled:
+        leaves.append(torch.randn(2, heads, head_dim, dtype=torch.float64, requires_grad=True))
+    routes = torch.randint(0, grid.regions, (batch, grid.regions, topk))
+    grad = torch.randn_like(leaves[0])
+
+    def results(function, *rest):
+        out = function(*leaves[:3], routes, *rest)
+        # Where the map leaves no token beyond, nothing reaches the fill.
+        return out, torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
+
+    fill = leaves[3] if filled else None
+    expected, expected_grads = results(reference.routed_attention2d, grid, 0.7, fill)
+    by_region = lambda *args: operators.routed_attention2d(*args[:-2], list(grid), 0.7, "torch")[0]  # noqa: E731
+    for function in (torch_impl.dense_forward, by_region, torch_impl.region_forward):
+        out, grads = results(function, fill, grid, 0.7)
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(torch.autograd.grad(out, qkv, grad), expected_grads, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
+
+
+def test_fill_is_the_same_as_a_map_that_has_these_tokens(grouping):
+    """Region 3 of each row, and the whole last row of regions, lie beyond the map."""
+    torch.manual_seed(0)
+    leaves = [t.requires_grad_() for t in maps(2, 5, 7, 2, 3, dtype=torch.float64)]
+    fill = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    routes = torch.randint(0, 16, (2, 16, 4))
+    small = routed_attention2d(*leaves, routes, 4, region_size=2, fill=fill)
+    grid = Grid(4, 4, 2, 2)
+    whole = [reference.extended(t, grid, f) for t, f in zip(leaves, (None, *fill), strict=True)]
+    large = routed_attention2d(*whole, routes, 4)[:, :5, :7]
+    torch.testing.assert_close(small, large)
+    grad = torch.randn_like(small)
+    torch.testing.assert_close(
+        torch.autograd.grad(small, [*leaves, fill], grad), torch.autograd.grad(large, [*leaves, fill], grad)
+    )
 
 
 def test_gradcheck(grouping):
@@ -84,12 +118,16 @@ def test_gradcheck(grouping):
     qkv = [t.requires_grad_() for t in maps(1, 3, 5, 2, 2, dtype=torch.float64)]
     routes = torch.randint(0, 6, (1, 6, 3))
     assert torch.autograd.gradcheck(lambda *t: routed_attention2d(*t, routes, (2, 3)), qkv)
+    fill = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: routed_attention2d(*t[:3], routes, (2, 3), fill=t[3]), (*qkv, fill))
 
 
 def test_operators_are_well_formed():
     torch.manual_seed(0)
     qkv = [t.requires_grad_() for t in maps(2, 6, 8, 2, 4)]
-    torch.library.opcheck(operators.routed_attention2d, (*qkv, torch.randint(0, 4, (2, 4, 2)), [2, 2], 0.5))
+    routes, fill = torch.randint(0, 4, (2, 4, 2)), torch.randn(2, 2, 4, requires_grad=True)
+    for where in ((None, [2, 2, 3, 4]), (fill, [2, 2, 4, 4])):
+        torch.library.opcheck(operators.routed_attention2d, (*qkv, routes, *where, 0.5, "torch"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,10 +136,10 @@ def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype, gro
     qkv = [t.requires_grad_() for t in maps(2, 9, 12, 2, 16, dtype=torch.float64)]
     low = [t.detach().to(dtype).requires_grad_() for t in qkv]
     routes = torch.randint(0, 12, (2, 12, 4))
-    exact = reference.routed_attention2d(*qkv, routes, (3, 4), 0.25)
+    exact = reference.routed_attention2d(*qkv, routes, Grid(3, 4, 3, 3), 0.25)
     grad = torch.randn_like(exact)
     exact_all = (exact, *torch.autograd.grad(exact, qkv, grad))
-    naive = reference.routed_attention2d(*low, routes, (3, 4), 0.25)
+    naive = reference.routed_attention2d(*low, routes, Grid(3, 4, 3, 3), 0.25)
     naive_all = (naive, *torch.autograd.grad(naive, low, grad.to(dtype)))
     ours = routed_attention2d(*low, routes, (3, 4), scale=0.25)
     ours_all = (ours, *torch.autograd.grad(ours, low, grad.to(dtype)))
@@ -167,7 +205,7 @@ def test_memory_stays_far_below_the_expanded_gather():
     assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in (*qkv, routes)}
     grad = torch.randn_like(out)
     with _LargestTensor() as largest:
-        torch_impl.region_backward(grad, *(t.detach() for t in qkv), routes, (7, 7), 1.0)
+        torch_impl.region_backward(grad, *(t.detach() for t in qkv), routes, None, Grid(7, 7, 8, 8), 1.0)
     scores = 49 * 2 * 64 * 64
     assert largest.numel <= max(qkv[0].numel(), scores)
     assert largest.numel < 49 * qkv[0].numel() / 10
@@ -177,10 +215,9 @@ def test_chunks_do_not_change_the_gradient(monkeypatch):
     torch.manual_seed(0)
     args = [torch.randn(2, 8, 8, 2, 4, dtype=torch.float64) for _ in range(4)]
     routes = torch.randint(0, 16, (2, 16, 3))
-    whole = torch_impl.region_backward(*args, routes, (4, 4), 0.5)
+    whole = torch_impl.region_backward(*args, routes, None, Grid(4, 4, 2, 2), 0.5)
     monkeypatch.setattr(torch_impl, "CHUNK_SCORES", 1)
-    for a, b in zip(whole, torch_impl.region_backward(*args, routes, (4, 4), 0.5), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch_impl.region_backward(*args, routes, None, Grid(4, 4, 2, 2), 0.5), whole)
 
 
 def test_compiles_and_exports_without_our_operator():
@@ -214,15 +251,27 @@ def test_routing_is_float32_without_gradient_whatever_the_context():
     assert not plain.requires_grad
     # Half-precision inputs: the means and products may not round to half precision.
     q16, k16 = q.detach().bfloat16(), k.bfloat16()
-    expected = reference.route_logits(q16.double(), k16.double(), (7, 7), 1.0).topk(16).indices
+    expected = reference.route_logits(q16.double(), k16.double(), Grid(7, 7, 2, 2), 1.0).topk(16).indices
     assert torch.equal(bi_level_route(q16, k16, 7, 16).sort().values, expected.sort().values)
 
 
 def test_routing_of_odd_maps_averages_real_tokens_only():
     torch.manual_seed(0)
     q, k, _ = maps(2, 7, 10, 2, 8, dtype=torch.float64)
-    expected = reference.route_logits(q, k, (3, 4), 1.0).topk(5).indices
+    grid = Grid(3, 4, 3, 3)
+    expected = reference.route_logits(q, k, grid, 1.0).topk(5).indices
     assert torch.equal(bi_level_route(q, k, (3, 4), 5).sort().values, expected.sort().values)
+    fill = torch.randn(2, 2, 8, dtype=torch.float64)
+    with_fill = reference.route_logits(q, k, grid, 1.0, fill).topk(5).indices
+    assert not torch.equal(with_fill.sort().values, expected.sort().values)
+    assert torch.equal(bi_level_route(q, k, (3, 4), 5, fill=fill).sort().values, with_fill.sort().values)
+
+
+def test_routing_counts_regions_that_are_all_fill():
+    """Four rows of regions of three rows on a map of nine: the last is nothing but fill, and here the best key."""
+    key = torch.zeros(1, 9, 4, 1, 2)
+    fill = torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]]])
+    assert bi_level_route(key + 1, key, (4, 1), 1, fill=fill).flatten().tolist()[:3] == [3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +287,11 @@ def test_routing_of_odd_maps_averages_real_tokens_only():
         (dict(regions=0), "regions must be positive"),
         (dict(regions=5), "regions=5 leaves a region without tokens on a map of height 8"),
         (dict(regions=(4, 7)), "width 8"),
-        (dict(impl="cuda"), "impl must be one of auto, torch; got 'cuda'"),
+        (dict(impl="cuda"), "impl must be one of auto, triton, torch; got 'cuda'"),
+        (dict(region_size=(2, 1)), r"region_size=\(2, 1\) must be large enough for 4 x 4 regions to cover .* 8 x 8"),
+        (dict(region_size=3), "regions=4 leaves a region without tokens on a map of height 8"),
+        (dict(fill=torch.zeros(2, 16)), r"fill must have shape \(2, heads, head_dim\) = \(2, 2, 8\); got \(2, 16\)"),
+        (dict(fill=torch.zeros(2, 2, 8, dtype=torch.int32)), "fill must be floating-point, on cpu; got torch.int32"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -248,6 +301,13 @@ def test_bad_arguments_are_named(change, message):
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         routed_attention2d(**{**args, **change})
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes any device")
+def test_an_explicit_choice_never_falls_back():
+    q, k, v = torch.zeros(3, 1, 8, 8, 2, 16)
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: .*(not on CUDA|not installed)"):
+        routed_attention2d(q, k, v, torch.zeros(1, 16, 1, dtype=torch.int64), 4, impl="triton")
 
 
 @pytest.mark.parametrize("topk", [0, 17])

@@ -6,6 +6,7 @@ import goldens
 import pytest
 import torch
 
+from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.layers import BiLevelRoutingAttention
 
 MODULES = [n for n in goldens.names("ops", numeric=True) if n.startswith("bra_module_")]
@@ -48,14 +49,13 @@ def test_zeros_padding_routes_by_means_over_real_tokens():
     layer = BiLevelRoutingAttention(8, 1, 1, regions=2, padding="zeros")
     assert layer.region_grid(9, 9) == ((3, 3), (4, 4))
     key = torch.randn(1, 9, 9, 1, 8)
-    padded = torch.nn.functional.pad(key, (0, 0, 0, 0, 0, 3, 0, 3))
-    query = torch.zeros(1, 12, 12, 1, 8)
+    query = torch.zeros(1, 9, 9, 1, 8)
     edges = [(0, 4), (4, 8), (8, 9)]
     means = torch.stack([key[0, a:b, c:d].mean((0, 1)).flatten() for a, b in edges for c, d in edges])
     for wanted in range(9):
         query[0, :4, :4, 0] = means[wanted] / means[wanted].square().sum()  # dot product 1 with its own mean
         best = (means @ query[0, 0, 0, 0]).argmax()
-        routes = layer._route(query, padded, (3, 3), (4, 4), (9, 9))
+        routes = layer._route(query, key, Grid(3, 3, 4, 4), torch.zeros(3, 1, 8))
         assert routes[0, 0, 0] == best
 
 

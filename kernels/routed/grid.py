@@ -1,0 +1,52 @@
+"""How a map is cut into regions."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """`rows x columns` regions, numbered row by row, of `height x width` tokens; together they cover the map."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    @property
+    def regions(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def tokens(self) -> int:
+        """Of a region, those beyond the map included."""
+        return self.height * self.width
+
+    def beyond(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens that the regions reach beyond the map `x`, at the bottom and on the right."""
+        return self.rows * self.height - x.shape[1], self.columns * self.width - x.shape[2]
+
+    def tokens_on(self, x: Tensor) -> Tensor:
+        """`(regions,)`: how many tokens of every region lie on the map `x`."""
+        rows = (x.shape[1] - self.height * torch.arange(self.rows, device=x.device)).clamp(0, self.height)
+        columns = (x.shape[2] - self.width * torch.arange(self.columns, device=x.device)).clamp(0, self.width)
+        return (rows[:, None] * columns).flatten()
+
+    def extend(self, x: Tensor, fill: Tensor) -> Tensor:
+        """Append copies of the token `fill`, `x.shape[3:]`, to a map, as far as the regions reach."""
+        below, right = self.beyond(x)
+        fill = fill.to(x.dtype)
+        if right:
+            x = torch.cat([x, fill.expand(x.shape[0], x.shape[1], right, *fill.shape)], dim=2)
+        if below:
+            x = torch.cat([x, fill.expand(x.shape[0], below, x.shape[2], *fill.shape)], dim=1)
+        return x
+
+    @classmethod
+    def of(cls, x: Tensor, rows: int, columns: int) -> Grid:
+        """The grid with the smallest regions, so that no token more than need be lies beyond the map."""
+        return cls(rows, columns, math.ceil(x.shape[1] / rows), math.ceil(x.shape[2] / columns))

@@ -1,0 +1,55 @@
+"""Block sizes, warps and pipeline stages of the routed Triton kernels, by what they must hold in registers."""
+
+from __future__ import annotations
+
+from hybridzoo.kernels import triton_common
+from hybridzoo.kernels.triton_common import Config, Table
+
+KERNELS = ("forward", "backward_query", "backward_key")
+KINDS = (*KERNELS, *(f"{kernel}_dense" for kernel in KERNELS))
+
+# The largest blocks; smaller regions take smaller ones, and fewer warps with them (see `triton_impl`).
+# NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
+TABLE: Table = {
+    ("forward", 32, 2): Config(64, 64, 4, 2),
+    ("forward", 64, 2): Config(64, 64, 4, 2),
+    ("forward", 128, 2): Config(64, 32, 4, 2),
+    ("backward_query", 32, 2): Config(64, 32, 4, 2),
+    ("backward_query", 64, 2): Config(64, 32, 4, 2),
+    ("backward_query", 128, 2): Config(64, 16, 8, 1),
+    ("backward_key", 32, 2): Config(32, 64, 4, 2),
+    ("backward_key", 64, 2): Config(16, 64, 4, 2),
+    ("backward_key", 128, 2): Config(32, 64, 8, 1),
+    ("forward", 32, 4): Config(32, 32, 4, 2),
+    ("forward", 64, 4): Config(32, 32, 4, 2),
+    ("forward", 128, 4): Config(16, 32, 8, 1),
+    ("backward_query", 32, 4): Config(32, 16, 4, 1),
+    ("backward_query", 64, 4): Config(32, 16, 4, 1),
+    ("backward_query", 128, 4): Config(16, 16, 8, 1),
+    ("backward_key", 32, 4): Config(32, 32, 4, 1),
+    ("backward_key", 64, 4): Config(16, 32, 4, 1),
+    ("backward_key", 128, 4): Config(16, 16, 8, 1),
+    ("forward_dense", 32, 2): Config(32, 32, 4, 1),
+    ("forward_dense", 64, 2): Config(32, 32, 4, 1),
+    ("forward_dense", 128, 2): Config(32, 32, 4, 1),
+    ("backward_query_dense", 32, 2): Config(32, 32, 4, 1),
+    ("backward_query_dense", 64, 2): Config(32, 32, 4, 1),
+    ("backward_query_dense", 128, 2): Config(32, 32, 4, 1),
+    ("backward_key_dense", 32, 2): Config(32, 32, 4, 1),
+    ("backward_key_dense", 64, 2): Config(32, 32, 4, 1),
+    ("backward_key_dense", 128, 2): Config(32, 32, 8, 1),
+    ("forward_dense", 32, 4): Config(32, 32, 4, 1),
+    ("forward_dense", 64, 4): Config(32, 32, 4, 1),
+    ("forward_dense", 128, 4): Config(16, 16, 8, 1),
+    ("backward_query_dense", 32, 4): Config(32, 16, 4, 1),
+    ("backward_query_dense", 64, 4): Config(32, 16, 4, 1),
+    ("backward_query_dense", 128, 4): Config(16, 16, 8, 1),
+    ("backward_key_dense", 32, 4): Config(16, 32, 4, 1),
+    ("backward_key_dense", 64, 4): Config(16, 32, 4, 1),
+    ("backward_key_dense", 128, 4): Config(16, 32, 8, 1),
+}
+
+
+def pick(kind: str, block_d: int, itemsize: int) -> Config:
+    """See `triton_common.pick`; the variable that names a tuning run's result is HYBRIDZOO_ROUTED_CONFIGS."""
+    return triton_common.pick(TABLE, "HYBRIDZOO_ROUTED_CONFIGS", kind, block_d, itemsize)

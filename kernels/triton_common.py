@@ -1,0 +1,142 @@
+"""What the Triton kernels of all operators share: launches, block sizes, loading and storing tokens.
+
+Tensors are `(batch, height, width, heads, head_dim)`. A *launch* holds everything a kernel is called with; the tests
+compile the very launches that calls make. Imported only when used: Triton is slow to import.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2E = tl.constexpr(1.4426950408889634)  # the hardware has a fast exp2, no fast exp
+UNSEEN = tl.constexpr(-1.0e30)  # the score of a key that is not attended to: finite, so that no row makes inf - inf
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is cut and compiled. Some kernels take a block from what they work on, not from here."""
+
+    queries: int  # per block of scores
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """For the compiler. Whether multiplications and additions may fuse is said, because defaults differ."""
+        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+
+
+Table = dict[tuple[str, int, int], Config]  # (kernel, padded head_dim, bytes per element)
+
+
+def pick(table: Table, variable: str, kind: str, block_d: int, itemsize: int) -> Config:
+    """The configuration of kernel `kind` for this padded head_dim (16 to 128) and element size (2 or 4 bytes).
+
+    A tuning run's result, `{"kind,block_d,itemsize": [queries, keys, warps, stages]}` in the JSON file that the
+    environment variable `variable` names, comes before `table`. Rows missing in both take the next larger head_dim.
+    """
+    key = (kind, max(block_d, 32), itemsize)
+    return _tuned(os.environ.get(variable, "")).get(key) or table[key]
+
+
+@functools.cache
+def _tuned(file: str) -> Table:
+    if not file:
+        return {}
+    found = {}
+    for name, values in json.loads(Path(file).read_text()).items():
+        kind, block_d, itemsize = name.split(",")
+        found[kind, int(block_d), int(itemsize)] = Config(*values)
+    return found
+
+
+class Launch(NamedTuple):
+    """One call of a kernel."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]  # of the compiler
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> Launch:
+    """Of `arguments`, a kernel is passed those it has; their union is simpler to build than each one's own set."""
+    return Launch(
+        kernel, programs, {name: arguments[name] for name in kernel.arg_names if name in arguments}, config.options
+    )
+
+
+def unsupported(query: Tensor) -> str | None:
+    """Why no kernel of ours can take this map; None if they can."""
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} is none of float16, bfloat16, float32"
+    if query.dtype == torch.bfloat16 and not query.is_cuda:
+        return "Triton's interpreter multiplies bfloat16 matrices as if they were integers"
+    if not 16 <= query.shape[4] <= 128:
+        return f"head_dim {query.shape[4]} does not lie between 16 and 128"
+    reach = sum((size - 1) * abs(stride) for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
+    if max(reach, query[:1].numel()) >= 2**31:
+        return "an image has more elements than 32-bit offsets reach"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def same_strides(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """The three with one set of strides, as the kernels want them: views of a packed projection pass as they are."""
+    if not (query.stride() == key.stride() == value.stride() and query.stride(4) == 1):
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    return dict(query=query, key=key, value=value)
+
+
+def sizes(query: Tensor) -> dict[str, Any]:
+    """Arguments of all kernels: sizes, strides, and what is fixed when compiling."""
+    _, height, width, heads, head_dim = query.shape
+    strides = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), query.stride(), strict=False))
+    return strides | dict(
+        heads=heads, height=height, width=width,
+        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PRECISION=precision(),
+    )  # fmt: skip
+
+
+def precision() -> str:
+    """How float32 products are taken; of no effect on the others.
+
+    As PyTorch's own are: exactly, unless the user allows TF32 (`torch.set_float32_matmul_precision`, or the older
+    `torch.backends.cuda.matmul.allow_tf32`).
+    """
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[n, BLOCK_D]`, zeros beyond HEAD_DIM."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    pointers = tensor + offsets[:, None] + channel
+    if HEAD_DIM == BLOCK_D:
+        tokens = tl.load(pointers)
+    else:
+        tokens = tl.load(pointers, mask=channel < HEAD_DIM, other=0.0)
+    return tokens
+
+
+@triton.jit
+def store_tokens(tensor, offsets, exists, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    mask = exists[:, None] & (channel < HEAD_DIM)
+    tl.store(tensor + offsets[:, None] + channel, tokens.to(tensor.dtype.element_ty), mask=mask)

@@ -1,0 +1,333 @@
+"""Routed attention in Triton: computed by its interpreter (or a GPU, if there is one), compiled for three chips.
+
+The interpreter must be chosen before Triton is imported, which another test of the process may have done, so a process
+of its own runs this file again with it. On a GPU the same tests run as they are, in bfloat16 as well.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import goldens
+import pytest
+import torch
+import triton_builds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from hybridzoo.kernels import routed_attention2d
+from hybridzoo.kernels.routed import reference, triton_configs, triton_impl
+from hybridzoo.kernels.routed.grid import Grid
+from hybridzoo.kernels.triton_common import Config
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+computes = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; runs under the interpreter")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+CASES = {  # batch, map, heads, head_dim, grid, topk, fill, dense form
+    "one token a region": (2, (4, 5), 2, 16, Grid(4, 5, 1, 1), 3, False, True),
+    "four tokens a region, dense": (2, (6, 6), 2, 32, Grid(3, 3, 2, 2), 4, False, True),
+    "four tokens a region, listed": (1, (8, 8), 1, 16, Grid(4, 4, 2, 2), 2, False, False),
+    "partial regions, duplicates": (1, (5, 7), 1, 24, Grid(3, 4, 2, 2), 14, False, True),
+    "partial regions, head_dim no power of two": (1, (7, 11), 2, 40, Grid(2, 3, 4, 4), 2, False, False),
+    "a region in two tiles": (1, (9, 17), 1, 16, Grid(1, 2, 9, 9), 1, False, False),
+    "one region": (2, (3, 4), 1, 64, Grid(1, 1, 3, 4), 2, False, True),
+    "filled, listed": (2, (7, 5), 1, 16, Grid(2, 2, 5, 3), 2, True, False),
+    "filled, dense, whole regions beyond": (1, (5, 3), 1, 16, Grid(3, 3, 2, 2), 3, True, True),
+    "widest head": (1, (4, 5), 1, 128, Grid(1, 2, 4, 3), 1, False, False),
+}
+
+
+def leaves(batch, size, heads, head_dim, fill, dtype):
+    """Query, key, value and (or None) fill on the device, leaves; the fill stays float32."""
+    qkv = [torch.randn(batch, *size, heads, head_dim).to(DEVICE, dtype).requires_grad_() for _ in range(3)]
+    return [*qkv, torch.randn(2, heads, head_dim).to(DEVICE).requires_grad_() if fill else None]
+
+
+def random_routes(batch, grid, topk):
+    return torch.randint(0, grid.regions, (batch, grid.regions, topk))
+
+
+def attend(q, k, v, fill, routes, grid, scale=0.3):
+    size = dict(region_size=grid[2:], fill=fill, scale=scale, impl="triton")
+    return routed_attention2d(q, k, v, routes.to(DEVICE), grid[:2], **size)
+
+
+def results(function, tensors, grad):
+    """The output and the gradients of all leaves."""
+    out = function(*tensors)
+    return out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)
+
+
+def assert_as_good_as_the_definition(tensors, routes, grid, scale=0.3):
+    """Against float64, values and gradients err at most twice as much as the definition itself in this precision.
+
+    A few roundings of the largest of them are allowed besides: terms of about that size may cancel (the score of a
+    single key has no gradient, which the definition hits exactly).
+    """
+    grad = torch.randn_like(tensors[0])
+    ours = results(lambda *t: attend(*t, routes, grid, scale), tensors, grad)
+    copies = [None if t is None else t.detach().cpu() for t in tensors]
+    exact, naive = (
+        results(
+            lambda q, k, v, fill: reference.routed_attention2d(q, k, v, routes, grid, scale, fill),
+            [None if t is None else t.to(dtype).requires_grad_() for t in copies],
+            grad.cpu().to(dtype),
+        )
+        for dtype in (torch.float64, grad.dtype)
+    )
+    rounding = torch.finfo(grad.dtype).eps * max(e.abs().max() for e in exact)
+    for o, n, e in zip(ours, naive, exact, strict=True):
+        allowed = 2 * (n.double() - e).abs().max() + 4 * rounding
+        assert (o.cpu().double() - e).abs().max() <= allowed
+
+
+@computes
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_values_and_gradients(case, dtype):
+    batch, size, heads, head_dim, grid, topk, fill, dense = CASES[case]
+    torch.manual_seed(0)
+    tensors = leaves(batch, size, heads, head_dim, fill, dtype)
+    if reason := triton_impl.unsupported(tensors[0]):
+        pytest.skip(reason)
+    if INTERPRETED and dtype == torch.float16 and "filled" not in case:
+        pytest.skip("slow to interpret; float32 covers the shape")
+    assert triton_impl._dense(grid, topk) == dense
+    assert_as_good_as_the_definition(tensors, random_routes(batch, grid, topk), grid)
+
+
+@st.composite
+def shapes(draw):
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    height, width = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    filled = draw(st.booleans())
+    sizes = [
+        count * size - draw(st.integers(0, (count if filled else 1) * size - 1))
+        for count, size in ((rows, height), (columns, width))
+    ]
+    topk = draw(st.integers(1, rows * columns + 1))
+    return Grid(rows, columns, height, width), sizes, filled, topk, draw(st.integers(16, 40)), draw(st.integers(0, 99))
+
+
+@computes
+@settings(max_examples=200 if DEVICE == "cuda" else 8, deadline=None)
+@given(shape=shapes())
+def test_any_shape(shape):
+    """With the smallest blocks, so that small maps have many tiles and many blocks of keys."""
+    grid, size, filled, topk, head_dim, seed = shape
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_configs, "TABLE", dict.fromkeys(triton_configs.TABLE, Config(16, 16, 1, 1)))
+        tensors = leaves(1, size, 1, head_dim, filled, torch.float32)
+        assert_as_good_as_the_definition(tensors, random_routes(1, grid, topk), grid)
+
+
+CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("bra_core_")]
+
+
+@computes
+@pytest.mark.parametrize("name", [n for n in CORES if not (INTERPRETED and "21x28" in n)])  # the largest is slow there
+def test_published_values_and_gradients(name):
+    """In float32, and with every head widened by zeros where the fixture's is too narrow for tensor cores."""
+    meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    if INTERPRETED:
+        data = {key: value[:1] for key, value in data.items()}  # images do not depend on each other
+    grid = Grid(*meta["regions"], *meta["region_size"])
+    inputs = [data[n].float().to(DEVICE).requires_grad_() for n in "qkv"]
+    heads = [t.unflatten(-1, (meta["heads"], -1)) for t in inputs]
+    narrow = heads[0].shape[4]
+    q, k, v = (torch.nn.functional.pad(t, (0, max(0, 16 - narrow))) for t in heads)
+    fill = None if not any(grid.beyond(q)) else torch.zeros(2, *q.shape[3:], device=DEVICE)
+    out = attend(q, k, v, fill, data["topk_index"], grid, meta["scale"])[..., :narrow].flatten(3)
+    grads = torch.autograd.grad(out, inputs, data["grad_out"].float().to(DEVICE))
+    for ours, letter in zip((out, *grads), ("out", "grad_q", "grad_k", "grad_v"), strict=True):
+        expected = data[letter]
+        error = (ours.detach().cpu().double() - expected).abs().max() / expected.std()
+        assert error < 2e-5, f"{letter}: {error:.1e}"
+
+
+@computes
+@pytest.mark.parametrize("topk", [1, 5], ids=["listed", "dense"])
+@pytest.mark.parametrize("filled", [False, True])
+def test_nothing_but_the_tensors_is_read_or_left_unwritten(topk, filled):
+    """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
+    torch.manual_seed(0)
+    buffer = torch.full((2, 7, 10, 3, 3, 29), torch.nan, device=DEVICE)
+    packed = buffer[:, 1:6, 1:9, :, 1:, 3:27]
+    packed.copy_(torch.randn(packed.shape))
+    inside = packed.detach().requires_grad_()
+    grid = Grid(3, 4, 2, 2)
+    assert triton_impl._dense(grid, topk) == (topk == 5)
+    fill = torch.randn(2, 2, 24, device=DEVICE, requires_grad=True) if filled else None
+    routes = random_routes(2, grid, topk)
+    inputs = [t for t in (inside, fill) if t is not None]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()  # the trap is set
+        out = attend(*inside.unbind(3), fill, routes, grid)
+        grads = torch.autograd.grad(out.sin().sum(), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    expected = reference.routed_attention2d(*exact[0].unbind(3), routes, grid, 0.3, exact[1] if filled else None)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    for grad, e in zip(grads, torch.autograd.grad(expected.sin().sum(), exact), strict=True):
+        torch.testing.assert_close(grad.cpu().double(), e, rtol=1e-5, atol=1e-5)
+
+
+@computes
+def test_query_key_and_value_may_lie_differently():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 4, 6, 2, 16, device=DEVICE)
+    other = k.transpose(1, 3).contiguous().transpose(1, 3), v.transpose(3, 4).contiguous().transpose(3, 4)
+    grid = Grid(2, 2, 2, 3)
+    routes = random_routes(1, grid, 2)
+    assert torch.equal(attend(q, *other, None, routes, grid), attend(q, k, v, None, routes, grid))
+
+
+@computes
+def test_a_region_that_nobody_lists_has_no_gradient_and_one_listed_twice_twice_the_weight():
+    torch.manual_seed(0)
+    q, k, v, _ = leaves(1, (4, 16), 1, 16, False, torch.float32)
+    grid = Grid(1, 4, 4, 4)
+    routes = torch.tensor([2, 0, 2]).expand(1, 4, 3)
+    assert_as_good_as_the_definition([q, k, v, None], routes, grid)
+    out = attend(q, k, v, None, routes, grid)
+    once = attend(q, k, v, None, routes[..., :2], grid)
+    assert not torch.allclose(out, once)
+    for grad in torch.autograd.grad(out.sum(), (k, v)):
+        assert not grad[:, :, 4:8].any()
+        assert not grad[:, :, 12:].any()
+        assert grad[:, :, 8:12].any()
+
+
+def test_inverted_routes():
+    routes = torch.tensor([[[2, 0], [2, 2], [0, 1]], [[1, 1], [1, 1], [1, 0]]])
+    listing, starts = triton_impl.invert(routes)
+    assert starts.tolist() == [[0, 2, 3, 6], [0, 1, 6, 6]]
+    assert listing.tolist() == [[0, 2, 2, 0, 1, 1], [2, 0, 0, 1, 1, 2]]
+
+
+@computes
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other")
+@pytest.mark.parametrize(("side", "topk"), [(56, 1), (28, 4), (14, 16)])
+def test_gradients_are_the_same_bits_every_time(side, topk):
+    grid = Grid(7, 7, side // 7, side // 7)
+    tensors = leaves(16, (side - 1, side), 2, 32, True, torch.bfloat16)
+    routes = torch.rand(16, 49, 49).topk(topk).indices
+    grad = torch.randn_like(tensors[0])
+    first, second = (results(lambda *t: attend(*t, routes, grid), tensors, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(dtype=torch.float64), "float64 is none of"),
+        (dict(head_dim=8), "head_dim 8 does not lie between 16 and 128"),
+        (dict(head_dim=129), "head_dim 129"),
+        (dict(height=1 << 24), "32-bit offsets"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_said(change, reason):
+    case = dict(dtype=torch.float32, head_dim=32, height=9) | change
+    query = torch.empty(1, case["height"], 9, 2, case["head_dim"], dtype=case["dtype"], device="meta")
+    assert re.search(reason, triton_impl.unsupported(query) or "")
+    assert triton_impl.unsupported(torch.empty(1, 9, 9, 2, 32, device="meta")) is None
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_under_the_interpreter():
+    """Every test marked `computes`, in a process where Triton interprets its kernels on the CPU."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
+    environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed, run.stdout
+    assert int(passed[1]) >= len(CASES) + 2 + 15, run.stdout
+
+
+def launches(size, heads, head_dim, regions, topk, dtype):
+    """What a training step on 128 images of a packed projection launches. Nothing is allocated."""
+    shape = (128, *size, heads, head_dim)
+    query, key, value = torch.empty(*shape[:3], 3, *shape[3:], dtype=dtype, device="meta").unbind(3)
+    out, lse = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(shape[:4], device="meta")
+    grid = Grid.of(query, *regions)
+    routes = torch.empty(shape[0], grid.regions, topk, dtype=torch.int64, device="meta")
+    fill = torch.empty(2, heads, head_dim, device="meta") if any(grid.beyond(query)) else None
+    inputs = query, key, value, routes, fill, out, lse
+    forward = triton_impl.forward_launches(*inputs, grid, 0.1)
+    backward, _ = triton_impl.backward_launches(out, *inputs, out, out, out, grid, 0.1)
+    return [*forward, *backward]
+
+
+def assert_builds(capability, wanted):
+    """Every kernel of `wanted` compiles without spilling, within the chip's shared memory, and adds without atomics.
+
+    What is compiled alike is compiled once.
+    """
+    triton_builds.require_compiler(capability)
+    different = {}
+    for launch in wanted:
+        constants = {name: value for name, value in launch.arguments.items() if name.isupper()}
+        different[launch.kernel.__name__, str(constants), str(launch.options)] = launch
+    for (kernel, constants, options), launch in different.items():
+        build = triton_builds.build(launch.kernel, launch.arguments, capability, **launch.options)
+        name = f"{kernel} {constants} {options} on sm_{capability}: {build}"
+        assert build.local == 0, name
+        assert build.shared <= triton_builds.SHARED_LIMIT[capability], name
+        assert not build.atomics, name
+
+
+STAGES = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # of BiFormer-T and -S: stride, heads, topk; head_dim 32
+
+
+@compiles
+@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
+def test_what_biformer_runs_compiles(capability):
+    """Half precision at 224 pixels; the second stage's kernels are the first one's with smaller blocks."""
+    per_stage = [launches((224 // s,) * 2, heads, 32, (7, 7), topk, torch.bfloat16) for s, heads, topk in STAGES]
+    assert [sum("count" in launch.kernel.__name__ for launch in stage) for stage in per_stage] == [0, 0, 2]
+    assert_builds(capability, [*per_stage[0], *per_stage[2]])
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_what_biformer_runs_at_other_sizes_compiles(capability, dtype):
+    """512 and 800 x 1344 pixels, in the authors' grids and in one of 32 x 32 pixels a region, and stage 2 at 224."""
+    wanted = []
+    for sides, regions in (
+        ((224, 224), (7, 7)),
+        ((512, 512), (8, 8)),
+        ((800, 1344), (16, 16)),
+        ((800, 1344), (25, 42)),
+    ):
+        for stride, heads, topk in STAGES:
+            wanted += launches([math.ceil(n / stride) for n in sides], heads, 32, regions, topk, dtype)
+    assert_builds(capability, wanted)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
+def test_the_limits_compile(head_dim, dtype):
+    # 223 pixels leave tokens beyond the map: the fill. With it, wide heads in float32 spill 16 bytes on sm_90.
+    side = 224 if dtype == torch.float32 and head_dim > 64 else 223
+    for capability in (80, 90):
+        for stride, heads, topk in STAGES:
+            assert_builds(capability, launches((side // stride,) * 2, heads, head_dim, (7, 7), topk, dtype))
