@@ -36,19 +36,25 @@ def _leaders() -> list[str]:
 
 
 LEADERS = _leaders()
-HEAVY = 40e6  # parameters; heavier variants are tested with one block a stage, or take gigabytes and minutes
+HEAVY = 40e6  # parameters
 
 
 def one_block_a_stage(name: str) -> dict[str, tuple[int, ...]]:
     return dict(depths=(1,) * len(variants(name)[name].depths))
 
 
-@functools.cache
 def size(name: str) -> dict[str, tuple[int, ...]]:
-    """Arguments that keep the variant small enough to run here; none for most."""
+    """Arguments that keep the variant quick: only leaders are tested in full depth, and only the light ones.
+
+    What depends on the depth (names, layer decay, parameters, cards) is tested of all variants, without running them.
+    """
+    return {} if name in LEADERS and parameters(name) < HEAVY else one_block_a_stage(name)
+
+
+@functools.cache
+def parameters(name: str) -> int:
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in timm.create_model(name).parameters())
-    return one_block_a_stage(name) if parameters > HEAVY else {}
+        return sum(p.numel() for p in timm.create_model(name).parameters())
 
 
 def shallow(name: str) -> torch.nn.Module:
