@@ -22,7 +22,7 @@ TABLE: Table = {
     ("backward_key", 128, 2): Config(32, 64, 8, 1),
     ("forward", 32, 4): Config(32, 32, 4, 2),
     ("forward", 64, 4): Config(32, 32, 4, 2),
-    ("forward", 128, 4): Config(16, 32, 8, 1),
+    ("forward", 128, 4): Config(16, 16, 8, 3),
     ("backward_query", 32, 4): Config(32, 16, 4, 1),
     ("backward_query", 64, 4): Config(32, 16, 4, 1),
     ("backward_query", 128, 4): Config(16, 16, 8, 1),
