@@ -94,7 +94,8 @@ def routed_attention2d(
         region_size: tokens of a region, `(height, width)` or one number for both; default the smallest with which the
             regions cover the map.
         fill: `(2, heads, head_dim)`, any floating dtype: key and value of the tokens beyond the map, which are then
-            attended to like others. Default none: there are no such tokens.
+            attended to like others. Default none: there are no such tokens. Unused, its gradient `None`, where regions
+            end with the map.
         scale: factor on the scores, default `head_dim ** -0.5`. (BiFormer's weights want `(heads * head_dim) ** -0.5`.)
         impl: `"triton"` (CUDA; elsewhere only under `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`, which
             takes Triton on CUDA where it supports the call, else torch. An explicit choice never falls back.

@@ -63,9 +63,10 @@ def attend(q, k, v, fill, routes, grid, scale=0.3):
 
 
 def results(function, tensors, grad):
-    """The output and the gradients of all leaves."""
+    """The output and the gradients of all leaves; zeros for a fill that no region needs."""
     out = function(*tensors)
-    return out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)
+    leaves = [t for t in tensors if t is not None]
+    return out, *torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
 
 
 def assert_as_good_as_the_definition(tensors, routes, grid, scale=0.3):
