@@ -20,7 +20,7 @@ from torch import nn
 from hybridzoo.backbones import hosts
 from hybridzoo.backbones.base import build
 from hybridzoo.backbones.hosts import ALL
-from hybridzoo.backbones.hosts.block import Attention
+from hybridzoo.backbones.hosts.common import Attention
 from hybridzoo.layers import AgentAttention
 
 Grid = Literal["trained", "dense"] | Sequence[int | tuple[int, int]]

@@ -26,13 +26,22 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
-from hybridzoo.layers import ConvNormAct, EvalCache, FusedMBConv, MBConv, PooledHead, PoolShortcut, Stage
+from hybridzoo.layers import (
+    ConvNormAct,
+    EvalCache,
+    FusedMBConv,
+    MBConv,
+    PooledHead,
+    PoolShortcut,
+    Stage,
+    TransformerBlock,
+)
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
 
@@ -138,26 +147,19 @@ class Attention(nn.Module):
         return self.proj(attend(self.qkv(x), self.num_heads, None if self.bias is None else self.bias(size)))
 
 
-class Transformer(nn.Module):
+class Transformer(TransformerBlock):
     """T: pre-norm attention and MLP, `(B, dim, H, W)` in and out."""
 
     def __init__(self, cfg: AsCANConfig, dim: int, table_side: int, drop_path: float) -> None:
-        super().__init__()
+        attn = Attention(dim, cfg.head_dim, cfg.qkv_bias, table_side if cfg.position == "bias" else 0)
+        super().__init__(dim, attn, cfg.mlp_ratio, eps=1e-6, drop_path=drop_path, act_layer=ACTIVATIONS[cfg.act])
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cfg.position == "conv" else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, cfg.head_dim, cfg.qkv_bias, table_side if cfg.position == "bias" else 0)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), act_layer=ACTIVATIONS[cfg.act])
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a map; the attention is told its size
         size = (x.shape[2], x.shape[3])
         if self.pos_embed is not None:
             x = x + self.pos_embed(x)
-        x = x.flatten(2).transpose(1, 2)
-        x = x + self.drop_path(self.attn(self.norm1(x), size))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x.transpose(1, 2).unflatten(2, size)
+        return super().forward(x.flatten(2).transpose(1, 2), size).transpose(1, 2).unflatten(2, size)
 
 
 class AsCAN(Backbone):

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
-from hybridzoo.layers import BiLevelRoutingAttention, Stage
+from hybridzoo.layers import BiLevelRoutingAttention, Stage, TransformerBlock
 from hybridzoo.layers.bi_level_routing import Padding
 
 STRIDES = (4, 8, 16, 32)
@@ -64,23 +64,17 @@ class FullAttention(nn.Module):
         return self.proj(out + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class Block(nn.Module):
-    """Conv position embedding (not in stl), attention, MLP; pre-norm residuals on a `(B, H, W, dim)` map."""
+class Block(TransformerBlock):
+    """Conv position embedding (not in stl), attention, MLP, on a `(B, H, W, dim)` map."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, pos_embed: bool, drop_path: float) -> None:
-        super().__init__()
+        super().__init__(dim, attn, mlp_ratio, eps=1e-6, drop_path=drop_path)
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if pos_embed else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nothing else for the attention
         if self.pos_embed is not None:  # outside of drop path, on the un-normalised stream
             x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return super().forward(x)
 
 
 class Stem(nn.Module):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.backbones.dinat_dilations import STRIDES, Dilations, Skeleton, block_dilations
-from hybridzoo.layers import NeighborhoodAttention2d, Stage
+from hybridzoo.layers import NeighborhoodAttention2d, Stage, TransformerBlock
 from hybridzoo.layers.neighborhood import Dilation, Padding
 
 HEAD_DIM = 32
@@ -49,24 +49,6 @@ class DiNATConfig:
     layer_scale: float = 0.0
     kernel_size: int = 7
     padding: Padding = "bias"  # what stands beyond the edge of a small map, see NeighborhoodAttention2d
-
-
-class Block(nn.Module):
-    """Attention, then an MLP; pre-norm residuals on a `(B, H, W, dim)` map."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, layer_scale: float, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
-        self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
 class ConvStem(nn.Module):
@@ -151,9 +133,9 @@ class DiNAT(Backbone):
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, STRIDES)
 
-        def block(dim: int, dilation: Dilation) -> Block:
+        def block(dim: int, dilation: Dilation) -> TransformerBlock:
             attn = NeighborhoodAttention2d(dim, dim // HEAD_DIM, cfg.kernel_size, dilation, padding=cfg.padding)
-            return Block(dim, attn, cfg.mlp_ratio, cfg.layer_scale, next(rates))
+            return TransformerBlock(dim, attn, cfg.mlp_ratio, layer_scale=cfg.layer_scale, drop_path=next(rates))
 
         conv = cfg.skeleton == "conv"
         self.stem = ConvStem(in_chans, cfg.dims[0]) if conv else PatchStem(in_chans, cfg.dims[0], STRIDES[0])

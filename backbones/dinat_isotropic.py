@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
-from hybridzoo.backbones.dinat import HEAD_DIM, Block, PatchStem, init_linear
+from hybridzoo.backbones.dinat import HEAD_DIM, PatchStem, init_linear
 from hybridzoo.backbones.dinat_dilations import Dilations, block_dilations
-from hybridzoo.layers import NeighborhoodAttention2d, RelativePositionBias, Stage
+from hybridzoo.layers import NeighborhoodAttention2d, RelativePositionBias, Stage, TransformerBlock
 from hybridzoo.layers.neighborhood import Dilation, Padding
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
@@ -105,14 +105,14 @@ class IsotropicDiNAT(Backbone):
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, [STRIDE] * len(cfg.dims))
 
-        def block(dim: int, dilation: Dilation) -> Block:
+        def block(dim: int, dilation: Dilation) -> TransformerBlock:
             heads = dim // HEAD_DIM
             attn = (
                 FullAttention(dim, heads)
                 if cfg.full_attention
                 else NeighborhoodAttention2d(dim, heads, cfg.kernel_size, dilation, padding=cfg.padding)
             )
-            return Block(dim, attn, cfg.mlp_ratio, cfg.layer_scale, next(rates))
+            return TransformerBlock(dim, attn, cfg.mlp_ratio, layer_scale=cfg.layer_scale, drop_path=next(rates))
 
         self.stem = PatchStem(in_chans, cfg.dims[0], STRIDE)
         stages = [Stage([block(dim, d) for d in steps]) for dim, steps in zip(cfg.dims, dilations, strict=True)]

@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
-from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage
-from hybridzoo.layers.mlp import Mlp
+from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage, TransformerBlock
 from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
@@ -86,24 +85,6 @@ class BiasedAttention(nn.Module):
         return self.proj(attend(self.qkv(x), self.num_heads, self.bias(size, extra), mask))
 
 
-class Branches(nn.Module):
-    """Attention and MLP as pre-norm residuals with layer scale: one transformer layer on `(batch, tokens, dim)`."""
-
-    def __init__(self, dim: int, num_heads: int, drop_path: float, layer_scale: float | None) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = BiasedAttention(dim, num_heads)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, MLP_RATIO * dim)
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, size: tuple[int, int], extra: int = 0, mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), size, extra, mask)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
 class CarrierTokens(nn.Module):
     """First carrier tokens of a map: 3x3 depthwise convolution, average pooling.
 
@@ -144,9 +125,10 @@ class AttentionBlock(nn.Module):
         self.window = (window, window)
         self.propagate = propagate
         self.pos_embed = CoordinateEmbedding(dim)
-        self.tokens = Branches(dim, num_heads, drop_path, layer_scale)
+        rest: dict[str, Any] = dict(mlp_ratio=MLP_RATIO, layer_scale=layer_scale, drop_path=drop_path)
+        self.tokens = TransformerBlock(dim, BiasedAttention(dim, num_heads), **rest)
         self.carrier_pos_embed = CoordinateEmbedding(dim) if hierarchical else None
-        self.carriers = Branches(dim, num_heads, drop_path, layer_scale) if hierarchical else None
+        self.carriers = TransformerBlock(dim, BiasedAttention(dim, num_heads), **rest) if hierarchical else None
 
     def forward(self, x: Tensor, ct: Tensor | None, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         x = x + self.pos_embed(self.window)
@@ -161,7 +143,7 @@ class AttentionBlock(nn.Module):
         per_window, x = x.tensor_split([CARRIER_SIDE**2], dim=1)
         if self.propagate:
             coarse = per_window.transpose(1, 2).unflatten(2, side)
-            x = x + self.carriers.ls1(F.interpolate(coarse, self.window).flatten(2).transpose(1, 2))
+            x = x + self.carriers.scale1(F.interpolate(coarse, self.window).flatten(2).transpose(1, 2))
         return x, from_windows(per_window.reshape(carried.shape), *size)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from hybridzoo.backbones import hosts
 from hybridzoo.backbones.base import build
-from hybridzoo.backbones.hosts import ALL, Block, CSwinConfig, DeiTConfig, PVTConfig, SwinConfig
-from hybridzoo.layers import InLineAttention
+from hybridzoo.backbones.hosts import ALL, CSwinConfig, DeiTConfig, PVTConfig, SwinConfig
+from hybridzoo.layers import InLineAttention, TransformerBlock
 
 
 class InLineDeiT(hosts.DeiT):
@@ -42,11 +42,11 @@ class InLineSwin(hosts.Swin):
         super().__init__(cfg, lambda stage, dim, heads, side: InLineAttention(dim, heads), **kwargs)
 
 
-class RawSummaryBlock(Block):
+class RawSummaryBlock(TransformerBlock):
     """InLine-CSwin's block: local kernels are generated from the map before the norm, unlike on the other hosts."""
 
-    def attend(self, x: Tensor) -> Tensor:
-        return self.attn(self.norm1(x), summary=x.mean((1, 2)))
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nothing else for the attention
+        return super().forward(x, summary=x.mean((1, 2)))
 
 
 class InLineCSwin(hosts.CSwin):

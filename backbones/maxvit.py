@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import DropPath, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.layers import ConvNormAct, GELUTanh, MBConv, PoolShortcut, Stage, WindowAttention
+from hybridzoo.layers.mlp import Mlp
 from hybridzoo.layers.relative_position import Resize
 from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import fit_window, from_windows, padding_mask, to_windows
@@ -59,7 +60,7 @@ class PartitionAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, dim // HEAD_DIM, window, table_resize)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, EXPANSION * dim, act_layer=gelu)
+        self.mlp = Mlp(dim, EXPANSION * dim, gelu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
 from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.folding import fuse
-from hybridzoo.layers.gelu_tanh import GELUTanh
+from hybridzoo.layers.gelu import GELUTanh
 from hybridzoo.layers.head import PooledHead
 from hybridzoo.layers.inline_attention import InLineAttention
 from hybridzoo.layers.linear_attention import MultiScaleLinearAttention
@@ -16,6 +16,7 @@ from hybridzoo.layers.neighborhood import NeighborhoodAttention2d
 from hybridzoo.layers.relative_position import RelativePositionBias
 from hybridzoo.layers.residual import Residual
 from hybridzoo.layers.stage import Stage
+from hybridzoo.layers.transformer_block import TransformerBlock
 from hybridzoo.layers.window_attention import WindowAttention
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "RelativePositionBias",
     "Residual",
     "Stage",
+    "TransformerBlock",
     "WindowAttention",
     "fuse",
 ]

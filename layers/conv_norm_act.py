@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hybridzoo.layers.fused_conv import conv_act
+from hybridzoo.layers.fused_act import conv_act
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Callable[[], nn.Module]

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import timm.layers
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridzoo.layers.slicing import by_images, lean
+from hybridzoo.layers.conv_norm_act import ActLayer
+from hybridzoo.layers.fused_act import linear_act
+from hybridzoo.layers.gelu import GELU
+from hybridzoo.layers.slicing import by_images
 
 
-class GELU(nn.Module):
-    """The exact `F.gelu`, in place where no gradient needs the input: for what a layer has just made."""
+class Mlp(nn.Module):
+    """Linear layer, activation, linear layer, on `(..., dim)`, with the names of timm's `Mlp`.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_(x) if lean(x) else F.gelu(x)
-
-
-class Mlp(timm.layers.Mlp):
-    """timm's `Mlp` with the exact GELU, on `(..., dim)`; evaluation on a CPU takes a few tokens at a time.
-
-    The hidden tokens of a whole batch fit into no cache, and fresh memory for them costs as much as the products.
+    Evaluation on a CPU takes a few tokens at a time: the hidden tokens of a whole batch fit into no cache, and fresh
+    memory for them costs as much as the products.
 
     Args:
         dim: channels.
         hidden_dim: channels between the two linear layers.
+        act_layer: makes the activation, the exact GELU by default.
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__(dim, hidden_dim, act_layer=GELU)
-        self.hidden_dim = hidden_dim
+    def __init__(self, dim: int, hidden_dim: int, act_layer: ActLayer = GELU) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        return by_images(super().forward, tokens, self.hidden_dim, self.training).view(x.shape)
+        return by_images(self._of_tokens, tokens, self.fc1.out_features, self.training).view(x.shape)
+
+    def _of_tokens(self, x: Tensor) -> Tensor:
+        return linear_act(self.fc2, None, linear_act(self.fc1, self.act, x))

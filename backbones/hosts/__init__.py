@@ -4,7 +4,7 @@ A host has everything but that attention: stem, stages, its own softmax attentio
 its layers and the number of blocks at the start of each stage that use them (`linear` in a variant's row).
 """
 
-from hybridzoo.backbones.hosts.block import ALL, Block, default_cfgs
+from hybridzoo.backbones.hosts.common import ALL, default_cfgs
 from hybridzoo.backbones.hosts.cswin import CSwin, CSwinConfig
 from hybridzoo.backbones.hosts.deit import DeiT, DeiTConfig
 from hybridzoo.backbones.hosts.pvt import PVT, PVTConfig
@@ -13,7 +13,6 @@ from hybridzoo.backbones.hosts.swin import Swin, SwinConfig
 __all__ = [
     "ALL",
     "PVT",
-    "Block",
     "CSwin",
     "CSwinConfig",
     "DeiT",

@@ -17,8 +17,8 @@ from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.block import ALL, Attention, Block, init_weights
-from hybridzoo.layers import EvalCache, Stage
+from hybridzoo.backbones.hosts.common import ALL, Attention, init_weights
+from hybridzoo.layers import EvalCache, Stage, TransformerBlock
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -132,7 +132,7 @@ class CSwin(Backbone):
     """
 
     layout = "NHWC"
-    linear_block: type[Block] = Block  # of the blocks with the family's attention
+    linear_block: type[TransformerBlock] = TransformerBlock  # of the blocks with the family's attention
 
     def __init__(
         self,
@@ -159,8 +159,8 @@ class CSwin(Backbone):
                 if j < cfg.linear[i]:
                     block, attn = self.linear_block, attention(i, dim, heads, cfg.img_size // STRIDES[i])
                 else:
-                    block, attn = Block, StripeAttention(dim, heads, stripe)
-                blocks.append(block(dim, attn, mlp_ratio=4, drop_path=next(rates), eps=1e-5))
+                    block, attn = TransformerBlock, StripeAttention(dim, heads, stripe)
+                blocks.append(block(dim, attn, drop_path=next(rates)))
             stages.append(Stage(blocks, Merge(dims[i - 1], dim) if i else None))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(self.num_features, eps=1e-5)

@@ -18,8 +18,8 @@ from timm.layers import calculate_drop_path_rates, global_pool_nlc, trunc_normal
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.block import ALL, Attention, Block, init_weights
-from hybridzoo.layers import Stage
+from hybridzoo.backbones.hosts.common import ALL, Attention, init_weights
+from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.heads import merge_heads
 from hybridzoo.layers.resize import resize_map
 
@@ -63,13 +63,11 @@ class SoftmaxAttention(nn.Module):
         return self.proj(merge_heads(F.scaled_dot_product_attention(query, key, value)))
 
 
-class TokenBlock(Block):
-    """The hosts' block on tokens that know the size of their map."""
+class TokenBlock(TransformerBlock):
+    """The block on tokens that know the size of their map."""
 
-    def forward(self, tokens: Any) -> Any:
-        x, size = tokens
-        x = x + self.drop_path(self.attn(self.norm1(x), size))
-        return Tokens(x + self.drop_path(self.mlp(self.norm2(x))), size)
+    def forward(self, tokens: Any) -> Any:  # type: ignore[override]  # nothing else for the attention
+        return Tokens(super().forward(tokens.x, tokens.size), tokens.size)
 
 
 class PatchTokens(nn.Module):
@@ -162,7 +160,7 @@ class DeiT(Backbone):
                 attn = (
                     attention(i, cfg.dim, cfg.num_heads, side) if family else SoftmaxAttention(cfg.dim, cfg.num_heads)
                 )
-                blocks.append(TokenBlock(cfg.dim, attn, mlp_ratio=4, drop_path=next(rates), eps=1e-6))
+                blocks.append(TokenBlock(cfg.dim, attn, eps=1e-6, drop_path=next(rates)))
             stages.append(Stage(blocks))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)

@@ -17,8 +17,8 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.block import Attention, Block, init_weights
-from hybridzoo.layers import Stage
+from hybridzoo.backbones.hosts.common import Attention, init_weights
+from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.resize import resize_map
 
 STRIDES = (4, 8, 16, 32)
@@ -89,7 +89,13 @@ class PVT(Backbone):
         for i, (depth, dim) in enumerate(zip(cfg.depths, cfg.dims, strict=True)):
             side = cfg.img_size // STRIDES[i]
             blocks = [
-                Block(dim, attention(i, dim, cfg.num_heads[i], side), cfg.mlp_ratios[i], next(rates), eps=1e-6)
+                TransformerBlock(
+                    dim,
+                    attention(i, dim, cfg.num_heads[i], side),
+                    cfg.mlp_ratios[i],
+                    eps=1e-6,
+                    drop_path=next(rates),
+                )
                 for _ in range(depth)
             ]
             stages.append(Stage(blocks, PatchEmbed(cfg.dims[i - 1], dim, 2, side) if i else None))

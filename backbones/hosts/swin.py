@@ -17,8 +17,8 @@ from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.block import ALL, Attention, Block, init_weights
-from hybridzoo.layers import Stage, WindowAttention
+from hybridzoo.backbones.hosts.common import ALL, Attention, init_weights
+from hybridzoo.layers import Stage, TransformerBlock, WindowAttention
 from hybridzoo.layers.windows import fit_window, from_windows, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -44,7 +44,7 @@ class ShiftedWindowAttention(WindowAttention):
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, shifted: bool) -> None:
-        super().__init__(dim, num_heads, (window, window))
+        super().__init__(dim, num_heads, (window, window), table_resize="bicubic")  # as published for 384 px
         self.window = window
         self.shifted = shifted
 
@@ -141,7 +141,7 @@ class Swin(Backbone):
                     # Every second block of the stage, the family's included, is a shifted one.
                     else ShiftedWindowAttention(dim, heads, cfg.img_size // 32, shifted=j % 2 == 1)
                 )
-                blocks.append(Block(dim, attn, mlp_ratio=4, drop_path=next(rates), eps=1e-5))
+                blocks.append(TransformerBlock(dim, attn, drop_path=next(rates)))
             stages.append(Stage(blocks, PatchMerging(dims[i - 1]) if i else None))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(self.num_features, eps=1e-5)

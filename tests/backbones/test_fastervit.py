@@ -176,7 +176,7 @@ def test_propagation_adds_the_carriers_to_their_window():
     model = timm.create_model("fastervit_3", **SHALLOW)
     assert [block.propagate for block in model.stages[2].blocks] == [False, True]
     block = model.stages[2].blocks[1].double().eval()
-    torch.nn.init.normal_(block.carriers.ls1.gamma)
+    torch.nn.init.normal_(block.carriers.scale1.gamma)
     x, ct = torch.randn(6, 49, 64, dtype=torch.float64), torch.randn(1, 4, 6, 64, dtype=torch.float64)
     with torch.no_grad():
         with_it, carried = block(x, ct)
@@ -185,7 +185,7 @@ def test_propagation_adds_the_carriers_to_their_window():
     added = (with_it - without).view(1, 2, 3, 7, 7, 64)
     for i in range(7):
         for j in range(7):
-            expected = carried[:, i * 2 // 7 :: 2, j * 2 // 7 :: 2] * block.carriers.ls1.gamma
+            expected = carried[:, i * 2 // 7 :: 2, j * 2 // 7 :: 2] * block.carriers.scale1.gamma
             torch.testing.assert_close(added[:, :, :, i, j], expected)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybridzoo.layers import GELUTanh, gelu_tanh, slicing
+from hybridzoo.layers import GELUTanh, gelu, slicing
 from hybridzoo.layers.slicing import SLICE, by_images, lean
 
 SHALLOW = {
@@ -75,7 +75,7 @@ def test_models_compute_the_same_in_slices(name, monkeypatch):
     (block.conv if name == "maxvit_tiny" else block.conv1).register_forward_hook(lambda m, i, o: seen.append(len(o)))
     expected = model.eval()(x).detach()
     monkeypatch.setattr(slicing, "SLICE", 1)
-    monkeypatch.setattr(gelu_tanh, "SLICE", 1000)
+    monkeypatch.setattr(gelu, "SLICE", 1000)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)
         assert seen == [3, 1, 1, 1]
@@ -94,7 +94,7 @@ def test_gelu_equals_pytorchs(order, dtype, inplace):
         x = x.contiguous(memory_format=torch.channels_last)
     elif order != "contiguous":
         x = x[:, :, ::2] if order == "strided" else x[:, :1, :2]
-    assert (x.numel() >= gelu_tanh.SLICE) == (order != "small")
+    assert (x.numel() >= gelu.SLICE) == (order != "small")
     expected, given = F.gelu(x, approximate="tanh"), x.clone()
     with torch.no_grad():
         out = GELUTanh(inplace)(x)
