@@ -1,11 +1,17 @@
-"""For every test: one thread a process, since the suite runs one process a core; and which tests share a process."""
+"""For every test: one thread a process, since the suite runs one process a core; which tests share a process; chance."""
 
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the tests' subprocesses
 os.environ.setdefault("WANDB_MODE", "offline")
+
+# Sweeps draw new examples in every run but CI's, which judges a change and must not fail by the day's luck.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
