@@ -1,4 +1,4 @@
-"""For every test: one thread a process, since the suite runs one process a core; which tests share a process; chance."""
+"""For every test: one thread a process, since the suite runs one process a core; who shares a process; chance."""
 
 import os
 
