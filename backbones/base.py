@@ -7,7 +7,8 @@ A family assigns `stem`, `stages`, `norm` and `head`, and says which layout its 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +17,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
-from hybridzoo.checkpoints.pretrained import find_weights
+from hybridzoo.checkpoints.keymaps import sizes
+from hybridzoo.checkpoints.pretrained import find_weights, in_our_names
 from hybridzoo.layers.folding import fuse
 
 if TYPE_CHECKING:
@@ -66,6 +68,16 @@ class Backbone(nn.Module):
         """Image -> the stem's own levels as NCHW maps, finest first (none by default), and its output."""
         return [self.stem(x)]
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's; names of the authors, of timm, of wrappers and of our training are understood as well.
+
+        That is what timm's `checkpoint_path` calls.
+        """
+        model = (getattr(self, "pretrained_cfg", None) or {}).get("architecture")
+        if model and state_dict and not state_dict.keys() <= self.state_dict().keys():
+            state_dict = in_our_names(state_dict, model)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def fuse(self) -> Self:
         """Fold batch norms and the like into their neighbours, in place: faster, and for inference only."""
         return fuse(self)
@@ -103,6 +115,8 @@ class Backbone(nn.Module):
         """Replace the classifier by a fresh one; 0 classes leave pooled features, `global_pool=""` the map."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        like = next(self.stem.parameters())
+        self.head.to(like.device, like.dtype)  # the head itself may have no weights to be asked
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image -> last map after the final norm, NCHW."""
@@ -180,11 +194,23 @@ class Backbone(nn.Module):
         return self._to_nchw(x, norm=True)
 
 
+def check_per_stage(stages: int, **arguments: Any) -> None:
+    """Raise `ValueError` where an argument is not a sequence with an entry for each of so many stages."""
+    for name, value in arguments.items():
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != stages:
+            raise ValueError(f"{name} must have one entry for each of {stages} stages; got {value!r}")
+
+
 def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any) -> Any:
     """Create the variant `name` through timm, so that pretrained weights and `features_only` work as timm's own.
 
     Weights published for another resolution or kernel are a tag; what the tag needs of the network
     (`Card.model_args`) is set before the caller's own arguments, which override it.
+
+    timm's `img_size` is accepted by all: families whose weights depend on no image size ignore it. timm's
+    `checkpoint_path` takes files of ours and of the authors; timm reads them, moving averages first, and refuses those
+    that hold more than tensors and options: `pretrained=True, pretrained_cfg_overlay=dict(file=...)` takes these too,
+    and of each what its card names.
 
     Args:
         family: the class, called with a variant's row as first argument.
@@ -200,16 +226,18 @@ def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, 
     row = variants[name]
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     kwargs = checkpoints.model_args(name, cfg.tag) | kwargs
+    if "img_size" not in {*inspect.signature(family).parameters, *(f.name for f in dataclasses.fields(row))}:
+        kwargs.pop("img_size", None)
     overrides = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(row) if f.name in kwargs}
     create: Callable[..., Backbone] = family
     if pretrained and (weights := find_weights(name, cfg, kwargs.get("cache_dir"))):
-        create, pretrained = weights.into(family), False
+        create, pretrained = weights.into(family, features_only=kwargs.get("features_only", False)), False
     return build_model_with_cfg(
         create,
         name,
         pretrained,
         model_cfg=dataclasses.replace(row, **overrides),
         feature_cfg=dict(out_indices=None, feature_cls="getter"),
-        pretrained_filter_fn=lambda state, model: checkpoints.convert(state, name),
+        pretrained_filter_fn=lambda state, model: sizes.fit(in_our_names(state, name), model.state_dict()),
         **kwargs,
     )

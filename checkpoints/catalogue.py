@@ -29,9 +29,9 @@ class Card:
         mean, std, interpolation, crop_pct, crop_mode: of the published evaluation, as timm names them.
         num_classes: of the published classifier.
         model_args: arguments of the network that these weights need and that the variant does not have by itself.
-        params: number of parameters; for detectors and segmentors that of the model's first classifier.
-        gmacs: billions of multiply-accumulates at `input_size`, likewise.
-        top1, top5: published ImageNet-1k accuracy in percent, with `source`.
+        params: number of parameters; for detectors and segmentors those of the classifier that has their backbone.
+        gmacs: billions of multiply-accumulates at `input_size`; for these, of the model's first classifier.
+        top1, top5: ImageNet-1k accuracy in percent, as `source` reports it: the authors, or timm of its conversion.
         task: `classification`; other files are no tags of timm's, they are for `download`, `convert` and `--weights`.
         sha256, size: of the file, where known; size in bytes.
         parity: error of our network's logits, at most, against the published network's under the same weights, in

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hybridzoo.checkpoints.catalogue import Card, cards
-from hybridzoo.checkpoints.files import hash_of, write_note
+from hybridzoo.checkpoints.files import hash_of
 from hybridzoo.checkpoints.keymaps import convert
 from hybridzoo.checkpoints.keymaps.inverse import publish
 from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, strip_prefixes, unwrap
+from hybridzoo.checkpoints.writing import place_for, write
 
 Layout = Literal["hybridzoo", "published", "timm"]
 KEY_MAP_VERSION = 1  # of our names; counted up when a network's parameters are renamed
@@ -69,7 +69,13 @@ def split(state: Mapping[str, Tensor], model: str) -> Parts:
 
 
 def convert_file(
-    source: str | Path, model: str, *, to: Layout = "hybridzoo", out: str | Path | None = None, ema: bool = False
+    source: str | Path,
+    model: str,
+    *,
+    to: Layout = "hybridzoo",
+    out: str | Path | None = None,
+    ema: bool = False,
+    force: bool = False,
 ) -> Path:
     """Write a checkpoint's weights in another layout, as safetensors, with `<out>.json` saying where they come from.
 
@@ -79,45 +85,45 @@ def convert_file(
         model: registered name, with a tag where the weights need other arguments than the default ones.
         to: `"hybridzoo"`: loads strictly into `timm.create_model(model)`; `"published"`: the authors' names and shapes,
             without constants that their code computes; `"timm"`: of timm's own network of the same design.
-        out: file to write; default `<source>.<to>.safetensors` beside the source. It appears whole or not at all.
-        ema: take the exponential moving average that the file keeps beside the weights.
+        out: file to write; default `<source>.<to>.safetensors` beside the source. It and its note appear whole or not
+            at all.
+        ema: take the exponential moving average that the file keeps beside the weights. Without it, of a run of
+            mmengine's that measured its average, the raw weights are taken; of a published file what its card names.
+        force: replace what is at `out`, but never the source.
 
     Returns:
         The file written.
 
     Raises:
         CheckpointError: the file cannot be read, does not fit the model (with all that does not), or has no form in the
-            layout asked for. Nothing is written.
+            layout asked for; or there is a file at `out`. Nothing is written.
     """
     if to not in get_args(Layout):
         raise CheckpointError(f"to={to!r}: choose {', '.join(get_args(Layout))}")
     source, card = Path(source), _card(model)
     content = read_checkpoint(source)
-    state, wrapper = unwrap(content, source, _average(content, source) if ema else card.wrapper_key, strict=ema)
+    default = source.with_name(f"{_stem(source)}.{to}.safetensors")
+    target = place_for(default if out is None else out, source, force=force)
+    key, average = _wanted(content, source, ema)
+    state, wrapper = unwrap(content, source, key or card.wrapper_key, strict=bool(key))
     if wrapper == "ema_state_dict":
         state.pop("steps", None)  # mmengine's counter
     parts = split(state, card.model)
     check(parts, model, source)
     result = parts.network if to == "hybridzoo" else _in_layout(parts.network, card.model, to)
-    target = Path(out) if out is not None else source.with_name(f"{_stem(source)}.{to}.safetensors")
-    if target.exists() and target.resolve() == source.resolve():
-        raise CheckpointError(f"out {target}: is the source itself, choose another name")
-    _write(result, target)
-    write_note(
-        target.with_name(f"{target.name}.json"),
-        {
-            "model": model,
-            "layout": to,
-            "source": {"file": source.name, "sha256": hash_of(source), "weights": wrapper},
-            "sha256": hash_of(target),
-            "left_out": [*parts.outside, *(["output norms"] if parts.out_norms else [])],
-            "key_map": KEY_MAP_VERSION,
-            "hybridzoo": metadata.version("hybridzoo"),
-            "licence": card.licence,
-            "parity": card.parity,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        },
-    )
+    note = {
+        "model": model,
+        "layout": to,
+        "source": {"file": source.name, "sha256": hash_of(source), "weights": wrapper},
+        "average": average or wrapper in _AVERAGES,
+        "left_out": [*parts.outside, *(["output norms"] if parts.out_norms else [])],
+        "key_map": KEY_MAP_VERSION,
+        "hybridzoo": metadata.version("hybridzoo"),
+        "licence": card.licence,
+        "parity": card.parity,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    write(result, note, target)
     return target
 
 
@@ -129,20 +135,22 @@ def _card(model: str) -> Card:
     return found[0]
 
 
-def _average(content: Mapping[str, Any], source: Path) -> str:
-    """Where a file keeps its exponential moving average."""
+def _wanted(content: Mapping[str, Any], source: Path, ema: bool) -> tuple[str, bool]:
+    """The key of the weights asked for, empty where the card or a search says it; and whether they are an average."""
     if "ema_state_dict" in content:  # mmengine and we swap the two, unless the run measured its raw weights
         meta = content.get("meta")
         raw = re.search(r"""evaluate['"]?\s*[=:]\s*['"]raw['"]""", str(meta.get("cfg", "") if meta else ""))
-        return "ema_state_dict" if raw else "state_dict"
+        return ("state_dict" if ema != bool(raw) else "ema_state_dict"), ema
+    if not ema:
+        return "", False
     for key in _AVERAGES:
         if isinstance(content.get(key), dict):
-            return key
+            return key, True
     raise CheckpointError(f"checkpoint {source}: holds no moving average (its keys: {', '.join(map(str, content))})")
 
 
 def check(parts: Parts, model: str, source: Path) -> None:
-    """Every tensor of the network has to be there, with its shape, and nothing else."""
+    """Every tensor of the network has to be there, with its shape, kind and finite numbers, and nothing else."""
     import timm  # not before it is needed: timm's models import the cards
 
     card = _card(model)
@@ -158,14 +166,17 @@ def check(parts: Parts, model: str, source: Path) -> None:
     if parts.outside or parts.out_norms:  # dense networks have no use for what follows the last stage
         missing = [key for key in missing if not key.startswith(("norm.", "head."))]
     unexpected = [key for key in parts.network if key not in own]
-    shapes = [
-        f"{key} {tuple(parts.network[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in parts.network and parts.network[key].shape != own[key].shape
-    ]
+    both = [(key, parts.network[key], own[key]) for key in own if key in parts.network]
+    shapes = [f"{key} {tuple(v.shape)}, not {tuple(o.shape)}" for key, v, o in both if v.shape != o.shape]
+    mixed = [key for key, v, o in both if v.is_floating_point() != o.is_floating_point() or v.is_complex()]
+    # Only what has the network's size is looked through: a file may claim any.
+    same = [(key, v, o) for key, v, o in both if v.shape == o.shape and key not in mixed]
+    endless = [key for key, v, o in same if not torch.isfinite(v.to(o.dtype)).all()]
+    kinds = [f"{key} {str(parts.network[key].dtype).removeprefix('torch.')}" for key in mixed]
     found = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    found += [("of another kind of numbers", kinds), ("not finite", endless)]
     if wrong := [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in found if keys]:
-        others = [other.name for other in cards(card.model) if other.model == card.model and other.name != card.name]
+        others = [o.name for o in cards(card.model) if o.model == card.model and o.model_args != card.model_args]
         hint = f" (other tags: {', '.join(others)})" if others and shapes and not missing else ""
         raise CheckpointError(f"checkpoint {source}: does not fit {model}; {'; '.join(wrong)}{hint}")
 
@@ -185,7 +196,7 @@ def _in_layout(network: dict[str, Tensor], name: str, to: Layout) -> dict[str, T
     except ValueError as error:
         raise CheckpointError(f"to={to!r}: {error}") from error
     back = convert(result, name)
-    if back.keys() != network.keys() or not all(torch.equal(back[key], network[key]) for key in network):
+    if back.keys() != network.keys() or not all(_same_bits(back[key], network[key]) for key in network):
         raise CheckpointError(f"to={to!r}: these weights of {name} have no exact form there")
     return result
 
@@ -209,32 +220,10 @@ def _like_timm(network: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {theirs: network[own] for theirs, own in names.items() if own in network}
 
 
-def _first_line(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    same = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 def _stem(path: Path) -> str:
     return re.sub(r"(\.(safetensors|pth|pt|bin|tar|ckpt))+$", "", path.name)
-
-
-def _write(state: Mapping[str, Tensor], target: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in state.items():
-        shared = tensor.untyped_storage().data_ptr() in seen
-        seen.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
-    new = target.with_name(f"{target.name}.{os.getpid()}.new")
-    try:
-        new.touch(exist_ok=False)
-        mode = new.stat().st_mode  # as any new file's; safetensors writes one that only its owner may read
-        save_file(tensors, new, metadata={"format": "pt"})
-        new.chmod(mode)
-        os.replace(new, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"out {target}: cannot be written ({_first_line(error)})") from error
-    finally:
-        new.unlink(missing_ok=True)

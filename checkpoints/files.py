@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,11 +16,6 @@ from filelock import FileLock, Timeout
 
 _LOG = logging.getLogger(__name__)
 BLOCK = 1 << 20  # bytes read and written at a time
-
-
-def is_web_page(head: bytes) -> bool:
-    """Whether a file that begins like this is a page for people: what a server sends instead of a file."""
-    return head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
 
 
 def hash_of(path: Path) -> str:
@@ -31,6 +27,10 @@ def hash_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+class NoteError(ValueError):
+    """A note that is there, but says nothing."""
+
+
 def read_note(path: Path) -> dict[str, Any]:
     """A small JSON object, empty where there is none or it cannot be read."""
     try:
@@ -40,15 +40,32 @@ def read_note(path: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A note of a file's hash; empty only where there is none.
+
+    Raises:
+        NoteError: it cannot be read, or holds no SHA-256: what it was to vouch for is not to be trusted.
+    """
+    if not os.path.lexists(path):
+        return {}
+    note = read_note(path)
+    if not re.fullmatch(r"[0-9a-f]{64}", str(note.get("sha256"))):
+        raise NoteError(f"{path}: is no readable record of a file's hash; delete it if you trust the file beside it")
+    return note
+
+
 def write_note(path: Path, note: Mapping[str, Any]) -> None:
     """Write a small JSON object whole or not at all, and never through a link that lies in its place."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     new.unlink(missing_ok=True)
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
-        file.write(json.dumps(note, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
+            file.write(json.dumps(note, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -96,12 +113,12 @@ class Part:
         etag = self.note.get("etag", "")
         return etag if etag and not etag.startswith("W/") else self.note.get("last_modified", "")
 
-    def begin(self, headers: Any, size: int | None) -> None:
-        """Start over, with the version of the file that a server's headers announce."""
+    def begin(self, headers: Any, size: int | None, promised: str = "") -> None:
+        """Start over, with the version of the file that a server's headers announce, and its SHA-256 if it has one."""
         self.discard()
         # The note comes first: bytes without one are never taken for a part of anything.
         note = dict(etag=headers.get("ETag", ""), last_modified=headers.get("Last-Modified", ""))
-        self.note = {"url": self.url, "size": size, **note}
+        self.note = {"url": self.url, "size": size, **note, "promised": promised}
         write_note(self._note_path, self.note)
 
     def append(self) -> BinaryIO:

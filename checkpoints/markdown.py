@@ -43,7 +43,7 @@ def markdown_table() -> str:
 
 def readme_table() -> str:
     """A line per series of models: what its sizes span."""
-    head = ("models", "parameters", "GMACs", "input", "top-1, published", "weights", "licence of the weights")
+    head = ("models", "parameters", "GMACs", "input", "top-1, as reported", "weights", "licence of the weights")
     lines = []
     for series, group in itertools.groupby(sorted(cards(), key=lambda c: (c.family, _series(c))), key=_series):
         found = list(group)

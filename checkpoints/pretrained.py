@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hybridzoo.checkpoints import store
 from hybridzoo.checkpoints.catalogue import Card, cards
-from hybridzoo.checkpoints.keymaps import convert
-from hybridzoo.checkpoints.keymaps.sizes import fit
-from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, strip_prefixes, unwrap
+from hybridzoo.checkpoints.conversion import split
+from hybridzoo.checkpoints.keymaps import sizes
+from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, unwrap
 
 _LOG = logging.getLogger(__name__)
 _told: set[str] = set()  # cards whose licence was mentioned
@@ -37,35 +37,79 @@ class Weights:
     wrapper_key: str
     published: bool
 
-    def into(self, family: Callable[..., nn.Module]) -> Callable[..., Any]:
+    def into(self, family: Callable[..., nn.Module], *, features_only: bool = False) -> Callable[..., Any]:
         """`family`, but each network it makes has these weights.
 
-        timm adapts them to other classes and channels, position tables are resized to the network's image size;
-        beyond that they fit completely, or calling it raises a CheckpointError.
+        timm adapts them to other channels, position tables are resized to the network's image size, and a classifier of
+        other classes than the configuration's starts anew; beyond that they fit completely, or calling it raises a
+        CheckpointError.
+
+        Args:
+            family: makes a network.
+            features_only: of the network nothing that follows the stages will be used.
         """
 
         def create(**arguments: Any) -> nn.Module:
             network: Any = family(**arguments)
             state, _ = unwrap(read_checkpoint(self.path), self.path, self.wrapper_key, strict=self.published)
-            cfg = {**self.cfg, "state_dict": strip_prefixes(state)}
-            classes, channels = network.num_classes, arguments.get("in_chans", 3)
-            load_pretrained(network, cfg, num_classes=classes, in_chans=channels, filter_fn=self._converted)
+            found = self._fitting(split(state, self.cfg["architecture"]).network, network, features_only)
+            cfg = {**self.cfg, "state_dict": found}
+            channels, complete = arguments.get("in_chans", 3), len(found) == len(network.state_dict())
+            load_pretrained(network, cfg, num_classes=cfg["num_classes"], in_chans=channels, strict=complete)
             return network
 
         return create
 
-    def _converted(self, state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-        """The state dict in our names. Where the classifier differs timm forgives every difference, this does not."""
-        name, head = self.cfg["architecture"], f"{self.cfg['classifier']}."
+    def _fitting(self, state: Mapping[str, Tensor], network: Any, features_only: bool) -> dict[str, Tensor]:
+        """What of a state dict under our names the network takes. All of it, but for what `into` says."""
         own = network.state_dict()
-        found = fit(convert(state, name), own)
-        missing = [key for key in own if key not in found and not key.startswith(head)]
-        unexpected = [key for key in found if key not in own and not key.startswith(head)]
-        if missing or unexpected:
-            lists = ((missing, "missing"), (unexpected, "unexpected"))
-            wrong = "; ".join(f"{len(keys)} {what}, first {keys[0]}" for keys, what in lists if keys)
-            raise CheckpointError(f"checkpoint {self.path}: does not fit {name}; {wrong}")
-        return found
+        found = sizes.fit(state, own)
+        forgiven = self._forgiven(found, network, features_only)
+        missing = [key for key in own if key not in found and not key.startswith(forgiven)]
+        unexpected = [key for key in found if key not in own and not key.startswith(forgiven)]
+        differing = [key for key in found if key in own and found[key].shape != own[key].shape]
+        resized = [
+            key
+            for key in differing
+            if self._is_adapted(found[key], own[key], key) or sizes.takes(network, key, found[key])
+        ]
+        reshaped = [
+            f"{key} {tuple(found[key].shape)}, not {tuple(own[key].shape)}"
+            for key in differing
+            if key not in resized and not (features_only and key.startswith(forgiven))
+        ]
+        lists = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
+        if wrong := "; ".join(f"{len(keys)} {what}, first {keys[0]}" for keys, what in lists if keys):
+            raise CheckpointError(f"checkpoint {self.path}: does not fit {self.cfg['architecture']}; {wrong}")
+        return {key: found[key] for key in found if key in own and (key not in differing or key in resized)}
+
+    def _forgiven(self, found: dict[str, Tensor], network: Any, features_only: bool) -> tuple[str, ...]:
+        """First words of the names that may be on one side only."""
+        classifier = f"{self.cfg['classifier']}."
+        if features_only or network.num_classes == 0:
+            headless = not any(key.startswith(("norm.", "head.")) for key in found)  # of a detector
+            return ("norm.", "head.") if headless else ("head.",)
+        weight = found.get(f"{classifier}weight")
+        classes = self.cfg["num_classes"] if weight is None else len(weight)
+        if classes == network.num_classes:
+            return ()
+        if network.num_classes == self.cfg["num_classes"]:  # nobody asked for another classifier
+            message = f"its classifier has {classes} classes, not {network.num_classes}: say num_classes={classes}"
+            raise CheckpointError(f"checkpoint {self.path}: {message}, or another number for a fresh classifier")
+        for part in ("weight", "bias"):
+            found.pop(f"{classifier}{part}", None)
+        return (classifier,)
+
+    def _is_adapted(self, value: Tensor, own: Tensor, key: str) -> bool:
+        """Whether timm makes the first convolution's weight fit another number of channels."""
+        same = value.ndim == own.ndim and value.shape[:1] + value.shape[2:] == own.shape[:1] + own.shape[2:]
+        return key == f"{self.cfg['first_conv']}.weight" and same and value.shape[1] == self.cfg["input_size"][0]
+
+
+def in_our_names(state: Mapping[str, Any], model: str) -> dict[str, Tensor]:
+    """A state dict of ours, published, or timm's, wrapped or not, under our names; for timm's own ways of loading."""
+    known = next((card.wrapper_key for card in cards(model) if card.wrapper_key), None)
+    return split(unwrap(state, "given", known, strict=False)[0], model).network
 
 
 def find_weights(model: str, cfg: Any, cache_dir: str | Path | None = None) -> Weights | None:

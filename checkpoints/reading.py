@@ -3,15 +3,14 @@
 Safetensors hold nothing but tensors. Everything else is a pickle and goes through PyTorch's restricted unpickler
 (`weights_only=True`), which knows tensors and containers. Published files carry some further types beside their
 tensors. Each of them is named in `_INERT` with the files that need it; an empty stand-in takes its place, so neither
-its code nor its package is needed, and a name that is not in the list is refused.
+its code nor its package is needed, and a name that is not in the list is refused. NumPy's types have stand-ins as well:
+the real ones take memory addresses from a file at its word.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridzoo.checkpoints.files import is_web_page
+from hybridzoo.checkpoints.containers import HEAD, flaw, is_safetensors
 
 
 class CheckpointError(ValueError):
     """A file that cannot be used as weights: one line that names the file, what is wrong and what to do."""
+
+
+class UnsafeError(CheckpointError):
+    """A file that may be whole, but asks for code to be run."""
 
 
 # Where training scripts put the weights: mmengine and timm, DeiT and its descendants, torch.hub.
@@ -59,6 +62,14 @@ _INERT: dict[str, Any] = {
     "mmengine.logging.history_buffer.HistoryBuffer": _Inert,
     "builtins.getattr": _Inert,
     "__builtin__.getattr": _Inert,
+    # arrays and numbers, e.g. the best accuracy so far, under the names of NumPy 1 and 2
+    "numpy.ndarray": _Inert,
+    "numpy.dtype": _Inert,
+    **{f"numpy.{core}.multiarray.{name}": _Inert for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
+    **{
+        f"numpy.dtypes.{kind}DType": _Inert
+        for kind in ("Float64", "Float32", "Float16", "Int64", "Int32", "UInt8", "Bool", "Str", "Object")
+    },
 }
 
 
@@ -69,29 +80,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         path: safetensors, or anything `torch.save` wrote.
 
     Raises:
-        CheckpointError: the file is missing, empty, an HTML page, cut short, no checkpoint, or asks for code to be run.
+        UnsafeError: the file asks for code to be run.
+        CheckpointError: it is missing, empty, cut short, or something else than a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise CheckpointError(f"checkpoint {path}: cannot be read (the file is empty)")
-    if is_web_page(head):
-        reason = "it is a web page, not weights: open its address in a browser, which may ask to confirm or log in"
-        raise CheckpointError(f"checkpoint {path}: cannot be read ({reason})")
     try:
-        if path.suffix == ".safetensors" or head[8:10] == b'{"':
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+        if reason := flaw(path):
+            raise CheckpointError(f"checkpoint {path}: cannot be read ({reason})")
+        if is_safetensors(head):
             from safetensors.torch import load_file
 
             return load_file(path)
-        allowed: list[Any] = [(stand_in, name) for name, stand_in in {**_INERT, **_numpy_types()}.items()]
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        allowed: list[Any] = [(stand_in, name) for name, stand_in in _INERT.items()]
+        with path.open("rb") as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)  # of a path it would believe the suffix
+    except CheckpointError:
+        raise
     except Exception as error:  # zip, pickle and safetensors each raise their own kinds
-        raise CheckpointError(f"checkpoint {path}: cannot be read ({_reason(error, path, head)})") from error
+        text = str(error).strip()
+        # The last is a stand-in where the pickle wants data, as one does that hands NumPy's objects to another type.
+        if any(word in text for word in ("weights_only", "Unsupported", "GLOBAL", _Inert.__name__)):
+            reason = "it contains Python objects that only arbitrary code could rebuild; save its weights alone"
+            raise UnsafeError(f"checkpoint {path}: cannot be read ({reason})") from error
+        reason = text.splitlines()[0] if text else f"{type(error).__name__}: no checkpoint, or cut short"
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({reason})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     return content
@@ -139,6 +156,10 @@ def unwrap(
             found, used = content[wrapper], wrapper
             break
     state = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    strange = next((name for name, value in state.items() if value.layout != torch.strided or value.is_meta), None)
+    if strange is not None:
+        kind = "has no values (device meta)" if state[strange].is_meta else "is sparse"
+        raise CheckpointError(f"checkpoint {path}: {strange} {kind}, which no weights of these networks are")
     if not state:
         expected = f" under {wrapper_key!r}" if wrapper_key else ""
         keys = ", ".join(map(str, list(found)[:5]))
@@ -163,28 +184,3 @@ def strip_prefixes(state: Mapping[str, Tensor], *, dense: bool = True) -> dict[s
                 inside = {name[len(part) :]: value for name, value in state.items() if name.startswith(part)}
                 return strip_prefixes(inside)
     return state
-
-
-def _reason(error: Exception, path: Path, head: bytes) -> str:
-    """Why a file cannot be read, in one line."""
-    text = str(error).strip()
-    if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
-        return "it contains Python objects that only arbitrary code could rebuild; save its weights alone"
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        return "it is cut short: download or copy it again"
-    return text.splitlines()[0] if text else f"{type(error).__name__}: no checkpoint, or cut short"
-
-
-def _numpy_types() -> dict[str, Any]:
-    """Arrays and numbers, e.g. the best accuracy so far: only data, under the names of NumPy 1 and 2."""
-    with contextlib.suppress(ImportError):
-        import numpy as np
-
-        core = (getattr(np, "_core", None) or np.core).multiarray  # NumPy 1 has no _core
-        kinds = (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)
-        made = [type(np.dtype(kind)) for kind in kinds]  # by numpy.dtype
-        types: dict[str, Any] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in made}
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            types |= {f"{module}.{name}": getattr(core, name) for name in ("_reconstruct", "scalar")}
-        return {**types, "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
-    return {}

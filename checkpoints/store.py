@@ -1,13 +1,14 @@
-"""The store of published weights: download once, check every time, share the cache with timm.
+"""The store of published weights: download once, check every time, use what timm has downloaded.
 
-Files of the Hugging Face hub lie in its cache, all others in PyTorch's (`torch.hub.get_dir()/checkpoints`), where timm
-looks for them too. In the latter `<file>.json` records what came at first use, for files of the hub as well; what does
-not agree with its record later is refused.
+Files lie in PyTorch's cache (`torch.hub.get_dir()/checkpoints`), where timm looks for them too; what it brought into
+the Hugging Face hub's cache is used from there. `<file>.json` in the former records what came at first use, of either
+cache; what does not agree with its record later is refused. Files of the hub are downloaded as all others are, over
+plain HTTP: huggingface_hub neither goes on after it was killed nor tries again when a server is busy.
 
 Environment:
     TORCH_HOME, HF_HOME: other places for the two caches.
     HF_HUB_OFFLINE: 1 answers from the cache alone.
-    HF_ENDPOINT: a mirror of the hub.
+    HF_ENDPOINT, HF_TOKEN: a mirror of the hub, and a login there.
     HYBRIDZOO_MIRROR: a mirror of everything: this address takes the place of every link's `https://host`.
     http_proxy, https_proxy, no_proxy: as everywhere.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import errno
 import logging
 import os
 import re
@@ -26,13 +26,16 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from hybridzoo.checkpoints.catalogue import Card, cards
-from hybridzoo.checkpoints.files import hash_of, read_note, write_note
-from hybridzoo.checkpoints.transfer import DownloadError, WrongHashError, fetch
+from hybridzoo.checkpoints.containers import flaw
+from hybridzoo.checkpoints.files import NoteError, hash_of, read_record, write_note
+from hybridzoo.checkpoints.reading import CheckpointError, UnsafeError, read_checkpoint
+from hybridzoo.checkpoints.transfer import DownloadError, GoneError, WrongHashError, fetch
 
 _LOG = logging.getLogger(__name__)
 _HUB = re.compile(r"^https://huggingface\.co/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+)")
 _KINDS = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt", ".pkl")
 _SAYS_NOTHING = {"pytorch_model", "model", "content", "checkpoint", "weights"}  # names that many files have
+_TWINS = {"model.safetensors": "pytorch_model.bin", "pytorch_model.bin": "model.safetensors"}  # timm's on the hub
 _LOCAL = "give a file that you have: --weights FILE, or pretrained_cfg_overlay=dict(file=...)"
 
 
@@ -42,6 +45,8 @@ def find(name: str) -> Card:
     Raises:
         ValueError: no such card; the message has the nearest names.
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name: {name!r} is no name of weights; hybridzoo checkpoints list has all")
     for card in cards(task=None):
         if name in (card.name, card.model):
             return card
@@ -56,14 +61,14 @@ def download(name: str, *, cache_dir: str | Path | None = None, progress: bool =
 
     Args:
         name: `model.tag`, or `model` for its default weights.
-        cache_dir: instead of the two caches; timm's argument of the same name.
+        cache_dir: instead of the two caches; timm's argument of the same name. `~` is the user's home.
         progress: show a bar where stderr is a terminal.
 
     Returns:
         The file, whole, and the same as when it first came.
 
     Raises:
-        ValueError: `name` has no card.
+        ValueError: `name` has no card, or `cache_dir` is empty.
         DownloadError: there is no public file, it cannot be had, or it is not what it was.
     """
     card = find(name)
@@ -75,8 +80,12 @@ def download(name: str, *, cache_dir: str | Path | None = None, progress: bool =
 
 
 def cached(card: Card, *, cache_dir: str | Path | None = None) -> Path | None:
-    """Where the card's file is on this machine, unchecked; None if it is not. Never uses the network."""
-    path = _folder(cache_dir) / file_name(card)
+    """Where the card's file is on this machine, unchecked; None if it is not. Never uses the network.
+
+    Of a repository that timm filled either of its two files will do: they hold the same tensors.
+    """
+    folder = _folder(cache_dir)
+    path = folder / file_name(card)
     if path.is_file():
         return path
     hub = _HUB.match(card.url)
@@ -84,8 +93,12 @@ def cached(card: Card, *, cache_dir: str | Path | None = None) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         repository, revision, file = hub.groups()
-        found = try_to_load_from_cache(repository, unquote(file), cache_dir=cache_dir, revision=revision)
-        return Path(found) if isinstance(found, str) else None
+        file, where = unquote(file), None if cache_dir is None else folder
+        twin = _TWINS.get(file, file) if repository.startswith("timm/") else file
+        for wanted in dict.fromkeys((file, twin)):
+            found = try_to_load_from_cache(repository, wanted, cache_dir=where, revision=revision)
+            if isinstance(found, str):
+                return Path(found)
     return None
 
 
@@ -102,9 +115,22 @@ def file_name(card: Card) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[-200:]
 
 
-def record_of(card: Card, *, cache_dir: str | Path | None = None) -> dict[str, object]:
-    """What was recorded when the card's file first came: name, url, sha256, size, etag, date; empty if it never did."""
-    return read_note(_record(card, cache_dir))
+def record_of(card: Card, path: Path | None = None, *, cache_dir: str | Path | None = None) -> dict[str, object]:
+    """What was recorded when the card's file first came: name, url, sha256, size, etag, date; empty if it never did.
+
+    Raises:
+        DownloadError: there is a record that cannot be read.
+    """
+    try:
+        return read_record(_record(card, path, cache_dir))
+    except NoteError as error:
+        raise DownloadError(f"{card.name}: {error}") from error
+
+
+def hash_of_hub(path: Path) -> str:
+    """The SHA-256 after which the hub's cache names a large file; empty for others."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else ""
 
 
 def licence_notice(card: Card) -> str:
@@ -129,82 +155,96 @@ def _bring(card: Card, cache_dir: str | Path | None, progress: bool) -> Path:
     if offline():
         raise DownloadError(f"{card.name}: is not in the cache, and HF_HUB_OFFLINE forbids to download it; {_LOCAL}")
     _LOG.info("downloading %s from %s", card.name, card.url)
+    path = _folder(cache_dir) / file_name(card)
+    recorded = str(record_of(card, cache_dir=cache_dir).get("sha256", ""))
+    url, token = _address(card)
+    elsewhere = "set TORCH_HOME to a folder of yours" if cache_dir is None else "choose another cache_dir"
     try:
-        mirror = os.environ.get("HYBRIDZOO_MIRROR", "")
-        if _HUB.match(card.url) and not mirror:
-            return _from_hub(card, cache_dir, progress)
-        parts = urlsplit(card.url)
-        url = f"{mirror.rstrip('/')}{parts._replace(scheme='', netloc='').geturl()}" if mirror else card.url
-        path = _folder(cache_dir) / file_name(card)
-        recorded = str(record_of(card, cache_dir=cache_dir).get("sha256", ""))
-        received = fetch(url, path, sha256=card.sha256 or recorded, progress=progress)
-        if received is not None:
-            _note(path, card, cache_dir, received.sha256, received.etag)
-        return path
-    except DownloadError as error:
-        if isinstance(error, WrongHashError) and not card.sha256:
-            record = _record(card, cache_dir)
-            raise DownloadError(f"{card.name}: {error}; if the authors changed it rightly, delete {record}") from error
-        doubts = f"; about this link: {card.notes}" if card.status == "doubtful" and card.notes else ""
-        raise DownloadError(f"{card.name}: {error}; {_LOCAL}{doubts}") from error
-
-
-def _from_hub(card: Card, cache_dir: str | Path | None, progress: bool) -> Path:
-    """huggingface_hub does the work: what timm brought is not downloaded again, and the other way round."""
-    import huggingface_hub
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    hub = _HUB.match(card.url)
-    assert hub is not None
-    repository, revision, file = hub.groups()
-    silence = not progress and not are_progress_bars_disabled()
-    if silence:
-        disable_progress_bars()
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repository,
-                unquote(file),
-                revision=revision,
-                cache_dir=cache_dir,
-                endpoint=os.environ.get("HF_ENDPOINT") or None,
-                library_name="hybridzoo",
-            )
+        received = fetch(
+            url,
+            path,
+            sha256=card.sha256 or recorded,
+            token=token,
+            flaw=_flaw,
+            progress=progress,
+            elsewhere=elsewhere,
         )
-    except Exception as error:  # each generation of huggingface_hub and of its HTTP client has its own kinds
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise DownloadError(f"{card.url}: the disk is full; make room, or set HF_HOME") from error
-        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
-            raise DownloadError(f"the cache cannot be written ({error}); set HF_HOME to a folder of yours") from error
-        raise DownloadError(f"{card.url}: {_first_line(error.__cause__ or error)}") from error
-    finally:
-        if silence:
-            enable_progress_bars()
+    except DownloadError as error:
+        if isinstance(error, WrongHashError) and recorded and not card.sha256:
+            record = _record(card, None, cache_dir)
+            raise DownloadError(f"{card.name}: {error}; if the authors changed it rightly, delete {record}") from error
+        doubtful = isinstance(error, GoneError) and card.status == "doubtful"
+        doubts = "; its card's link was never seen to work" if doubtful else ""
+        raise DownloadError(f"{card.name}: {error}; {_LOCAL}{doubts}") from error
+    if received is not None:
+        _note(path, card, cache_dir, received.sha256, received.etag)
+    return path
+
+
+def _address(card: Card) -> tuple[str, str]:
+    """Where the card's file is asked for, and with which login.
+
+    Raises:
+        DownloadError: the environment names a mirror that is no address.
+    """
+    hub = _HUB.match(card.url)
+    variable = "HYBRIDZOO_MIRROR" if os.environ.get("HYBRIDZOO_MIRROR") else "HF_ENDPOINT" if hub else ""
+    mirror = os.environ.get(variable, "").rstrip("/")
+    if mirror:
+        try:
+            good = urlsplit(mirror).scheme in ("http", "https") and urlsplit(mirror).hostname and mirror.isprintable()
+        except ValueError:
+            good = None
+        if not good or " " in mirror:
+            raise DownloadError(f"{card.name}: {variable} is {mirror!r}, which is no http or https address")
+    token = ""
+    if hub and variable != "HYBRIDZOO_MIRROR":
+        from huggingface_hub import get_token
+
+        token = get_token() or ""
+    path = urlsplit(card.url)._replace(scheme="", netloc="").geturl()
+    return (f"{mirror}{path}" if mirror else card.url), token
+
+
+def _flaw(path: Path) -> str:
+    """What makes a file that came unfit to be kept. What only asks for code to be run is whole; reading refuses it."""
+    reason = flaw(path)
+    with path.open("rb") as file:
+        old = file.read(1) == b"\x80"
+    if old and not reason:  # an old pickle says nowhere how long it is
+        try:
+            read_checkpoint(path)
+        except UnsafeError:
+            pass
+        except CheckpointError as error:
+            reason = str(error).partition("cannot be read (")[2].removesuffix(")") or str(error)
+    return reason
 
 
 def _check(path: Path, card: Card, cache_dir: str | Path | None) -> None:
     """Refuse a file that is not what its card or its record says; record one that has neither."""
-    record, recorded = _record(card, cache_dir), record_of(card, cache_dir=cache_dir)
-    expected = card.sha256 or str(recorded.get("sha256", "")) or _hash_of_hub(path)
+    record, recorded = _record(card, path, cache_dir), record_of(card, path, cache_dir=cache_dir)
+    published = "" if _is_twin(card, path) else card.sha256
+    expected = published or str(recorded.get("sha256", "")) or hash_of_hub(path)
     digest = hash_of(path)
     if expected and digest != expected.lower():
-        since = "as its card says" if card.sha256 else f"as when it first came, {str(recorded.get('date', '?'))[:10]}"
-        hint = "delete it to download it again" + ("" if card.sha256 else f"; if the change is right, delete {record}")
+        if published:
+            since = "as its card says"
+        else:
+            day = str(recorded.get("date"))[:10]
+            since = f"as when it first came, {day}" if recorded else "as the hub's cache calls it"
+        hint = "delete it to download it again" + (f"; if the change is right, delete {record}" if recorded else "")
         raise DownloadError(f"{path}: has SHA-256 {digest}, not {expected} {since}; {hint}")
     if not recorded:
+        if reason := _flaw(path):
+            raise DownloadError(f"{path}: is no whole file of weights ({reason}); delete it to download it again")
         _note(path, card, cache_dir, digest, "")
-
-
-def _hash_of_hub(path: Path) -> str:
-    """The hub's cache names large files after their SHA-256; empty for others."""
-    name = path.resolve().name
-    return name if re.fullmatch(r"[0-9a-f]{64}", name) else ""
 
 
 def _note(path: Path, card: Card, cache_dir: str | Path | None, digest: str, etag: str) -> None:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     note = dict(name=card.name, url=card.url, sha256=digest, size=path.stat().st_size, etag=etag, date=now)
-    record = _record(card, cache_dir)
+    record = _record(card, path, cache_dir)
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_note(record, note)
@@ -212,18 +252,24 @@ def _note(path: Path, card: Card, cache_dir: str | Path | None, digest: str, eta
         _LOG.info("%s: not recorded (%s)", record, error)
 
 
-def _record(card: Card, cache_dir: str | Path | None) -> Path:
-    return _folder(cache_dir) / f"{file_name(card)}.json"
+def _record(card: Card, path: Path | None, cache_dir: str | Path | None) -> Path:
+    """The record of a card's file, or of its twin of another kind."""
+    kind = path.suffix if path is not None and _is_twin(card, path) else ""
+    return _folder(cache_dir) / f"{file_name(card)}{kind}.json"
+
+
+def _is_twin(card: Card, path: Path) -> bool:
+    return path.name == _TWINS.get(_last(card.url))
 
 
 def _folder(cache_dir: str | Path | None) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" if cache_dir is None else Path(cache_dir)
+    if cache_dir is None:
+        return Path(torch.hub.get_dir()) / "checkpoints"
+    if not str(cache_dir):
+        raise ValueError("cache_dir: is empty; name a folder, or leave it out for PyTorch's cache")
+    return Path(cache_dir).expanduser()
 
 
 def _last(url: str) -> str:
     """The last part of an address's path, without its escapes, folders and questions."""
     return PurePosixPath(unquote(urlsplit(url).path).replace("\\", "/")).name
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

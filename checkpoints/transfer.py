@@ -1,8 +1,8 @@
 """One file over HTTP: whole and checked at its place, or not there at all.
 
 What has come stays in `<file>.part` when a download ends early; a later call, of another process too, goes on from
-there. Only Python's own HTTP client is used: it follows the proxies set in the environment, and each generation of
-huggingface_hub brings another one.
+there. What turns out to be something else than the file is thrown away. Only Python's own HTTP client is used: it
+follows the proxies set in the environment, and each generation of huggingface_hub brings another one.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import http.client
 import logging
 import os
 import random
+import re
 import shutil
 import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from hybridzoo.checkpoints.files import BLOCK, Part, hash_of, is_web_page, only_one
+from hybridzoo.checkpoints.containers import is_web_page
+from hybridzoo.checkpoints.files import BLOCK, Part, hash_of, only_one
 
 _LOG = logging.getLogger(__name__)
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
@@ -38,6 +40,10 @@ _OF_DISK = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.E
 
 class DownloadError(RuntimeError):
     """A file that could not be had: one line that says which, why and what to do."""
+
+
+class GoneError(DownloadError):
+    """Nothing at the address is, or leads to, the file: no further attempt will bring it."""
 
 
 class WrongHashError(DownloadError):
@@ -93,8 +99,37 @@ class _Failure(Exception):
         self.wait, self.fresh = wait, fresh
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows to http and https only, and from https to https only; tells no other host the login.
+
+    Attributes:
+        promised: SHA-256 that the Hugging Face hub names for a file before it leads to where the file is; or empty.
+    """
+
+    def __init__(self) -> None:
+        self.promised = ""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
+            raise GoneError(f"leads from {old.scheme} to {_shown(newurl)}, which is not followed")
+        self.promised = self.promised or _promised(headers)
+        following = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if following is not None and (old.scheme, old.netloc) == (new.scheme, new.netloc):
+            following.unredirected_hdrs.update(req.unredirected_hdrs)
+        return following
+
+
 def fetch(
-    url: str, target: Path, *, sha256: str = "", progress: bool = True, policy: Policy | None = None
+    url: str,
+    target: Path,
+    *,
+    sha256: str = "",
+    token: str = "",
+    flaw: Callable[[Path], str] | None = None,
+    progress: bool = True,
+    policy: Policy | None = None,
+    elsewhere: str = "set TORCH_HOME to a folder of yours",
 ) -> Received | None:
     """Download `url` to `target` unless it exists; of several processes one downloads and the others wait for it.
 
@@ -102,8 +137,11 @@ def fetch(
         url: http or https.
         target: the file to make; its folder is made too.
         sha256: hexadecimal, if known: anything else is refused.
+        token: a login of the address's host.
+        flaw: says what is wrong with a file that came to its end, empty for nothing; then it is thrown away.
         progress: show a bar where stderr is a terminal.
         policy: patience; default `POLICY`.
+        elsewhere: what to do about a folder that is full or cannot be written, for messages.
 
     Returns:
         What came; `None` where the file was there already or another process brought it meanwhile.
@@ -111,31 +149,47 @@ def fetch(
     Raises:
         DownloadError: it did not come whole.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname
+    except ValueError:
+        good = None
+    if not good:
         raise DownloadError(f"{url}: only http and https addresses can be downloaded")
-    with _disk_errors(target.parent):
+    with _disk_errors(target.parent, elsewhere):
         target.parent.mkdir(parents=True, exist_ok=True)
         with only_one(target):
+            if target.is_dir():
+                raise DownloadError(f"{target}: is a folder; move it away")
             if target.exists():
                 return None
             part = Part(target, url)
-            _collect(part, progress, policy or POLICY)
-            received = Received(part.size(), hash_of(part.path), part.note.get("etag", ""))
-            if sha256 and received.sha256 != sha256.lower():
+            _collect(part, progress, policy or POLICY, token, elsewhere)
+            reason = flaw(part.path) if flaw is not None else ""
+            if reason:
                 part.discard()
-                was = f"came with SHA-256 {received.sha256}, expected {sha256.lower()}"
+                raise GoneError(f"{url}: what came is of no use, and was thrown away: {reason}")
+            received = Received(part.size(), hash_of(part.path), part.note.get("etag", ""))
+            expected = (sha256 or part.note.get("promised", "")).lower()
+            if expected and received.sha256 != expected:
+                part.discard()
+                was = f"came with SHA-256 {received.sha256}, expected {expected}"
                 raise WrongHashError(f"{url}: {was}; it was thrown away, do not trust this source")
             part.finish()
             return received
 
 
-def _collect(part: Part, progress: bool, policy: Policy) -> None:
+def _collect(part: Part, progress: bool, policy: Policy, token: str, elsewhere: str) -> None:
     """Attempts until the part is complete; one that gained bytes starts the count of failures anew."""
     failures, furthest = 0, part.size()
     while not part.complete():
         try:
-            _attempt(part, progress, policy)
+            _attempt(part, progress, policy, token, elsewhere)
             return
+        except GoneError:
+            if not part.size():
+                part.discard()
+            raise
         except _Failure as failure:
             failures = 1 if part.size() > furthest else failures + 1
             furthest = max(furthest, part.size())
@@ -144,13 +198,14 @@ def _collect(part: Part, progress: bool, policy: Policy) -> None:
             wait = policy.wait(failures) if failure.wait is None else failure.wait
             if failures >= policy.attempts or wait > policy.longest_wait:
                 pause = f", and asks to wait {wait:.0f} s" if wait > policy.longest_wait else ""
-                kept = f"; {part.size():,} bytes are kept, try again to go on from there" if part.validator() else ""
+                goes_on = part.size() > 0 and part.validator()
+                kept = f"; {part.size():,} bytes are kept, try again to go on from there" if goes_on else ""
                 raise DownloadError(f"{part.url}: {failure}{pause}{kept}") from failure.__cause__
             _LOG.info("%s: %s; trying again in %.1f s", part.url, failure, wait)
             policy.sleep(wait)
 
 
-def _attempt(part: Part, progress: bool, policy: Policy) -> None:
+def _attempt(part: Part, progress: bool, policy: Policy, token: str, elsewhere: str) -> None:
     """One request: for what is missing if the part can be continued, else for everything."""
     from hybridzoo import __version__
 
@@ -158,19 +213,25 @@ def _attempt(part: Part, progress: bool, policy: Policy) -> None:
     if part.size() and part.validator():
         headers |= {"Range": f"bytes={part.size()}-", "If-Range": part.validator()}
     request = urllib.request.Request(part.url, headers=headers)
-    opener = urllib.request.build_opener()  # `urlopen` would keep the proxies of its first call
-    with _network_errors(), opener.open(request, timeout=policy.stall) as response:
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    redirects = _Redirects()
+    opener = urllib.request.build_opener(redirects)  # `urlopen` would keep the proxies of its first call
+    with _network_errors(part.url), opener.open(request, timeout=policy.stall) as response:
         if response.headers.get("Content-Type", "").startswith(("text/html", "application/xhtml")):
-            raise DownloadError(_is_a_page(part.url))
+            raise GoneError(_is_a_page(part.url))
+        packed = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if packed not in ("", "identity"):
+            raise GoneError(f"{part.url}: comes packed as {_shown(packed)}, which was not asked for")
         length = response.headers.get("Content-Length", "")
-        coming = int(length) if length.isdecimal() else None
-        if not _continues(response, part):
-            part.begin(response.headers, coming)
+        coming = int(length) if length.isascii() and length.isdecimal() else None
+        if not _continues(response, part, asked="Range" in headers):
+            part.begin(response.headers, coming, redirects.promised or _promised(response.headers))
         have = part.size()
         total = None if coming is None else have + coming
         free = shutil.disk_usage(part.path.parent).free
         if coming is not None and coming > free:
-            where = f"{part.path.parent} has {free:,} free; make room, or set TORCH_HOME to a folder elsewhere"
+            where = f"{part.path.parent} has {free:,} free; make room, or {elsewhere}"
             raise DownloadError(f"{part.url}: needs {coming:,} bytes, {where}")
         bar = tqdm(
             desc=part.path.stem,
@@ -183,7 +244,7 @@ def _attempt(part: Part, progress: bool, policy: Policy) -> None:
         with bar, part.append() as file:
             while block := response.read1(BLOCK):
                 if not have and is_web_page(block):
-                    raise DownloadError(_is_a_page(part.url))
+                    raise GoneError(_is_a_page(part.url))
                 file.write(block)
                 have += len(block)
                 bar.update(len(block))
@@ -195,16 +256,30 @@ def _attempt(part: Part, progress: bool, policy: Policy) -> None:
         raise _Failure("the server sent an empty file")
 
 
-def _continues(response: Any, part: Part) -> bool:
+def _continues(response: Any, part: Part, *, asked: bool) -> bool:
     """Whether the answer is the rest of the part: from the byte asked for, of the same version of the file."""
     if response.status != 206:
         return False
+    if not asked:
+        raise GoneError(f"{part.url}: the server sends a part of the file where all of it was asked for")
     span, etag = response.headers.get("Content-Range", ""), response.headers.get("ETag")
     whole = span.rpartition("/")[2]
     same = etag in (None, part.note.get("etag")) and whole in ("*", str(part.note.get("size")))
     if not (same and span.startswith(f"bytes {part.size()}-")):
         raise _Failure("the file on the server changed while it was downloaded", fresh=True)
     return True
+
+
+def _promised(headers: Mapping[str, str]) -> str:
+    """The SHA-256 that the Hugging Face hub gives with a large file's address, empty for other servers and files."""
+    found = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag") or "")
+    return found[1] if found else ""
+
+
+def _shown(text: str, most: int = 120) -> str:
+    """What a server said, as part of one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _is_a_page(url: str) -> str:
@@ -217,25 +292,26 @@ def _is_a_page(url: str) -> str:
 def _retry_after(headers: Any) -> float | None:
     """Seconds that a server asks to wait, which it says as a number or as a date."""
     text = headers.get("Retry-After", "")
-    if text.isdecimal():
-        return float(text)
-    with contextlib.suppress(TypeError, ValueError):
+    if text.isascii() and text.isdecimal():
+        return float(text[:9])
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return None
 
 
 @contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
+def _network_errors(url: str) -> Iterator[None]:
     """What the network throws: as a `_Failure` if it may pass, else as what a person can act on."""
     try:
         yield
     except urllib.error.HTTPError as error:
         error.close()
-        answer = f"the server answers {error.code} {error.reason}".rstrip()
+        reason = "and leads in circles" if "infinite loop" in str(error.reason) else _shown(str(error.reason))
+        answer = f"the server answers {error.code} {reason}".rstrip()
         if error.code == 416:  # what we have is not a part of it
             raise _Failure(answer, fresh=True) from error
         if error.code not in _TRANSIENT:
-            raise DownloadError(f"{error.url}: {answer}: {_GONE.get(error.code, 'not to be had')}") from error
+            raise GoneError(f"{url}: {answer}: {_GONE.get(error.code, 'not to be had')}") from error
         raise _Failure(answer, wait=_retry_after(error.headers)) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
@@ -243,6 +319,10 @@ def _network_errors() -> Iterator[None]:
         raise _Failure(f"no connection ({error.reason})") from error
     except TimeoutError as error:
         raise _Failure("the server stopped sending") from error
+    except GoneError as error:  # of a redirect, which does not know where it began
+        raise error if str(error).startswith(url) else GoneError(f"{url}: {error}") from None
+    except (ValueError, UnicodeError, http.client.InvalidURL) as error:  # of an address that it leads to
+        raise GoneError(f"{url}: leads to what is no address ({_shown(str(error))})") from error
     except http.client.HTTPException as error:
         raise _Failure(f"the connection was cut ({type(error).__name__})") from error
     except OSError as error:
@@ -252,7 +332,7 @@ def _network_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path, elsewhere: str) -> Iterator[None]:
     """What the file system refuses, as what a person can do about it."""
     try:
         yield
@@ -260,5 +340,5 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         if error.errno in _FULL:
             message = f"{folder}: the disk is full; make room and try again, it goes on from what has come"
             raise DownloadError(message) from error
-        message = f"{folder}: cannot be written ({error.strerror or error}); set TORCH_HOME to a folder of yours"
+        message = f"{folder}: cannot be written ({error.strerror or error}); {elsewhere}"
         raise DownloadError(message) from error

@@ -129,7 +129,7 @@ class PyramidBackbone(nn.Module):
         # A classifier has a head and a final norm, and stages beyond the last level, that this backbone lacks.
         lacking = self._create().state_dict().keys() - self.model.state_dict().keys()
         state = {name: value for name, value in parts.network.items() if name not in lacking}
-        report = f"backbone: {load_matching(self.model, state, allow_head_mismatch=True)}"
+        report = f"backbone: {load_matching(self.model, state, allow_head_mismatch=True, source=path)}"
         norms = fitting_out_norms(self.out_norms, parts.out_norms)
         self.out_norms.load_state_dict(norms, strict=False)
         if norms:

@@ -101,18 +101,22 @@ def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A published file, or a checkpoint that `train` wrote.")],
     model: Annotated[str, typer.Option(metavar="NAME", help="The network: MODEL or MODEL.TAG.")],
     to: Annotated[
-        Layout, typer.Option(help="Our names, those of the authors' code, or those of timm's network.")
+        Layout,
+        typer.Option(
+            help="Our names, those of the authors' code (without what it computes itself), or those of timm's network."
+        ),
     ] = Layout.hybridzoo,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default FILE.LAYOUT.safetensors, beside FILE.")
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Write weights as safetensors under other names, with a note of where they come from beside."""
     from hybridzoo.checkpoints import convert_file
 
     with _user_errors(), tables.waiting(f"converting {file.name}"):
-        written = convert_file(file, model, to=to.value, out=out, ema=ema)
+        written = convert_file(file, model, to=to.value, out=out, ema=ema, force=force)
     print(f"{written}\n{written}.json")
 
 

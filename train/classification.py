@@ -73,7 +73,7 @@ class ImageClassifier(BaseModel):
     def load_weights(self, path: str | Path, *, allow_head_mismatch: bool) -> None:
         """Load a file's weights into the timm model, see :func:`hybridzoo.train.weights.load_matching`."""
         state = read_parts(path, self.model).network
-        report = load_matching(self.model, state, allow_head_mismatch=allow_head_mismatch)
+        report = load_matching(self.model, state, allow_head_mismatch=allow_head_mismatch, source=path)
         if allow_head_mismatch:  # to start from; otherwise everything fitted
             tell(f"weights {path}: {report}")
 

@@ -131,7 +131,10 @@ def train(
     config = copy.deepcopy(config)
     task = prepare(config)
     with _process_group(launcher):
-        weights = find_weights(weights) if weights is not None else None
+        whole = False
+        if weights is not None:
+            weights = find_weights(weights, _network(config.model))
+            whole = _is_whole_model(weights)  # read before a folder is made, which a bad file would leave behind
         task.configure(config, Path(data) if data is not None else None)
         folder = _set_up(config, work_dir, launcher)
         if seed is not None:
@@ -150,7 +153,7 @@ def train(
             if seed is None:  # loaders are built before mmengine looks at the checkpoint's seed
                 config.randomness["seed"] = read_checkpoint(checkpoint)["meta"]["seed"]
             weights = None
-        elif weights is not None and _takes_a_backbone(config.model) and not _is_whole_model(weights):
+        elif weights is not None and _takes_a_backbone(config.model) and not whole:
             config.model.backbone.weights, weights = str(weights), None
 
         with _running(folder):
@@ -267,7 +270,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_head_mismatch: boo
         inner.load_weights(path, allow_head_mismatch=allow_head_mismatch)
     else:
         state = read_state_dict(path, strip=False)
-        report = load_matching(inner, state, allow_head_mismatch=allow_head_mismatch)
+        report = load_matching(inner, state, allow_head_mismatch=allow_head_mismatch, source=path)
         if allow_head_mismatch:
             tell(f"weights {path}: {report}")
 
@@ -354,6 +357,12 @@ def _running(folder: Path) -> Iterator[None]:
 
 def _takes_a_backbone(model: Any) -> bool:
     return model.get("backbone", {}).get("type") == "PyramidBackbone"
+
+
+def _network(model: Any) -> str:
+    """The timm model that a config trains, empty if it is none."""
+    holder = model.get("backbone", {}) if _takes_a_backbone(model) else model
+    return str(holder.get("name", ""))
 
 
 def _is_whole_model(weights: str | Path) -> bool:

@@ -124,7 +124,12 @@ def weights(found: Iterable[tuple["Card", Path | None]]) -> Table:
 
 def verification(f: "Verification") -> Table:
     """What was found out about a file of weights, a fact a line."""
-    compared = {"card": "as the card says", "record": "as when it first came", "": "nothing to compare with"}[f.known]
+    compared = {
+        "card": "as the card says",
+        "record": "as when it first came",
+        "hub": "as the hub's cache calls it",
+        "": "nothing to compare with",
+    }[f.known]
     lines = {
         "file": str(f.path),
         "weights": f.name,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,21 @@ def read_parts(path: str | Path, model: nn.Module) -> Parts:
     return split(state, architecture)
 
 
-def find_weights(tag_or_file: str | Path) -> Path:
+def find_weights(tag_or_file: str | Path, model: str = "") -> Path:
     """The file itself, or the published file of that name (`dinat_mini.in1k`), downloaded where it is not here yet.
 
+    Args:
+        tag_or_file: as the command line's `--weights` has it.
+        model: the network they are for; a published file of another one is refused before it is downloaded.
+
     Raises:
-        UserError: neither a file nor a published name, or a download that failed.
+        UserError: neither a file nor a published name, another network's, or a download that failed.
     """
     path, name = Path(tag_or_file), str(tag_or_file)
+    if not name:
+        raise UserError("weights: is empty; name a file, or published weights (hybridzoo checkpoints list)")
+    if path.is_dir():
+        raise UserError(f"weights {name}: is a folder; name the file in it")
     if path.exists():
         return path
     published = [card.name for card in checkpoints.cards(task=None) if card.url]
@@ -65,16 +74,25 @@ def find_weights(tag_or_file: str | Path) -> Path:
         near = difflib.get_close_matches(name, published, n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else "type: hybridzoo checkpoints list"
         raise UserError(f"weights {name}: no such file, and no published weights are called so; {hint}")
-    from hybridzoo.checkpoints.store import download
+    if model and name.partition(".")[0] != model:
+        own = [known for known in published if known.partition(".")[0] == model]
+        hint = f"choose {', '.join(own)}" if own else "none are published of it"
+        raise UserError(f"weights {name}: are not of {model}, which the config trains; {hint}")
+    from hybridzoo.checkpoints import store
     from hybridzoo.checkpoints.transfer import DownloadError
 
     try:
-        return download(name)
+        found = store.download(name)
     except (DownloadError, ValueError) as error:
         raise UserError(str(error)) from error
+    if (notice := store.licence_notice(store.find(name))) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {notice}", file=sys.stderr)
+    return found
 
 
-def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mismatch: bool) -> str:
+def load_matching(
+    model: nn.Module, state: dict[str, Tensor], *, allow_head_mismatch: bool, source: str | Path = ""
+) -> str:
     """Load ``state`` into ``model``: every name and shape has to fit, or nothing is loaded.
 
     A table of positions for another image, window or kernel fits where the model's family has a rule to resize it.
@@ -84,6 +102,7 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mism
         state: name -> tensor, under our names or those of the authors' published files.
         allow_head_mismatch: let the classifier differ (another number of classes, or no classifier on either side).
             Its fitting part is loaded, the rest keeps its values.
+        source: the file they come from, for messages.
 
     Returns:
         What was loaded, in words.
@@ -98,7 +117,7 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mism
     unexpected = [name for name in state if name not in own]
     differing = {name: value.shape for name, value in state.items() if name in own and value.shape != own[name].shape}
     state = sizes.fit(state, own)
-    resized = [n for n in differing if state[n].shape == own[n].shape or _resizes(model, n, state[n])]
+    resized = [n for n in differing if state[n].shape == own[n].shape or sizes.takes(model, n, state[n])]
     reshaped = [name for name in differing if name not in resized]
     if allow_head_mismatch:
         # A classifier on one side only, e.g. num_classes=0, is a mismatch as well.
@@ -115,7 +134,8 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, allow_head_mism
             first = reshaped[0]
             shapes = f"{tuple(state[first].shape)}, the model has {tuple(own[first].shape)}"
             parts.append(f"{len(reshaped)} of another shape, first {first!r}: {shapes}")
-        raise UserError(f"the weights do not fit {_name(model)}: {'; '.join(parts)}")
+        which = f"weights {source}:" if source else "the weights"
+        raise UserError(f"{which} do not fit {_name(model)}: {'; '.join(parts)}")
     fitting = {
         name: value
         for name, value in state.items()
@@ -147,19 +167,6 @@ def tell(line: str) -> None:
     if is_main_process():
         print(line)
         print_log(line, logger="current")
-
-
-def _resizes(model: nn.Module, name: str, value: Tensor) -> bool:
-    """Whether the layer that owns the parameter takes one of another shape: tried on a copy of the layer."""
-    owner, _, local = name.rpartition(".")
-    try:
-        layer = model.get_submodule(owner)
-        if type(layer)._load_from_state_dict is nn.Module._load_from_state_dict:
-            return False
-        copy.deepcopy(layer).load_state_dict({local: value}, strict=False)
-    except (AttributeError, RuntimeError):
-        return False
-    return True
 
 
 def _in_head(model: nn.Module, name: str) -> bool:

@@ -1,16 +1,17 @@
 """Tables trained for one image size, for a network made for another one, as the authors resized them to fine-tune.
 
-Relative position tables are not here: the layers that hold them resize what they load.
+Relative position tables are not resized here: the layers that hold them do so with what they load.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _AXIS = re.compile(r"\.(ah|aw|ha|wa)_bias$")  # agent attention's: (heads, agents, rows or columns)
 _POSITIONS = re.compile(r"\.pos_embed$")  # DeiT's and PVT's: (1, tokens of a square map, after a class token, dim)
@@ -26,6 +27,8 @@ def fit(state_dict: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict
     fitted = dict(state_dict)
     for key, tensor in state_dict.items():
         size = network[key].shape if key in network else tensor.shape
+        if tensor.ndim == 2 and size == (*tensor.shape, 1, 1):  # a linear layer of timm's heads, without pooling
+            fitted[key] = tensor[:, :, None, None]
         if size == tensor.shape or tensor.ndim != 3 or len(size) != 3:
             continue
         if _AXIS.search(key) and size[:2] == tensor.shape[:2]:
@@ -33,6 +36,19 @@ def fit(state_dict: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict
         elif _POSITIONS.search(key) and size[2] == tensor.shape[2]:
             fitted[key] = _resized(tensor, size[1])
     return fitted
+
+
+def takes(network: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether the layer that owns a parameter resizes one of another shape: tried on a copy of the layer."""
+    owner, _, local = name.rpartition(".")
+    try:
+        layer = network.get_submodule(owner)
+        if type(layer)._load_from_state_dict is nn.Module._load_from_state_dict:
+            return False
+        copy.deepcopy(layer).load_state_dict({local: value}, strict=False)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def _resized(tensor: Tensor, tokens: int) -> Tensor:

@@ -97,7 +97,12 @@ def test_detectors_and_segmentors_are_no_tags_of_timm():
             get_pretrained_cfg(card.name, allow_unregistered=False)
         assert card.name not in timm_cfgs(card.family, first_conv="stem", classifier="head.fc")
         first = next(other for other in CLASSIFIERS if other.model == card.model)
-        assert (card.params, card.gmacs, card.licence) == (first.params, first.gmacs, first.licence)
+        assert (card.gmacs, card.licence) == (first.gmacs, first.licence)
+        params = first.params
+        if card.model_args:
+            with torch.device("meta"):
+                params = sum(p.numel() for p in timm.create_model(card.model, **card.model_args).parameters())
+        assert card.params == params
     assert {card.task for card in DENSE} == {"detection", "segmentation"}
     assert cards("dinat_mini*", task="segmentation")[0].name == "dinat_mini.upernet_160k_ade20k"
 
@@ -123,17 +128,25 @@ def test_the_files_of_a_family_hold_nothing_but_cards():
         assert set(content.get("parity", {})) <= {entry["model"] for entry in content["cards"]}
 
 
-MEASURED = {  # quick ones -> fixture
+MEASURED = {  # the quick ones of families that have one -> fixture
     "agent_deit_tiny": "agent/agent_deit_tiny",
+    "biformer_tiny": "biformer/biformer_tiny",
     "efficientvit_mit_b0": "efficientvit_mit/efficientvit_b0",
+    "efficientvit_mit_b1": "efficientvit_mit/efficientvit_b1",
     "efficientvit_msra_m0": "efficientvit_msra/efficientvit_m0_damped",
+    "efficientvit_msra_m4": "efficientvit_msra/efficientvit_m4_damped",
     "inline_deit_tiny": "inline/inline_deit_tiny",
+    "nat_mini": "dinat/nat_mini",
 }
 
 
 @pytest.mark.parametrize("model", MEASURED)
 def test_parity_is_what_the_goldens_measure(model: str):
-    """Of the order of magnitude recorded: rounding differs from one machine to the next."""
+    """Of the order of magnitude recorded: rounding differs from one machine to the next.
+
+    The others were measured the same way when their cards were written; here it would take minutes. That each of them
+    stays below `goldens.TOLERANCE` is for tests/backbones to see.
+    """
     fixture = MEASURED[model].split("/")
     network = timm.create_model(model).double().eval()
     network.load_state_dict(convert(goldens.published_state(*fixture), model))
@@ -161,7 +174,7 @@ def test_the_readme_and_the_documents_hold_the_tables_made_of_the_cards(tmp_path
     for name in ("README.md", "docs/models.md"):
         assert (tmp_path / name).read_text() == (root / name).read_text(), "make docs/models.md"
     table = markdown.readme_table()
-    assert "| `efficientvit_msra_…` | 2.3 - 12.5 M | 0.1 - 0.5 | 224 | 63.3 - 77.1 | github.com" in table
+    assert "| `efficientvit_msra_…` | 2.3 - 12.5 M | 0.1 - 0.5 | 224 | 63.3 - 77.1 | github.com, hugging" in table
     assert "| `patnet_…` | 4.3 - 104.5 M | 0.3 - 12.5 | 224 | 73.9 - 83.9 | none public | - |" in table
     for card in CLASSIFIERS:
         assert f"| `{card.name}` | {card.params / 1e6:.1f} M |" in markdown.markdown_table()

@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import goldens
 import pytest
@@ -135,7 +136,7 @@ def network() -> torch.nn.Module:
 
 
 def test_our_training_checkpoints(network: torch.nn.Module, tmp_path: Path) -> None:
-    """mmengine's, with an average; the run's config says which of the two `state_dict` is."""
+    """mmengine's, with an average; the run's config says which of the two `state_dict` is. The raw ones by default."""
     state = {f"model.{key}": value for key, value in network.state_dict().items()}
     other = {"steps": torch.tensor(3)} | {f"module.{key}": value + 1 for key, value in state.items()}
     for evaluate in ("ema", "raw"):
@@ -143,9 +144,12 @@ def test_our_training_checkpoints(network: torch.nn.Module, tmp_path: Path) -> N
         content = {"state_dict": state, "ema_state_dict": other, "meta": {"cfg": cfg}, "optimizer": {}}
         torch.save(content, tmp_path / f"{evaluate}.pth")
     weight = network.state_dict()["head.fc.weight"]
-    for name, ema, more in (("ema", True, 0), ("ema", False, 0), ("raw", False, 0), ("raw", True, 1)):
-        found = load_file(convert_file(tmp_path / f"{name}.pth", "efficientvit_msra_m0", ema=ema))
+    for name, ema, more in (("ema", True, 0), ("ema", False, 1), ("raw", False, 0), ("raw", True, 1)):
+        out = convert_file(tmp_path / f"{name}.pth", "efficientvit_msra_m0", ema=ema, force=True)
+        found, note = load_file(out), json.loads(Path(f"{out}.json").read_text())
         assert found.keys() == network.state_dict().keys()
+        assert note["average"] is ema
+        assert note["source"]["weights"] == ("ema_state_dict" if more else "state_dict")
         assert torch.equal(found["head.fc.weight"], weight + more), (name, ema)
     torch.save({"state_dict": state}, tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match=r"none.pth: holds no moving average \(its keys: state_dict\)"):
@@ -181,6 +185,7 @@ def test_provenance(tmp_path: Path) -> None:
     assert note["source"] == {"file": "biformer_tiny_best.pth", "sha256": digest, "weights": "model"}
     assert note["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert note["model"] == "biformer_tiny.in1k"
+    assert note["average"] is False
     assert note["licence"].startswith("MIT")
     assert note["hybridzoo"] == hybridzoo.__version__
     assert 0 < note["parity"] < 1e-9
@@ -193,6 +198,86 @@ def test_provenance(tmp_path: Path) -> None:
         "o.safetensors",
         "o.safetensors.json",
     ]
+
+
+def test_what_is_there_is_replaced_only_when_asked(network: torch.nn.Module, tmp_path: Path) -> None:
+    """And the source never, be it by its name, another's, or that of the note."""
+    source, out = tmp_path / "w.pth", tmp_path / "out.safetensors"
+    torch.save(network.state_dict(), source)
+    before = source.read_bytes()
+
+    def converted(**options: object) -> Path:
+        return convert_file(source, "efficientvit_msra_m0", **options)
+
+    for path in (out, Path(f"{out}.json")):
+        path.write_text("precious")
+        with pytest.raises(CheckpointError, match=rf"out {path}: is there already; .* --force"):
+            converted(out=out)
+        assert path.read_text() == "precious"
+        path.unlink()
+    out.write_text("old")
+    assert converted(out=out, force=True) == out
+    assert load_file(out).keys() == network.state_dict().keys()
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "hard").hardlink_to(source)
+    (tmp_path / "note.json").hardlink_to(source)
+    for name in ("w.pth", "link", "hard", "note"):
+        with pytest.raises(CheckpointError, match="is the source itself"):
+            converted(out=tmp_path / name, force=True)
+    assert source.read_bytes() == before
+
+
+def test_nothing_is_left_behind_where_something_cannot_be_written(
+    network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "taken.safetensors.json").mkdir()
+    (tmp_path / "folder").mkdir()
+    for out, folder in (("taken.safetensors", "taken.safetensors.json"), ("folder", "folder")):
+        with pytest.raises(CheckpointError, match=rf"^out .*{folder}: is a folder; name a file$"):
+            convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", out=tmp_path / out, force=True)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hybridzoo.checkpoints.writing.write_note", full)
+    with pytest.raises(CheckpointError, match=r"o.safetensors: cannot be written \(No space left on device\)"):
+        convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", out=tmp_path / "o.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "taken.safetensors.json", "w.pth"]
+
+
+def test_paths_as_people_write_them(network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    assert convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", out="~/o.st") == tmp_path / "o.st"
+    with pytest.raises(CheckpointError, match="out: is empty"):
+        convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", out="")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda value: value * torch.nan, r"\d+ not finite: stem.conv1.conv.weight"),
+        (lambda value: value.to(torch.complex64), r"\d+ of another kind of numbers: stem.conv1.conv.weight complex64"),
+        (lambda value: value.int(), r"\d+ of another kind of numbers: stem.conv1.conv.weight int32"),
+    ],
+    ids=["nan", "complex", "integers"],
+)
+@pytest.mark.parametrize("to", ["hybridzoo", "published", "timm"])
+def test_numbers_that_no_network_has_are_refused(
+    network: torch.nn.Module, tmp_path: Path, change: Any, says: str, to: Any
+) -> None:
+    state = network.state_dict()
+    torch.save({k: change(v) if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=rf"w.pth: does not fit efficientvit_msra_m0; {says}"):
+        convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", to=to)
+
+
+def test_half_precision_stays_as_it_is(network: torch.nn.Module, tmp_path: Path) -> None:
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    out = load_file(convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", to="timm"))
+    assert {value.dtype for value in out.values()} == {torch.float16, torch.int64}
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_written(network: torch.nn.Module, tmp_path: Path) -> None:
@@ -265,9 +350,15 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["final.pth", "--model", "dinat_mini", "--ema"], "holds no moving average"),
         (["final.pth", "--model", "efficientvit_msra_m0", "--to", "onnx"], "'onnx' is not one of"),
         (["nowhere.pth", "--model", "efficientvit_msra_m0"], "checkpoint nowhere.pth: no such file"),
+        (
+            ["final.pth", "--model", "dinat_mini", "--to", "published"],
+            "is there already; choose another",
+        ),
+        (["final.pth", "--model", "dinat_mini", "--out", ""], "out: is empty"),
         (["final.pth"], "--model"),
     ):
         assert main(["checkpoints", "convert", *argv]) == 2
         told = capsys.readouterr()
         assert reason in told.err
         assert len(told.err.splitlines()) == 1
+    assert main(["checkpoints", "convert", "final.pth", "--model", "dinat_mini", "--to", "published", "--force"]) == 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
+import zipfile
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -16,7 +19,7 @@ from pathlib import Path
 import pytest
 from http_server import Answer, Server
 
-from hybridzoo.checkpoints import files, transfer
+from hybridzoo.checkpoints import containers, files, transfer
 from hybridzoo.checkpoints.transfer import DownloadError, Policy, fetch
 
 CONTENT = bytes(range(256)) * 2400  # 600 kB
@@ -183,6 +186,90 @@ def test_a_web_page_is_not_weights(server: Server, target: Path, header: str) ->
     assert target.read_bytes() == CONTENT
 
 
+def test_what_came_whole_and_is_something_else_is_thrown_away(server: Server, target: Path) -> None:
+    """The body is cut, and nothing says how long it was; then it comes whole, and is a zip archive."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("data", CONTENT)
+    server.files[URL] = whole.getvalue()
+    server.script = [Answer(cut=200_000, headers={"Content-Length": ""})]
+    url = server.url + URL
+    with pytest.raises(DownloadError, match=r"pth: what came is of no use, and was thrown away: it is cut short"):
+        fetch(url, target, flaw=containers.flaw)
+    assert left(target) == []
+    fetch(url, target, flaw=containers.flaw)
+    assert target.read_bytes() == whole.getvalue()
+
+
+@pytest.mark.parametrize("packing", ["gzip", "br, gzip"])
+def test_what_comes_packed_is_refused(server: Server, target: Path, packing: str) -> None:
+    server.script = [Answer(headers={"Content-Encoding": packing})]
+    with pytest.raises(DownloadError, match=rf"weights\.pth: comes packed as {packing}, which was not asked for"):
+        get(server, target)
+    get(server, target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_part_that_nobody_asked_for(server: Server, target: Path) -> None:
+    server.always = Answer(status=206, headers={"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"})
+    with pytest.raises(DownloadError, match=r"the server sends a part of the file where all of it was asked for"):
+        get(server, target)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("ftp://127.0.0.1:9/x", "leads from http to ftp://127.0.0.1:9/x, which is not followed"),
+        ("file:///etc/passwd", "not allowed"),
+        ("http://[::1", "leads to what is no address"),
+        ("http://127.0.0.1:abc/", "leads to what is no address"),
+        (f"http://{'a' * 70}.com/", "leads to what is no address"),
+        (URL, "302 and leads in circles"),
+    ],
+)
+def test_redirects_that_are_not_followed(server: Server, target: Path, place: str, says: str) -> None:
+    server.always = Answer(status=302, headers={"Location": place})
+    with pytest.raises(DownloadError, match=rf"/weights\.pth: .*{says}") as caught:
+        get(server, target, attempts=2)
+    assert "\n" not in str(caught.value)
+    assert left(target) == []
+
+
+def test_no_redirect_leaves_encryption() -> None:
+    redirects, asked = transfer._Redirects(), urllib.request.Request("https://example.com/x")
+    with pytest.raises(DownloadError, match=r"leads from https to http://example.com/x, which is not followed"):
+        redirects.redirect_request(asked, None, 302, "Found", {}, "http://example.com/x")
+    assert redirects.redirect_request(asked, None, 302, "Found", {}, "https://example.com/y").host == "example.com"
+
+
+def test_a_login_is_told_to_its_host_alone(server: Server, target: Path) -> None:
+    with Server(**{"there.pth": CONTENT}).running() as other:
+        server.script = [
+            Answer(status=307, headers={"Location": "/moved.pth"}),
+            Answer(status=302, headers={"Location": f"{other.url}/there.pth"}),
+        ]
+        fetch(server.url + URL, target, token="secret")
+        assert [request.headers.get("Authorization") for request in server.requests] == ["Bearer secret"] * 2
+        assert [request.headers.get("Authorization") for request in other.requests] == [None]
+    assert target.read_bytes() == CONTENT
+
+
+def test_the_hash_that_a_hub_promises_is_kept_to(server: Server, target: Path) -> None:
+    """The file is elsewhere, and another one; a later attempt, which sees no promise, does not forget it."""
+    promised = hashlib.sha256(OTHER).hexdigest()
+    with Server(**{"there.pth": CONTENT}).running() as other:
+        there = {"Location": f"{other.url}/there.pth"}
+        other.script = [Answer(cut=200_000)]
+        server.script = [
+            Answer(status=302, headers={**there, "X-Linked-Etag": f'"{promised}"'}),
+            Answer(status=302, headers=there),
+        ]
+        with pytest.raises(DownloadError, match=rf"came with SHA-256 {SHA}, expected {promised}; it was thrown away"):
+            get(server, target)
+    assert left(target) == []
+
+
 def test_google_drives_page_is_named() -> None:
     assert "Google Drive asks to confirm" in transfer._is_a_page("https://drive.google.com/uc?id=1")
     assert "Google" not in transfer._is_a_page("https://example.com/weights.pth")
@@ -223,8 +310,9 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(server: Server, target
 
 def test_it_gives_up(server: Server, target: Path) -> None:
     server.always = Answer(status=503)
-    with pytest.raises(DownloadError, match=r"/weights\.pth: the server answers 503"):
+    with pytest.raises(DownloadError, match=r"/weights\.pth: the server answers 503") as caught:
         get(server, target, attempts=3)
+    assert "kept" not in str(caught.value), "nothing is"
     assert len(server.requests) == 3
 
 
@@ -342,10 +430,22 @@ def test_links_are_replaced_not_followed(server: Server, target: Path, tmp_path:
     assert target.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://example.com/x", "/etc/passwd"])
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://example.com/x", "/etc/passwd", "http://", "http://[::1"])
 def test_only_the_web(target: Path, url: str) -> None:
     with pytest.raises(DownloadError, match="only http and https"):
         fetch(url, target)
+
+
+def test_a_folder_in_its_place(server: Server, target: Path) -> None:
+    target.mkdir(parents=True)
+    with pytest.raises(DownloadError, match=r"weights\.pth: is a folder; move it away"):
+        get(server, target)
+
+
+def test_where_else_to_put_it_is_the_callers_to_say(server: Server, target: Path) -> None:
+    target.parent.write_text("a file")
+    with pytest.raises(DownloadError, match=r"cache: cannot be written \(.*\); choose another cache_dir"):
+        fetch(server.url + URL, target, elsewhere="choose another cache_dir")
 
 
 def test_proxies_of_the_environment_are_used(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

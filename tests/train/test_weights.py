@@ -196,6 +196,10 @@ def test_published_names_are_downloaded_and_files_are_taken_as_they_are(
         find_weights("nowhere.pth")
     with pytest.raises(UserError, match=r"weights patnet_t0: no such file, and no published"):
         find_weights("patnet_t0")
+    with pytest.raises(UserError, match="weights: is empty"):
+        find_weights("")
+    with pytest.raises(UserError, match="is a folder; name the file in it"):
+        find_weights(tmp_path)
     assert not asked
 
     def fails(name: str) -> Path:
@@ -204,6 +208,50 @@ def test_published_names_are_downloaded_and_files_are_taken_as_they_are(
     monkeypatch.setattr(store, "download", fails)
     with pytest.raises(UserError, match=r"nat_mini.in1k: nothing is there"):
         find_weights("nat_mini.in1k")
+
+
+def test_another_networks_published_weights_are_refused_before_they_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """And what binds the user of the right ones is said."""
+    from hybridzoo.checkpoints import store
+
+    asked = []
+    monkeypatch.setattr(store, "download", lambda name: asked.append(name) or tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"weights dinat_mini.in1k: are not of biformer_tiny, which .*; choose biformer_tiny.in1k"
+    ):
+        find_weights("dinat_mini.in1k", "biformer_tiny")
+    with pytest.raises(UserError, match=r"dinat_mini: are not of patnet_t0, which .*; none are published of it"):
+        find_weights("dinat_mini", "patnet_t0")
+    assert not asked
+    find_weights("fastervit_0", "fastervit_0")
+    assert asked == ["fastervit_0"]
+    assert capsys.readouterr().err.startswith("note: fastervit_0.in1k: these weights are for non-commercial use only")
+
+
+def test_the_command_line_names_bad_weights_before_it_makes_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from hybridzoo.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("text.pth").write_text("not weights")
+    for given, says in (("text.pth", "it is text"), ("", "is empty"), ("dinat_mini.in1k", "are not of biformer_tiny")):
+        argv = ["train", "biformer_tiny_digits", "--weights", given, "--work-dir", "run", "--no-wandb"]
+        assert main(argv) == 2
+        told = capsys.readouterr().err
+        assert says in told
+        assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.pth"]
+
+
+def test_a_misfit_names_the_file(model: nn.Module, tmp_path: Path) -> None:
+    from hybridzoo.train.backbone import PyramidBackbone
+
+    torch.save(model.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"weights .*other.pth: do not fit test_resnet: "):
+        PyramidBackbone("test_resnet", out_indices=(1, 2)).load(tmp_path / "other.pth")
 
 
 def test_tables_of_another_kernel_are_resized_by_the_layer_and_the_report_says_so() -> None:
