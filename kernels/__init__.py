@@ -1,4 +1,4 @@
-"""Operators: pure functions on tensors, one folder each (api, torch, reference)."""
+"""Operators: pure functions on tensors, one folder each: api, implementations in torch and triton, reference."""
 
 from hybridzoo.kernels.neighborhood import na2d
 from hybridzoo.kernels.routed import bi_level_route, routed_attention2d

@@ -31,11 +31,13 @@ class Config:
     keys: int
     warps: int
     stages: int
+    registers: int | None = None  # a thread may have; the compiler, left to itself, may rather spill a few bytes
 
     @property
     def options(self) -> dict[str, int | bool]:
         """For the compiler. Whether multiplications and additions may fuse is said, because defaults differ."""
-        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+        options: dict[str, int | bool] = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+        return options if self.registers is None else options | dict(maxnreg=self.registers)
 
 
 Table = dict[tuple[str, int, int], Config]  # (kernel, padded head_dim, bytes per element)
@@ -45,10 +47,13 @@ def pick(table: Table, variable: str, kind: str, block_d: int, itemsize: int) ->
     """The configuration of kernel `kind` for this padded head_dim (16 to 128) and element size (2 or 4 bytes).
 
     A tuning run's result, `{"kind,block_d,itemsize": [queries, keys, warps, stages]}` in the JSON file that the
-    environment variable `variable` names, comes before `table`. Rows missing in both take the next larger head_dim.
+    environment variable `variable` names, comes before `table`. Where head_dim 16 has no row, that of 32 serves.
     """
-    key = (kind, max(block_d, 32), itemsize)
-    return _tuned(os.environ.get(variable, "")).get(key) or table[key]
+    tuned = _tuned(os.environ.get(variable, ""))
+    for key in ((kind, block_d, itemsize), (kind, 32, itemsize)):
+        if key in tuned or key in table:
+            break
+    return tuned.get(key) or table[key]
 
 
 @functools.cache
@@ -110,17 +115,21 @@ def sizes(query: Tensor) -> dict[str, Any]:
     strides = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), query.stride(), strict=False))
     return strides | dict(
         heads=heads, height=height, width=width,
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PRECISION=precision(),
+        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PRECISION=precision(query),
     )  # fmt: skip
 
 
-def precision() -> str:
-    """How float32 products are taken; of no effect on the others.
+def precision(query: Tensor) -> str:
+    """How float32 products are taken: as PyTorch's own are, exactly unless the user allows TF32; others have no choice.
 
-    As PyTorch's own are: exactly, unless the user allows TF32 (`torch.set_float32_matmul_precision`, or the older
-    `torch.backends.cuda.matmul.allow_tf32`).
+    PyTorch has three ways to allow it, and refuses to answer by one of them once another was used. The newest attribute
+    always answers.
     """
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    matmul = torch.backends.cuda.matmul
+    if query.dtype != torch.float32:
+        return "ieee"
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridzoo.kernels import bi_level_route, routed_attention2d
+from hybridzoo.kernels import arguments, bi_level_route, routed_attention2d
 from hybridzoo.kernels.routed.grid import Grid
 
 Padding = Literal["bias", "zeros", "mask"]
@@ -38,7 +38,7 @@ class BiLevelRoutingAttention(nn.Module):
         region_size: tokens per region side, the number of regions following the map (cost is linear in the area).
             Exactly one of the two must be given.
         padding: what stands beyond the map's edge, see above.
-        lepe_kernel: size of the depthwise convolution over v (local position encoding).
+        lepe_kernel: size of the depthwise convolution over v (local position encoding); odd.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -63,21 +63,19 @@ class BiLevelRoutingAttention(nn.Module):
         lepe_kernel: int = 5,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads; got dim={dim}, num_heads={num_heads}")
+        arguments.channels(dim, num_heads)
         if (regions is None) == (region_size is None):
             raise ValueError(f"give either regions or region_size; got regions={regions}, region_size={region_size}")
-        if min(regions if isinstance(regions, tuple) else (regions or region_size or 0,)) < 1:
-            raise ValueError(f"regions and region_size must be positive; got {regions}, {region_size}")
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
         self.num_heads = num_heads
-        self.topk = topk
-        self.regions = (regions, regions) if isinstance(regions, int) else regions
-        self.region_size = region_size
+        self.topk = arguments.positive("topk", topk)
+        self.regions = None if regions is None else arguments.pair("regions", regions)
+        self.region_size = None if region_size is None else arguments.positive("region_size", region_size)
         self.padding = padding
         self.scale = dim**-0.5  # of the full width, not of a head: the published softmax temperature
         self.qkv = nn.Linear(dim, 3 * dim)
+        lepe_kernel = arguments.odd("lepe_kernel", lepe_kernel)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -125,6 +123,10 @@ class BiLevelRoutingAttention(nn.Module):
             value = Grid(1, 1, height + below, width + right).extend(value, fill[2])
         local = self.lepe(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :height, :width]
         return self.proj(out.flatten(3) + local)
+
+    def extra_repr(self) -> str:
+        cut = f"regions={self.regions}" if self.region_size is None else f"region_size={self.region_size}"
+        return f"num_heads={self.num_heads}, topk={self.topk}, {cut}, padding={self.padding!r}"
 
     def _route(self, query: Tensor, key: Tensor, grid: Grid, fill: Tensor | None) -> Tensor:
         in_means = fill[:2] if fill is not None and self.padding == "bias" else None

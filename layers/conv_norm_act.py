@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hybridzoo.layers.fused_act import conv_act
+from hybridzoo.layers.fused_act import conv_act, in_turn
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Callable[[], nn.Module]
@@ -64,7 +64,7 @@ class ConvNormAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.norm, nn.Identity):
             return conv_act(self.conv, self.act, x)
-        return self.act(self.norm(self.conv(x)))
+        return in_turn(self.norm, self.act, self.conv(x))
 
     def fuse(self) -> ConvNormAct:
         """Fold a batch norm's running statistics into the convolution, in place; exact in evaluation only."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from hybridzoo.layers.gelu import GELU, GELUTanh
-from hybridzoo.layers.slicing import lean
+from hybridzoo.layers.slicing import lean, watched
 
 _GEOMETRY = ["padding", "stride", "dilation", "groups"]
 _POST_OPERATION = ["attr", "scalars", "algorithm"]
@@ -35,7 +35,7 @@ def conv_act(conv: nn.Conv2d, act: nn.Module, x: Tensor) -> Tensor:
     post = _post_operation(act)
     plain = type(conv) is nn.Conv2d and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
     if _CONVOLUTION is None or post is None or not plain or not _fusable(conv, act, x):
-        return act(conv(x))
+        return in_turn(conv, act, x)
     attribute, algorithm = post
     geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
     return _CONVOLUTION(x, conv.weight, conv.bias, *geometry, attribute, [], algorithm)
@@ -48,10 +48,15 @@ def linear_act(linear: nn.Linear, act: nn.Module | None, x: Tensor) -> Tensor:
     """
     post = ("none", "") if act is None else _post_operation(act)
     if _LINEAR is None or post is None or type(linear) is not nn.Linear or not _fusable(linear, act, x):
-        x = linear(x)
-        return x if act is None else act(x)
+        return linear(x) if act is None else in_turn(linear, act, x)
     attribute, algorithm = post
     return _LINEAR(x, linear.weight, linear.bias, attribute, [], algorithm)
+
+
+def in_turn(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """`act(layer(x))`, one after the other; an activation in place leaves alone what a hook may have kept."""
+    x = layer(x)
+    return act(x.clone() if getattr(act, "inplace", False) and watched(layer, act) else x)
 
 
 def _post_operation(act: nn.Module) -> tuple[str, str] | None:
@@ -71,12 +76,11 @@ def _post_operation(act: nn.Module) -> tuple[str, str] | None:
 
 
 def _fusable(layer: nn.Conv2d | nn.Linear, act: nn.Module | None, x: Tensor) -> bool:
-    watched = any(m._forward_hooks or m._forward_pre_hooks for m in (layer, act) if m is not None)
-    return (
+    return bool(
         lean(x)
         and type(x) is Tensor
         and x.dtype == layer.weight.dtype == torch.float32
-        and not watched
+        and not (watched(layer) if act is None else watched(layer, act))
         and not _len_torch_dispatch_stack()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled

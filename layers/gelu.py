@@ -20,6 +20,8 @@ SLICE = 2**16  # elements a thread works on at a time: half a megabyte with the 
 class GELU(nn.Module):
     """The exact `F.gelu`, in place where no gradient needs the input."""
 
+    inplace = True
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(x) if lean(x) else F.gelu(x)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from hybridzoo.kernels import na2d
+from hybridzoo.kernels import arguments, na2d
 from hybridzoo.layers.relative_position import resize_table
 
 Padding = Literal["bias", "mask"]
@@ -65,15 +64,12 @@ class NeighborhoodAttention2d(nn.Module):
         padding: Padding = "bias",
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim must be a positive multiple of num_heads; got dim={dim}, num_heads={num_heads}")
+        arguments.channels(dim, num_heads)
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
         self.num_heads = num_heads
-        self.kernel_size = _pair("kernel_size", kernel_size)
-        if not all(k % 2 for k in self.kernel_size):
-            raise ValueError(f"kernel_size must be odd, so that a window has a middle; got {kernel_size!r}")
-        self.dilation = None if dilation == "auto" else _pair("dilation", dilation)  # None: by the map's size
+        self.kernel_size = arguments.window("kernel_size", kernel_size)
+        self.dilation = None if dilation == "auto" else arguments.pair("dilation", dilation)  # None: by the map's size
         self.padding = padding
         self.qkv = nn.Linear(dim, 3 * dim)
         self.rpb: nn.Parameter | None = None
@@ -85,21 +81,17 @@ class NeighborhoodAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, dim = x.shape
         dilation = self.dilation or (fitting_dilation(height, width, self.kernel_size),) * 2
-        below, right = (
-            max(0, k * d - side) for k, d, side in zip(self.kernel_size, dilation, (height, width), strict=True)
-        )
-        if self.padding == "bias" and (below or right):
-            # Zeros before the projection are its bias after it, and cost no multiplications this way.
-            qkv = F.pad(F.linear(x, self.qkv.weight), (0, 0, 0, right, 0, below))
-            qkv = qkv + self.qkv.bias.to(qkv.dtype)
-        else:
-            qkv = self.qkv(x)
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, dim // self.num_heads)).unbind(3)
-        out = na2d(query, key, value, self.kernel_size, dilation, rpb=self.rpb)
-        return self.proj(out[:, :height, :width].flatten(3))
+        heads = (3, self.num_heads, dim // self.num_heads)
+        query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
+        # Zeros before the projection are its bias after it.
+        fill = self.qkv.bias.view(heads)[1:] if self.padding == "bias" else None
+        return self.proj(na2d(query, key, value, self.kernel_size, dilation, rpb=self.rpb, fill=fill).flatten(3))
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation or 'auto'}"
+        return (
+            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation or 'auto'},"
+            f" padding={self.padding!r}"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rpb = state_dict.get(f"{prefix}rpb")
@@ -118,7 +110,7 @@ def resize_rpb(rpb: Tensor, kernel_size: int | tuple[int, int]) -> Tensor:
     Raises:
         ValueError: a kernel that is no positive whole number.
     """
-    return resize_table(rpb, _pair("kernel_size", kernel_size), "bicubic")
+    return resize_table(rpb, arguments.pair("kernel_size", kernel_size), "bicubic")
 
 
 def fitting_dilation(height: int, width: int, kernel_size: int | tuple[int, int]) -> int:
@@ -127,12 +119,5 @@ def fitting_dilation(height: int, width: int, kernel_size: int | tuple[int, int]
     With a 7 x 7 kernel: 8 on the 56 x 56 map of a 224-pixel image at stride 4, and 28 at 800 pixels, which are the
     published models' largest ones.
     """
-    rows, columns = _pair("kernel_size", kernel_size)
+    rows, columns = arguments.pair("kernel_size", kernel_size)
     return max(1, min(height // rows, width // columns))
-
-
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
-        raise ValueError(f"{name} must be a positive whole number or a pair (rows, columns) of them; got {value!r}")
-    return pair[0], pair[1]

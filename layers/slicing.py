@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 # Elements of the largest tensor of a slice: 16 MB in float32. Half of what glibc's malloc keeps at most (its mmap
 # threshold grows to 32 MB), and a share of a server's last-level cache.
@@ -17,13 +18,32 @@ SLICE = 2**22
 
 
 def lean(x: Tensor) -> bool:
-    """Whether what is computed from `x` runs on a CPU, eagerly and without gradients.
+    """Whether what is computed from `x` runs on a CPU and is not `recorded`.
 
-    Then nothing is kept for a backward pass or a graph: batches may be cut, fresh tensors overwritten.
+    Then batches may be cut, and fresh tensors overwritten unless they are `watched`.
     """
-    return x.device.type == "cpu" and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )
+    return x.device.type == "cpu" and not recorded(x)
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether operations on `x` are kept for a backward pass, go into a graph or are transformed."""
+    graph = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return graph or transformed(x)
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether `x` stands for something else inside `torch.func`'s transforms (vmap, grad): it has no memory to ask."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether forward hooks, on these modules or on all, may have kept what goes in or out: do not overwrite it then.
+
+    Where `b` overwrites what `a` has just returned, both are to be asked about.
+    """
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 def by_images(function: Callable[[Tensor], Tensor], x: Tensor, elements: int, training: bool) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hybridzoo.kernels.neighborhood import torch_impl
+from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision
 
 
 @torch.library.custom_op("hybridzoo::na2d", mutates_args=())
@@ -21,15 +22,20 @@ def na2d(
     dilation: list[int],
     scale: float,
     impl: str,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result and, from Triton, the log-sum-exp of the scores that its backward pass wants, (B, H, W, heads)."""
+    """The result and the log-sum-exp of the scores, (B, H, W, heads).
+
+    The second is differentiable `with_lse`; without, it is what Triton's backward pass wants, and empty elsewhere.
+    """
     args = (query, key, value, rpb, (kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import triton_impl  # only when used: Triton is slow to import
 
         return triton_impl.forward(*args)
-    with _full_precision(query):
-        return torch_impl.forward(*args), _log_sum_exp(query, impl)
+    with full_precision(query):
+        out, lse = torch_impl.forward(*args, with_lse)
+        return out, _log_sum_exp(query, impl, with_lse) if lse is None else lse
 
 
 @torch.library.custom_op("hybridzoo::na2d_backward", mutates_args=())
@@ -41,56 +47,58 @@ def na2d_backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     kernel: list[int],
     dilation: list[int],
     scale: float,
     impl: str,
+    want_rpb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and rpb; the last one is empty without rpb."""
+    """Gradients of query, key, value and rpb; the last one is empty where it is not wanted."""
     where = ((kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import triton_impl
 
-        dq, dk, dv, drpb = triton_impl.backward(grad, query, key, value, rpb, out, lse, *where)
+        dq, dk, dv, drpb = triton_impl.backward(grad, query, key, value, rpb, out, lse, grad_lse, *where, want_rpb)
     else:
-        with _full_precision(query):
-            dq, dk, dv, drpb = torch_impl.backward(grad, query, key, value, rpb, out, *where)
+        with full_precision(query):
+            dq, dk, dv, drpb = torch_impl.backward(grad, query, key, value, rpb, out, grad_lse, *where, want_rpb)
     return dq, dk, dv, query.new_empty(0) if drpb is None else drpb
 
 
 @na2d.register_fake
-def _(query, key, value, rpb, kernel, dilation, scale, impl):
-    return query.new_empty(query.shape), _log_sum_exp(query, impl)
+def _(query, key, value, rpb, kernel, dilation, scale, impl, with_lse):
+    return query.new_empty(query.shape), _log_sum_exp(query, impl, with_lse)
 
 
 @na2d_backward.register_fake
-def _(grad, query, key, value, rpb, out, lse, kernel, dilation, scale, impl):
+def _(grad, query, key, value, rpb, out, lse, grad_lse, kernel, dilation, scale, impl, want_rpb):
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    return dq, dk, dv, query.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
+    return dq, dk, dv, rpb.new_empty(rpb.shape) if want_rpb else query.new_empty(0)
 
 
-def _full_precision(query: Tensor) -> torch.autocast:
-    """Inside the operator autocast would still turn its float32 products into half ones."""
-    return torch.autocast(query.device.type, enabled=False)
+def _log_sum_exp(query: Tensor, impl: str, with_lse: bool) -> Tensor:
+    """An empty tensor like the one that `impl` returns."""
+    shape = query.shape[:4] if impl == "triton" or with_lse else (0,)
+    return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def _log_sum_exp(query: Tensor, impl: str) -> Tensor:
-    """An empty float32 tensor of the shape that `impl` returns."""
-    return query.new_empty(query.shape[:4] if impl == "triton" else (0,), dtype=torch.float32)
-
-
-def _save(ctx, inputs, output) -> None:
-    query, key, value, rpb, *ctx.where = inputs
+def _save(ctx, inputs, output):
+    query, key, value, rpb, *ctx.where, ctx.with_lse = inputs
     ctx.save_for_backward(query, key, value, rpb, *output)
+    if not ctx.with_lse:
+        ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, grad, _):
-    saved = ctx.saved_tensors  # read once: checkpointing recomputes on every access
-    *grads, drpb = na2d_backward(grad, *saved, *ctx.where)
-    return *grads, None if saved[3] is None else drpb, None, None, None, None
+def _differentiate(ctx, grad, grad_lse):
+    want_rpb = ctx.needs_input_grad[3]  # a frozen one must not cost a kernel
+    grad_lse = grad_lse if ctx.with_lse else None
+    *grads, drpb = _backward(grad, *ctx.saved_tensors, grad_lse, *ctx.where, want_rpb)
+    return *grads, drpb if want_rpb else None, None, None, None, None, None
 
 
-na2d.register_autograd(_differentiate, setup_context=_save)
+_backward = differentiable_once(na2d_backward, "na2d")
+attend = differentiable(na2d, "na2d", _save, _differentiate)
 
 
 def _multiplications(query, kernel, dilation) -> int:
@@ -109,5 +117,7 @@ def _flops(query, key, value, rpb, kernel, dilation, *args, out_shape=None, **kw
 
 
 @register_flop_formula(torch.ops.hybridzoo.na2d_backward)
-def _backward_flops(grad, query, key, value, rpb, out, lse, kernel, dilation, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(
+    grad, query, key, value, rpb, out, lse, grad_lse, kernel, dilation, *args, out_shape=None, **kwargs
+) -> int:
     return 2 * 5 * _multiplications(query, kernel, dilation)  # the scores again, dweights, and one for each of q, k, v

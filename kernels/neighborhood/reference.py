@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,9 +38,15 @@ def na2d(
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
+    fill: Tensor | None = None,
 ) -> Tensor:
-    """Masked dense attention, in the dtype of `query`. Differentiable."""
+    """Masked dense attention, in the dtype of `query`. Differentiable. `fill` really extends the map."""
     height, width = query.shape[1:3]
+    if fill is not None:
+        extra = (0, 0, 0, 0, 0, max(0, kernel[1] * dilation[1] - width), 0, max(0, kernel[0] * dilation[0] - height))
+        new = F.pad(torch.zeros_like(query[..., :1]), extra, value=1.0)
+        query, key, value = F.pad(query, extra), F.pad(key, extra) + new * fill[0], F.pad(value, extra) + new * fill[1]
+        return na2d(query, key, value, rpb, kernel, dilation, scale)[:, :height, :width]
     (seen_h, index_h), (seen_w, index_w) = (
         dense_axis(*axis) for axis in zip((height, width), kernel, dilation, strict=True)
     )

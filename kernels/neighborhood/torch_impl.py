@@ -45,20 +45,20 @@ def _chunks(batch: Tensor, scores: int, chunk: int) -> Iterator[tuple[slice, ...
 
 
 def _matrices(view: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(..., heads, size, size, d)` -> `(tiles * heads, size * size, d)`, contiguous."""
+    """`(..., heads, size, size, d)` -> `(tiles * heads, size * size, d)` in `dtype`; a view where one will do."""
     view = view.to(dtype, memory_format=torch.contiguous_format)
-    return view.reshape(-1, view.shape[6] * view.shape[7], view.shape[8])
+    return view.reshape(math.prod(view.shape[:6]), view.shape[6] * view.shape[7], view.shape[8])
 
 
 def _sequences(view: Tensor) -> Tensor:
     """`(..., heads, size, size, d)` -> `(tiles, heads, size * size, d)`; a view where whole rows of a map allow it."""
-    return view.reshape(-1, view.shape[5], view.shape[6] * view.shape[7], view.shape[8])
+    return view.reshape(math.prod(view.shape[:5]), view.shape[5], view.shape[6] * view.shape[7], view.shape[8])
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Attention weights `(tiles * heads, queries, keys)`."""
     scores = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
-    scores.view(-1, *bias.shape).copy_(bias)
+    scores.view(len(scores) // len(bias), *bias.shape).copy_(bias)
     scores.baddbmm_(q, k.transpose(1, 2), alpha=scale)
     return torch.softmax(scores, -1, out=scores)
 
@@ -83,23 +83,39 @@ def forward(
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
-) -> Tensor:
-    """See `api.na2d`."""
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `api.na2d`; the result and, if asked, the scores' log-sum-exp `(batch, height, width, heads)`."""
     plan = tiles.plan(query, rpb, kernel, dilation, FORWARD)
     result = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:4], dtype=plan.dtype) if with_lse else None
     for block in plan.blocks:
         bias = block.bias(plan)
         band = block._replace(rows=block.rows.as_band())
         q_all, k_all, v_all, out_all = band.queries(query), band.keys(key), band.keys(value), band.queries(result)
+        lse_all = None if lse is None else band.queries(lse.unsqueeze(-1))
         for part in _chunks(q_all, query.shape[3] * bias[0].numel(), CHUNK_FORWARD):
             q, k, v = (_sequences(t[part].to(plan.dtype)) for t in (q_all, k_all, v_all))
             out = out_all[part]
             mask = bias.expand(q.shape[0], -1, -1, -1)
             for rows, queries, keys in _tile_rows(block):
-                tile = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, scale=scale)
+                tensors = (q[:, :, queries], k[:, :, keys], v[:, :, keys], mask)
+                if lse_all is None:
+                    tile = F.scaled_dot_product_attention(*tensors, scale=scale)
+                else:
+                    tile, sums = _attend_with_lse(*tensors, scale)
+                    into = lse_all[part][..., rows, :, :]
+                    into.copy_(sums.view(into.shape))
                 into = out[..., rows, :, :]
                 into.copy_(tile.view(into.shape))
-    return result
+    return result, lse
+
+
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention `(..., queries, d)`, and the log-sum-exp of its scores `(..., queries, 1)`."""
+    scores = torch.add(bias, q @ k.mT, alpha=scale)
+    lse = scores.logsumexp(-1, keepdim=True)
+    return (scores - lse).exp() @ v, lse
 
 
 def exportable_forward(
@@ -110,29 +126,36 @@ def exportable_forward(
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
-) -> Tensor:
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """`forward` for graphs: no writing into views, no chunks, larger tiles; hence few nodes, and any batch size."""
     plan = tiles.plan(query, rpb, kernel, dilation, EXPORTED)
     batch, _, width, heads, head_dim = query.shape
     query_map, key_map, value_map = (t.flatten(1, 2).to(plan.dtype) for t in (query, key, value))
     pieces: list[Tensor] = []
+    sums: list[Tensor] = []
     order: list[int] = []
 
     def gather(x: Tensor, tokens: list[list[int]]) -> Tensor:  # by tile
         index = torch.tensor(list(itertools.chain(*tokens)), device=x.device)
-        return x.index_select(1, index).reshape(-1, len(tokens[0]), heads, head_dim).transpose(1, 2)
+        return x.index_select(1, index).reshape(batch * len(tokens), len(tokens[0]), heads, head_dim).transpose(1, 2)
 
     for block in plan.blocks:
         queries, keys = (block.tokens(*axes, width) for axes in (block.query_axes, block.key_axes))
         q, k, v = gather(query_map, queries), gather(key_map, keys), gather(value_map, keys)
-        piece = F.scaled_dot_product_attention(q, k, v, block.bias(plan), scale=scale)
-        pieces.append(piece.transpose(1, 2).reshape(batch, -1, heads, head_dim))
+        if with_lse:
+            piece, lse = _attend_with_lse(q, k, v, block.bias(plan), scale)
+            sums.append(lse.transpose(1, 2).reshape(batch, len(queries) * len(queries[0]), heads))
+        else:
+            piece = F.scaled_dot_product_attention(q, k, v, block.bias(plan), scale=scale)
+        pieces.append(piece.transpose(1, 2).reshape(batch, len(queries) * len(queries[0]), heads, head_dim))
         order += itertools.chain(*queries)
     place = [0] * len(order)
     for i, token in enumerate(order):
         place[token] = i
-    out = torch.cat(pieces, dim=1).index_select(1, torch.tensor(place, device=query.device))
-    return out.view(query.shape).to(query.dtype)
+    back = torch.tensor(place, device=query.device)
+    out = torch.cat(pieces, dim=1).index_select(1, back).view(query.shape).to(query.dtype)
+    return out, torch.cat(sums, dim=1).index_select(1, back).view(query.shape[:4]) if with_lse else None
 
 
 def backward(
@@ -142,15 +165,22 @@ def backward(
     value: Tensor,
     rpb: Tensor | None,
     out: Tensor,
+    grad_lse: Tensor | None,
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
+    want_rpb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `forward` with respect to query, key, value and rpb, each of its own dtype."""
+    """Gradients of `forward` with respect to query, key, value and, where wanted, rpb, each of its own dtype.
+
+    `grad`, `grad_lse` (none where nothing depends on it): of the result and of the log-sum-exp.
+    """
     plan = tiles.plan(query, rpb, kernel, dilation, BACKWARD)
     grad_q = query.new_empty(query.shape)
     grad_k, grad_v = (torch.zeros(query.shape, dtype=plan.dtype, device=query.device) for _ in range(2))
-    grad_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=plan.dtype, device=rpb.device)
+    grad_rpb = None
+    if rpb is not None and want_rpb:
+        grad_rpb = torch.zeros(rpb.shape, dtype=plan.dtype, device=rpb.device)
     for block in plan.blocks:
         bias = block.bias(plan)
         grad_bias = torch.zeros_like(bias)
@@ -162,19 +192,23 @@ def backward(
             q, g, o = (_matrices(t[part], plan.dtype) for t in all_queries)
             k, v = (_matrices(t[part], plan.dtype) for t in all_keys)
             delta = (g * o).sum(-1, keepdim=True)
+            if grad_lse is not None:  # d lse / d scores are the weights
+                delta -= _matrices(band.queries(grad_lse.unsqueeze(-1))[part], plan.dtype)
             dk, dv = torch.zeros_like(k), torch.zeros_like(v)
             for rows, queries, keys in _tile_rows(block):
                 weight = _weights(q[:, queries], k[:, keys], bias, scale)
                 dv[:, keys] += weight.transpose(1, 2) @ g[:, queries]
                 # d softmax: w * (dw - sum(w * dw)), and the sum is g . o.
                 scores = (g[:, queries] @ v[:, keys].transpose(1, 2)).sub_(delta[:, queries]).mul_(weight)
-                if rpb is not None:
-                    grad_bias += scores.view(-1, *bias.shape).sum(0)
+                if grad_rpb is not None:
+                    grad_bias += scores.view(len(scores) // len(bias), *bias.shape).sum(0)
                 into = into_q[part][..., rows, :, :]
                 into.copy_((scores @ k[:, keys]).mul_(scale).view(into.shape))
                 dk[:, keys] += scores.transpose(1, 2) @ q[:, queries]
             for pieces, gradient in ((into_k, dk.mul_(scale)), (into_v, dv)):
-                gradient = gradient.view(*pieces[0][0][part].shape[:6], band.rows.keys, band.columns.keys, -1)
+                gradient = gradient.view(
+                    *pieces[0][0][part].shape[:6], band.rows.keys, band.columns.keys, query.shape[4]
+                )
                 for view, columns in pieces:
                     view[part].add_(gradient[..., columns, :])
         if grad_rpb is not None:

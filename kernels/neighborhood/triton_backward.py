@@ -15,16 +15,26 @@ from hybridzoo.kernels.neighborhood.triton_windows import bias_of, keys_of, loca
 from hybridzoo.kernels.triton_common import LOG2E, load_tokens, store_tokens
 
 
+@triton.jit
+def delta_of(g, o, grad_lse, GRAD_LSE: tl.constexpr):
+    """What d(scores) = weights * (d(weights) - delta) subtracts: sum(grad * out) of every query, less the gradient of
+    its log-sum-exp where something depends on that."""
+    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse)
+    return delta
+
+
 @triton.jit(do_not_specialize=[*SIZES[:6], "images"])
 def backward_dense(
-    grad, query, key, value, rpb, out, lse, dquery, dkey, dvalue, delta, scale,
+    grad, grad_lse, query, key, value, rpb, out, lse, dquery, dkey, dvalue, delta, scale,
     batch, heads, height, width, dilation_h, dilation_w, images, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    TOKENS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All but the bias for groups of at most TOKENS tokens; a program takes a group of `images` images.
 
-    Leaves `delta = sum(grad * out)` of every query for the bias.
+    Leaves `delta` (see `delta_of`) of every query for the bias.
     """
     head, _, _, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, 1, 1
@@ -49,7 +59,7 @@ def backward_dense(
         norm = tl.load(lse + first + pixels) * LOG2E
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         weights = tl.exp2(scores - norm[:, None])
-        d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        d = delta_of(g, o, grad_lse + first + pixels, GRAD_LSE)
         tl.store(delta + first + pixels, d, mask=exists)
         dscores = (weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])).to(q.dtype)
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
@@ -62,12 +72,12 @@ def backward_dense(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_query(
-    grad, query, key, value, rpb, out, lse, dquery, delta, scale, heads, height, width, dilation_h, dilation_w,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    grad, grad_lse, query, key, value, rpb, out, lse, dquery, delta, scale, heads, height, width,
+    dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, and `delta = sum(grad * out)` of each, which the other two passes read."""
+    """Gradient of a tile of queries, and `delta` (see `delta_of`) of each, which the other two passes read."""
     head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
@@ -88,7 +98,7 @@ def backward_query(
     g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
     o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
     norm = tl.load(lse + first_pixel + pixels) * LOG2E
-    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    d = delta_of(g, o, grad_lse + first_pixel + pixels, GRAD_LSE)
     tl.store(delta + first_pixel + pixels, d, mask=exists)
 
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)

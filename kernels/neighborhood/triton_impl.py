@@ -12,7 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridzoo.kernels import triton_common
 from hybridzoo.kernels.neighborhood import triton_backward, triton_bias, triton_configs, triton_forward
 from hybridzoo.kernels.triton_common import Launch, launch, same_strides, sizes
 
@@ -20,13 +19,6 @@ DENSE_MAX_TOKENS = 64  # per group, and
 DENSE_MAX_BYTES = 8192  # per group and tensor: all of it stays in registers, with the scores
 PROGRAMS = 2048  # enough to keep a large GPU busy; beyond it, a program takes several images
 MAX_IMAGES = 16
-
-
-def unsupported(query: Tensor, kernel: tuple[int, int], dilation: tuple[int, int]) -> str | None:
-    """Why these kernels cannot take this call; None if they can."""
-    if not all(3 <= k <= 13 and k % 2 for k in kernel):
-        return f"kernel_size {kernel} is not odd and between 3 and 13"
-    return triton_common.unsupported(query)
 
 
 def forward(
@@ -55,18 +47,21 @@ def backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
+    want_rpb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and rpb, each in the dtype of its own; None for rpb without one."""
+    """Gradients of query, key, value and rpb, each in the dtype of its own; None for rpb where it is not wanted."""
     dquery, dkey, dvalue = (query.new_empty(query.shape) for _ in range(3))
     if not query.numel():
-        return dquery, dkey, dvalue, None if rpb is None else torch.zeros_like(rpb)
+        return dquery, dkey, dvalue, torch.zeros_like(rpb) if rpb is not None and want_rpb else None
     with torch.cuda.device_of(query):
         launches, partial = backward_launches(
-            grad.contiguous(), query, key, value, rpb, out, lse, dquery, dkey, dvalue, kernel, dilation, scale
-        )
+            grad.contiguous(), query, key, value, rpb, out, lse, dquery, dkey, dvalue, kernel, dilation, scale,
+            want_rpb=want_rpb, grad_lse=None if grad_lse is None else grad_lse.contiguous(),
+        )  # fmt: skip
         for one in launches:
             one.run()
     if rpb is None or partial is None:
@@ -106,10 +101,13 @@ def backward_launches(
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
+    want_rpb: bool = True,
+    grad_lse: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor | None]:
     """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that the last one fills."""
     inputs = dict(same_strides(query, key, value), grad=grad, rpb=_table(rpb, query), lse=lse)
     common = inputs | dict(_common(inputs["query"], rpb, kernel, dilation), scale=scale, delta=torch.empty_like(lse))
+    common |= dict(grad_lse=lse if grad_lse is None else grad_lse, GRAD_LSE=grad_lse is not None)
     if (tokens := _dense_tokens(query, kernel, dilation)) is not None:
         arguments = common | dict(out=out, dquery=dquery, dkey=dkey, dvalue=dvalue)
         launches = [_dense("backward_dense", triton_backward.backward_dense, arguments, query, dilation, tokens)]
@@ -118,7 +116,7 @@ def backward_launches(
         launches = [_tiled("backward_query", triton_backward.backward_query, arguments, query, dilation)]
         arguments = common | dict(dkey=dkey, dvalue=dvalue)
         launches.append(_tiled("backward_key", triton_backward.backward_key, arguments, query, dilation))
-    if rpb is None:
+    if rpb is None or not want_rpb:
         return launches, None
     last = _tiled("backward_bias", triton_bias.backward_bias, common, query, dilation)
     entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
@@ -154,7 +152,7 @@ def _dense(
     kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, dilation: tuple[int, int], tokens: int
 ) -> Launch:
     batch, height, width, heads, _ = query.shape
-    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size())
+    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), tokens)
     groups = heads * min(dilation[0], height) * min(dilation[1], width)
     images = _images(groups, batch)
     programs = groups * math.ceil(batch / images)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision
 from hybridzoo.kernels.routed import torch_impl
 from hybridzoo.kernels.routed.grid import Grid
 
@@ -23,12 +24,14 @@ def routed_attention2d(
 ) -> tuple[Tensor, Tensor]:
     """The result and, from Triton, the log-sum-exp of the scores that its backward pass wants, (B, H, W, heads)."""
     args = (query, key, value, routes, fill, Grid(*grid), scale)
+    if routes.device.type == "cpu":  # on a GPU, looking would mean waiting
+        torch_impl.check_routes(routes, Grid(*grid))
     if impl == "triton":
         from hybridzoo.kernels.routed import triton_impl  # only when used: Triton is slow to import
 
         return triton_impl.forward(*args)
-    with _full_precision(query):
-        return torch_impl.region_forward(*args), query.new_empty(0, dtype=torch.float32)
+    with full_precision(query):
+        return torch_impl.forward(*args), query.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("hybridzoo::routed_attention2d_backward", mutates_args=())
@@ -44,18 +47,20 @@ def routed_attention2d_backward(
     grid: list[int],
     scale: float,
     impl: str,
+    want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and fill; the last one is empty without fill. Only Triton reads out and lse."""
+    """Gradients of query, key, value and fill; the last is empty where it is not wanted. Only Triton reads out, lse."""
     if impl == "triton":
         from hybridzoo.kernels.routed import triton_impl
 
         assert out is not None
         assert lse is not None
-        dq, dk, dv, dfill = triton_impl.backward(grad, query, key, value, routes, fill, out, lse, Grid(*grid), scale)
+        args = (grad, query, key, value, routes, fill, out, lse, Grid(*grid), scale)
+        dq, dk, dv, dfill = triton_impl.backward(*args, want_fill)
     else:
-        with _full_precision(query):
-            args = (grad, query, key, value, routes, fill, Grid(*grid), scale)
-            dq, dk, dv, dfill = torch_impl.region_backward(*args)
+        with full_precision(query):
+            where = (Grid(*grid), scale, want_fill)
+            dq, dk, dv, dfill = torch_impl.backward(grad, query, key, value, routes, fill, *where)
     return dq, dk, dv, query.new_empty(0) if dfill is None else dfill
 
 
@@ -66,28 +71,25 @@ def _(query, key, value, routes, fill, grid, scale, impl):
 
 
 @routed_attention2d_backward.register_fake
-def _(grad, query, key, value, routes, fill, out, lse, grid, scale, impl):
+def _(grad, query, key, value, routes, fill, out, lse, grid, scale, impl, want_fill):
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    return dq, dk, dv, query.new_empty(0) if fill is None else fill.new_empty(fill.shape)
+    return dq, dk, dv, fill.new_empty(fill.shape) if want_fill else query.new_empty(0)
 
 
-def _full_precision(query: Tensor) -> torch.autocast:
-    """Inside the operator autocast would still change the precision of its products, and of its output."""
-    return torch.autocast(query.device.type, enabled=False)
-
-
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output):
     *tensors, ctx.grid, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *(output if ctx.impl == "triton" else (None, None)))
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad, _):
-    saved = ctx.saved_tensors  # read once: checkpointing recomputes on every access
-    *grads, dfill = routed_attention2d_backward(grad, *saved, ctx.grid, ctx.scale, ctx.impl)
-    return *grads, None, None if saved[4] is None else dfill, None, None, None
+    want_fill = ctx.needs_input_grad[4]
+    *grads, dfill = _backward(grad, *ctx.saved_tensors, ctx.grid, ctx.scale, ctx.impl, want_fill)
+    return *grads, None, dfill if want_fill else None, None, None, None
 
 
-routed_attention2d.register_autograd(_differentiate, setup_context=_save)
+_backward = differentiable_once(routed_attention2d_backward, "routed_attention2d")
+attend = differentiable(routed_attention2d, "routed_attention2d", _save, _differentiate)
 
 
 def _multiplications(query, routes, grid) -> int:

@@ -4,11 +4,13 @@ Tokens are regrouped so that ordinary dense attention does the work, in one of t
 
 * *by region*: a group is one query region with the tokens of its `topk` key regions, gathered by indexing the
   un-expanded map. (The published code gathers from an expanded view, whose gradient is `regions` times the map.) The
-  backward pass gathers again instead of keeping the copies, so that memory between the passes is that of the inputs,
-  and works through the groups in chunks, so that scores never take more than a fixed amount.
+  backward pass gathers again instead of keeping the copies.
 * *dense*: a group is the whole image, and the routing becomes an additive bias: the log of how often a region is
   listed, minus infinity where it is not. Where the routes cover a quarter of a small map this wastes arithmetic but
   saves all gathering; on a CPU it is several times faster (BiFormer's third stage: 4-token regions, 16 of 49 routed).
+
+Memory between the passes is that of the inputs. Backward passes recompute the weights in float32 or wider, and work
+through the groups in chunks, so that scores never take more than a fixed amount; sums have a fixed order.
 
 Tokens beyond the map are absent, or copies of `fill` appended to keys and values.
 """
@@ -26,6 +28,7 @@ from hybridzoo.kernels.routed.grid import Grid
 DENSE_MAX_TOKENS = 1024  # the bias of the dense grouping is quadratic in tokens
 DENSE_MIN_SHARE = 0.25  # of all regions routed; below it the wasted arithmetic outweighs the gathering
 CHUNK_SCORES = 1 << 24  # scores held at once in the backward pass, per temporary
+CHUNK_DENSE = 1 << 18  # the same for the dense grouping on a CPU, per thread: what its cache holds
 
 
 def route(query: Tensor, key: Tensor, fill: Tensor | None, grid: Grid, topk: int, scale: float) -> Tensor:
@@ -44,23 +47,85 @@ def prefers_dense(query: Tensor, routes: Tensor) -> bool:
     return query.shape[1] * query.shape[2] <= DENSE_MAX_TOKENS and routes.shape[2] >= DENSE_MIN_SHARE * routes.shape[1]
 
 
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
+) -> Tensor:
+    """See `api.routed_attention2d`; in the faster grouping, differentiable by autograd as it stands (for export)."""
+    attend = dense_forward if prefers_dense(query, routes) else region_forward
+    return attend(query, key, value, routes, fill, grid, scale)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    fill: Tensor | None,
+    grid: Grid,
+    scale: float,
+    want_fill: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `forward` with respect to query, key, value, each like `query`, and, where wanted, fill."""
+    differentiate = dense_backward if prefers_dense(query, routes) else region_backward
+    return differentiate(grad, query, key, value, routes, fill, grid, scale, want_fill)
+
+
+def check_routes(routes: Tensor, grid: Grid) -> None:
+    """Raise where a number is out of range: in the gathering it would name a region of another image."""
+    if routes.numel() and not (routes.min() >= 0 and routes.max() < grid.regions):
+        raise ValueError(
+            f"routes must be region numbers from 0 to {grid.regions - 1};"
+            f" got numbers from {routes.min().item()} to {routes.max().item()}"
+        )
+
+
 def dense_forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
-    """See `api.routed_attention2d`; dense grouping, differentiable by autograd as it stands."""
-    if fill is not None:
-        key, value = grid.extend(key, fill[0]), grid.extend(value, fill[1])
-    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, _routing_bias(routes, query, key, grid), scale=scale)
+    """`forward` with the whole image as the group."""
+    key, value = _filled(key, value, fill, grid)
+    q, k, v = (_heads_first(t) for t in (query, key, value))
+    bias = _routing_bias(routes, query, key, grid).to(query.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     return out.transpose(1, 2).reshape(query.shape)
+
+
+def dense_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    fill: Tensor | None,
+    grid: Grid,
+    scale: float,
+    want_fill: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`backward` with the whole image as the group."""
+    key, value = _filled(key, value, fill, grid)
+    bias = _routing_bias(routes, query, key, grid)
+    maps = [torch.empty(t.shape, dtype=bias.dtype, device=t.device) for t in (query, key, value)]
+    into = [_heads_first(t) for t in maps]
+    tensors = [_heads_first(t) for t in (query, key, value, grad)]
+    chunk = CHUNK_SCORES if query.is_cuda else CHUNK_DENSE * torch.get_num_threads()
+    step = max(1, chunk // (query.shape[3] * bias.shape[2] * bias.shape[3]))
+    for start in range(0, query.shape[0], step):
+        part = slice(start, start + step)
+        q, k, v, g = (t[part].to(bias.dtype) for t in tensors)
+        for gradient, computed in zip(into, _group_gradients(g, q, k, v, bias[part], scale), strict=True):
+            gradient[part] = computed
+    return _cropped(maps, query, fill if want_fill else None)
 
 
 def region_forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
-    """See `api.routed_attention2d`; grouped by region, differentiable by autograd as it stands (export uses it so)."""
-    q, k, v, bias = _grouped(query, key, value, routes, fill, grid)
-    out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    """`forward` grouped by region."""
+    key, value = _filled(key, value, fill, grid)
+    q, k, v = (_to_regions(t, grid) for t in (query, key, value))
+    index, bias = _flat_index(routes), _existence_bias(key, routes, grid)
+    out = F.scaled_dot_product_attention(q, _gather(k, index), _gather(v, index), bias, scale=scale)
     return _from_regions(out, query, grid)
 
 
@@ -73,45 +138,58 @@ def region_backward(
     fill: Tensor | None,
     grid: Grid,
     scale: float,
+    want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `region_forward` with respect to query, key, value, each like `query`, and fill."""
-    q_all, k_all, v_all, bias = _grouped(query, key, value, routes, fill, grid)
-    g_all = _to_regions(grad, grid)
-    grad_q, grad_k, grad_v = (torch.empty_like(t) for t in (q_all, k_all, v_all))
+    """`backward` grouped by region."""
+    key, value = _filled(key, value, fill, grid)
+    q_all, k_all, v_all, g_all = (_to_regions(t, grid) for t in (query, key, value, grad))
+    index, bias = _flat_index(routes), _existence_bias(key, routes, grid)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grad_q = torch.empty_like(q_all)
+    grad_k, grad_v = (torch.zeros(k_all.shape, dtype=dtype, device=k_all.device) for _ in range(2))
     groups, heads, queries, _ = q_all.shape
-    step = max(1, CHUNK_SCORES // (heads * queries * k_all.shape[2]))
+    step = max(1, CHUNK_SCORES // (heads * queries * index.shape[1] * grid.tokens))
     for start in range(0, groups, step):
         part = slice(start, start + step)
-        q, k, v, g = q_all[part] * scale, k_all[part], v_all[part], g_all[part]
-        scores = q @ k.transpose(-1, -2)
-        if bias is not None:
-            scores += bias[part]
-        weight = scores.softmax(-1)
-        grad_v[part] = weight.transpose(-1, -2) @ g
-        # d softmax: w * (dw - sum(w * dw)), in place.
-        dscores = (g @ v.transpose(-1, -2)).mul_(weight)
-        dscores.addcmul_(weight, dscores.sum(-1, keepdim=True), value=-1)
-        grad_q[part] = dscores @ k
-        grad_k[part] = dscores.transpose(-1, -2) @ q
-    grad_q *= scale
-    grad_k, grad_v = _scatter(grad_k, routes), _scatter(grad_v, routes)
-    grad_fill = None
-    if fill is not None:
-        grad_fill = torch.stack([_sum_beyond(t, query, grid) for t in (grad_k, grad_v)]).to(fill.dtype)
-    maps = [_from_regions(t, query, grid) for t in (grad_q, grad_k, grad_v)]
-    return maps[0], maps[1], maps[2], grad_fill
+        q, g = q_all[part].to(dtype), g_all[part].to(dtype)
+        k, v = (_gather(t, index[part]).to(dtype) for t in (k_all, v_all))
+        grad_q[part], into_k, into_v = _group_gradients(g, q, k, v, None if bias is None else bias[part], scale)
+        _scatter(into_k, index[part], grad_k)
+        _scatter(into_v, index[part], grad_v)
+    return _cropped([_whole(t, query, grid) for t in (grad_q, grad_k, grad_v)], query, fill if want_fill else None)
 
 
-def _grouped(
-    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query, and gathered key and value, `(groups, heads, tokens, d)`; what to add to scores, None for nothing."""
-    if fill is None:
-        bias = _existence_bias(query, routes, grid)
-    else:
-        bias, key, value = None, grid.extend(key, fill[0]), grid.extend(value, fill[1])
-    q, k, v = (_to_regions(t, grid) for t in (query, key, value))
-    return q, _gather(k, routes), _gather(v, routes), bias
+def _group_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of dense attention in groups, `(groups, heads, tokens, d)`, in float32 or wider."""
+    q = q * scale
+    scores = q @ k.transpose(-1, -2)
+    if bias is not None:
+        scores += bias
+    weight = torch.softmax(scores, -1, out=scores)
+    grad_v = weight.transpose(-1, -2) @ grad
+    # d softmax: w * (dw - sum(w * dw)), in place.
+    dscores = (grad @ v.transpose(-1, -2)).mul_(weight)
+    dscores.addcmul_(weight, dscores.sum(-1, keepdim=True), value=-1)
+    return (dscores @ k).mul_(scale), dscores.transpose(-1, -2) @ q, grad_v
+
+
+def _cropped(maps: list[Tensor], query: Tensor, fill: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the extended query, key and value, cropped to the map and cast, and that of fill: the rest."""
+    grad_fill = None if fill is None else torch.stack([_sum_beyond(t, query) for t in maps[1:]]).to(fill.dtype)
+    q, k, v = (t[:, : query.shape[1], : query.shape[2]].to(query.dtype).contiguous() for t in maps)
+    return q, k, v, grad_fill
+
+
+def _filled(key: Tensor, value: Tensor, fill: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Key and value with the tokens beyond the map, where something fills them."""
+    return (key, value) if fill is None else (grid.extend(key, fill[0]), grid.extend(value, fill[1]))
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """`(B, H, W, heads, d)` -> `(B, heads, H * W, d)`, a view where rows of the map follow one another."""
+    return x.flatten(1, 2).transpose(1, 2)
 
 
 def _pad(x: Tensor, grid: Grid) -> Tensor:
@@ -143,44 +221,50 @@ def _whole(x: Tensor, like: Tensor, grid: Grid) -> Tensor:
     )
 
 
-def _sum_beyond(x: Tensor, like: Tensor, grid: Grid) -> Tensor:
-    """`(heads, d)`: sum, in float32 or wider, over the tokens beyond the map of `like`."""
-    x, (height, width) = _whole(x, like, grid), like.shape[1:3]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x[:, height:].sum((0, 1, 2), dtype=dtype) + x[:, :height, width:].sum((0, 1, 2), dtype=dtype)
+def _sum_beyond(x: Tensor, like: Tensor) -> Tensor:
+    """`(heads, d)`: sum over the tokens of a map beyond that of `like`."""
+    height, width = like.shape[1:3]
+    return x[:, height:].sum((0, 1, 2)) + x[:, :height, width:].sum((0, 1, 2))
 
 
-def _gather(x: Tensor, routes: Tensor) -> Tensor:
-    """`(B * regions, heads, tokens, d)` -> `(B * regions, heads, topk * tokens, d)`: what each region looks at."""
-    groups, heads, _, head_dim = x.shape
-    gathered = x.index_select(0, _flat_index(routes)).view(groups, routes.shape[2], heads, -1, head_dim)
-    return gathered.transpose(1, 2).reshape(groups, heads, -1, head_dim)
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """`(B * regions, heads, tokens, d)` -> `(groups, heads, topk * tokens, d)`: what each group looks at."""
+    groups, topk = index.shape
+    _, heads, tokens, head_dim = x.shape
+    gathered = x.index_select(0, index.flatten()).view(groups, topk, heads, tokens, head_dim)
+    return gathered.transpose(1, 2).reshape(groups, heads, topk * tokens, head_dim)
 
 
-def _scatter(grad: Tensor, routes: Tensor) -> Tensor:
-    """Adjoint of `_gather`: every region sums what flowed back to its copies."""
-    groups, heads, _, head_dim = grad.shape
-    copies = grad.view(groups, heads, routes.shape[2], -1, head_dim).transpose(1, 2).flatten(0, 1).contiguous()
-    index, out = _flat_index(routes), copies.new_zeros(groups, *copies.shape[1:])
+def _scatter(grad: Tensor, index: Tensor, into: Tensor) -> None:
+    """Adjoint of `_gather`: every region adds what flowed back to its copies."""
+    groups, topk = index.shape
+    _, heads, tokens, head_dim = into.shape
+    copies = grad.view(groups, heads, topk, tokens, head_dim).transpose(1, 2).flatten(0, 1).contiguous()
     if grad.is_cuda:  # index_add_ uses atomics there; index_put_ sorts, so that the order of the sum is fixed
-        return out.index_put_((index,), copies, accumulate=True)
-    return out.index_add_(0, index, copies)
+        into.index_put_((index.flatten(),), copies, accumulate=True)
+    else:
+        into.index_add_(0, index.flatten(), copies)
 
 
 def _flat_index(routes: Tensor) -> Tensor:
-    """Routes as rows of the `(B * regions, ...)` grouping, flattened."""
+    """`(B * regions, topk)`: routes as rows of the `(B * regions, ...)` grouping."""
     batch, count, _ = routes.shape
-    return (routes + torch.arange(batch, device=routes.device).view(-1, 1, 1) * count).flatten()
+    return (routes + torch.arange(batch, device=routes.device).view(batch, 1, 1) * count).flatten(0, 1)
 
 
 def _routing_bias(routes: Tensor, query: Tensor, key: Tensor, grid: Grid) -> Tensor:
-    """`(B, 1, queries, keys)`: log of how many times the query's region lists the key's region."""
+    """`(B, 1, queries, keys)`: log of how many times the query's region lists the key's region, float32 or wider."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
     listed = (routes.unsqueeze(-1) == torch.arange(grid.regions, device=routes.device)).sum(2)  # (B, regions, regions)
-    regions = []
-    for x in (query, key):
-        rows, columns = (torch.arange(size, device=x.device) for size in x.shape[1:3])
-        regions.append((rows[:, None] // grid.height * grid.columns + columns // grid.width).flatten())
-    return listed.to(query.dtype).log()[:, regions[0]][:, :, regions[1]].unsqueeze(1)
+    of_query, of_key = (_region_of(x, grid) for x in (query, key))
+    # Keys first: the larger copy then goes by whole rows.
+    return listed.to(dtype).log().index_select(2, of_key).index_select(1, of_query).unsqueeze(1)
+
+
+def _region_of(x: Tensor, grid: Grid) -> Tensor:
+    """`(tokens,)`: the region of every token of a map."""
+    rows, columns = (torch.arange(size, device=x.device) for size in x.shape[1:3])
+    return (rows[:, None] // grid.height * grid.columns + columns // grid.width).flatten()
 
 
 def _existence_bias(like: Tensor, routes: Tensor, grid: Grid) -> Tensor | None:
@@ -197,7 +281,7 @@ def _region_means(x: Tensor, grid: Grid, fill: Tensor | None) -> Tensor:
     """`(B, regions, channels)` means over the tokens of each region, in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     padded = _pad(x.flatten(3), grid)
-    padded = padded.reshape(x.shape[0], grid.rows, grid.height, grid.columns, grid.width, -1)
+    padded = padded.reshape(x.shape[0], grid.rows, grid.height, grid.columns, grid.width, padded.shape[3])
     total = padded.sum((2, 4), dtype=dtype).flatten(1, 2)
     tokens = grid.tokens_on(x).to(dtype).unsqueeze(-1)
     if fill is None:

@@ -8,24 +8,19 @@ would, that is what the kernels do (the dense form, see `triton_regions`): every
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from hybridzoo.kernels import triton_common
 from hybridzoo.kernels.routed import triton_backward, triton_configs, triton_forward, triton_regions
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.kernels.triton_common import Config, Launch, launch, same_strides, sizes
 
 SMALLEST_BLOCK = 16  # what a product on tensor cores takes
 DENSE_MAX_TOKENS = 1024
-
-
-def unsupported(query: Tensor) -> str | None:
-    """Why these kernels cannot take this call; None if they can."""
-    return triton_common.unsupported(query)
 
 
 def forward(
@@ -52,20 +47,21 @@ def backward(
     lse: Tensor,
     grid: Grid,
     scale: float,
+    want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and fill, each in the dtype of its own; None for fill without one."""
+    """Gradients of query, key, value and fill, each in the dtype of its own; None for fill where it is not wanted."""
     dquery, dkey, dvalue = (query.new_empty(query.shape) for _ in range(3))
     if not query.numel():
-        return dquery, dkey, dvalue, None if fill is None else torch.zeros_like(fill)
+        return dquery, dkey, dvalue, torch.zeros_like(fill) if fill is not None and want_fill else None
     with torch.cuda.device_of(query):
         launches, partial = backward_launches(
             grad.contiguous(), query, key, value, routes, fill, out, lse, dquery, dkey, dvalue, grid, scale
         )
         for one in launches:
             one.run()
-    if fill is None or partial is None:
+    if fill is None or partial is None or not want_fill:  # a sum of few small parts: the kernel leaves them anyway
         return dquery, dkey, dvalue, None
-    return dquery, dkey, dvalue, partial.sum(0).transpose(0, 1).to(fill.dtype, memory_format=torch.contiguous_format)
+    return dquery, dkey, dvalue, partial.sum(0).transpose(0, 1).to(fill.dtype).contiguous()
 
 
 def forward_launches(
@@ -184,4 +180,4 @@ def _fitted(config: Config, members: int, listed: int, own: str) -> Config:
     # No longer than the list, and with a small tile no more than twice as long: it takes registers, and few threads.
     blocks[other] = min(blocks[other], 2 * blocks[own], max(SMALLEST_BLOCK, triton.next_power_of_2(listed)))
     share = config.queries * config.keys // (blocks["queries"] * blocks["keys"])
-    return Config(blocks["queries"], blocks["keys"], max(2, config.warps // share), config.stages)
+    return replace(config, **blocks, warps=max(2, config.warps // share))

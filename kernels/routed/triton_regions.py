@@ -33,7 +33,9 @@ def place(region, token, columns, region_h, region_w, height, width):
     row = region // columns * region_h + token // region_w
     column = region % columns * region_w + token % region_w
     exists = (row < height) & (column < width)
-    return tl.minimum(row, height - 1), tl.minimum(column, width - 1), exists
+    # As unsigned numbers, so that negative ones are large: whatever a route says, nothing outside the tensor is read.
+    row, column = tl.minimum(row.to(tl.uint32), height - 1), tl.minimum(column.to(tl.uint32), width - 1)
+    return row.to(tl.int32), column.to(tl.int32), exists
 
 
 @triton.jit

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridzoo.kernels import na2d
-from hybridzoo.kernels.neighborhood import api, operators, reference, torch_impl
+from hybridzoo.kernels import arguments, na2d
+from hybridzoo.kernels.neighborhood import operators, reference, torch_impl
 
 INDEX = goldens.manifest("ops", "na2d")
 CASES = [name for name, case in INDEX["cases"].items() if case["kind"] == "op"]
@@ -86,10 +88,50 @@ def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, h
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_impl, "CHUNK_FORWARD", chunk)
         patch.setattr(torch_impl, "CHUNK_BACKWARD", chunk)
-        ours = result_and_gradients(through(lambda *args: operators.na2d(*args, "torch")[0]), leaves, grad)
+        ours = result_and_gradients(through(lambda *args: operators.attend(*args, "torch", False)[0]), leaves, grad)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-    graph = result_and_gradients(through(torch_impl.exportable_forward), leaves, grad)
+    graph = result_and_gradients(through(lambda *args: torch_impl.exportable_forward(*args)[0]), leaves, grad)
     torch.testing.assert_close(graph, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.tuples(kernels, kernels),
+    dilation=st.tuples(dilations, dilations), biased=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_fill_equals_a_map_that_has_these_tokens(size, kernel, dilation, biased, seed):
+    torch.manual_seed(seed)
+    leaves = inputs(2, *size, 2, 3, kernel if biased else None, dtype=torch.float64)
+    leaves.append(torch.randn(2, 2, 3, dtype=torch.float64))
+    grad = torch.randn_like(leaves[0])
+
+    def definition(q, k, v, *rest):
+        rpb, fill = (None, *rest)[-2:]
+        return reference.na2d(q, k, v, rpb, kernel, dilation, 0.7, fill)
+
+    def ours(q, k, v, *rest):
+        rpb, fill = (None, *rest)[-2:]
+        # Where nothing lies beyond, nothing reaches the fill.
+        return na2d(q, k, v, kernel, dilation, rpb=rpb, fill=fill, scale=0.7) + 0 * fill.sum()
+
+    expected = result_and_gradients(lambda *args: definition(*args) + 0 * args[-1].sum(), leaves, grad)
+    torch.testing.assert_close(result_and_gradients(ours, leaves, grad), expected, rtol=1e-9, atol=1e-9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "exporting", lambda: True)
+        torch.testing.assert_close(result_and_gradients(ours, leaves, grad), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_fill_costs_little():
+    """What the published code appends would make 49 times the map here, and as many products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = torch.randn(3, 8, 8, 8, 2, 32)
+    counts = []
+    for fill in (None, torch.randn(2, 2, 32)):
+        with FlopCounterMode(display=False) as counter:
+            na2d(q, k, v, 7, 8, fill=fill)
+        counts.append(counter.get_total_flops())
+    assert 0 < counts[0] < counts[1] < 1.5 * counts[0]
 
 
 @pytest.mark.parametrize(("size", "kernel", "dilation"), [((4, 5), (3, 5), (1, 2)), ((13, 3), (3, 3), (1, 1))])
@@ -103,9 +145,15 @@ def test_gradcheck(size, kernel, dilation):
 def test_operators_are_well_formed(biased):
     torch.manual_seed(0)
     leaves = [t.requires_grad_() for t in inputs(2, 6, 8, 2, 4, (3, 3) if biased else None)]
-    if not biased:
-        leaves.append(None)
-    torch.library.opcheck(operators.na2d, (*leaves, [3, 3], [1, 2], 0.5, "torch"))
+    where = [3, 3], [1, 2], 0.5, "torch"
+    tensors = [t.detach() for t in leaves] + ([] if biased else [None])
+    for with_lse in (False, True):
+        torch.library.opcheck(operators.na2d, (*leaves, *([] if biased else [None]), *where, with_lse))
+        out, lse = operators.na2d(*tensors, *where, with_lse)
+        grads = torch.randn_like(out), torch.randn_like(lse) if with_lse else None
+        for want_rpb in {False, biased}:
+            args = (grads[0], *tensors, out, lse, grads[1], *where, want_rpb)
+            torch.library.opcheck(operators.na2d_backward, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -195,6 +243,23 @@ def test_gradients_are_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_frozen_bias_costs_no_gradient(monkeypatch):
+    q, k, v, rpb = inputs(1, 6, 6, 1, 4, (3, 3))
+    wanted = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.hybridzoo.na2d_backward.default:
+                wanted.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    for trains in (False, True):
+        out = na2d(q.requires_grad_(), k, v, 3, rpb=rpb.requires_grad_(trains))
+        with Watch():
+            out.sum().backward()
+    assert wanted == [False, True]
+
+
 def test_without_a_bias_no_gradient_of_one():
     q, k, v = (t.requires_grad_() for t in inputs(1, 8, 8, 1, 4))
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(na2d(q, k, v, 3).square().sum(), (q, k, v)))
@@ -223,8 +288,8 @@ def test_memory_is_linear_in_tokens_and_far_below_gathered_neighborhoods(dilatio
         q, k, v, rpb = inputs(1, side, side, 1, 8, (7, 7))
         where = ((7, 7), (dilation, dilation), 1.0)
         with _Largest() as mode:
-            out = torch_impl.forward(q, k, v, rpb, *where)
-            torch_impl.backward(out, q, k, v, rpb, out, *where)
+            out, _ = torch_impl.forward(q, k, v, rpb, *where)
+            torch_impl.backward(out, q, k, v, rpb, out, None, *where, True)
         allowed = max(3 * q.untyped_storage().nbytes(), 4 * torch_impl.CHUNK_BACKWARD)
         assert mode.bytes <= allowed  # neighborhoods of the keys alone: 49 times the map
         largest.append(mode.bytes)
@@ -252,7 +317,7 @@ def test_compiles_as_one_node_per_direction():
         graphs.append(graph)
         return torch._functorch.aot_autograd.make_boxed_func(graph)
 
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     compiled = torch.compile(attend, fullgraph=True, backend=backend)
     ours, expected = (result_and_gradients(f, leaves, grad) for f in (compiled, attend))
     torch.testing.assert_close(ours, expected)
@@ -260,22 +325,80 @@ def test_compiles_as_one_node_per_direction():
     assert nodes == [["hybridzoo.na2d.default"], ["hybridzoo.na2d_backward.default"]]
 
 
+@pytest.mark.filterwarnings("ignore")  # of a trace, that it holds for one size, and is deprecated
+def test_compilers_take_one_tensor_as_query_key_and_value():
+    x = torch.randn(1, 6, 7, 2, 4)
+    attend = lambda x: na2d(x, x, x, 3, scale=0.5)  # noqa: E731
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(x), attend(x))
+    assert "hybridzoo::na2d" in str(torch.jit.trace(attend, x).graph)
+
+
 def test_compiles_once_for_all_sizes():
-    compiled = torch.compile(
-        lambda q, k, v: na2d(q, k, v, 3), fullgraph=True, dynamic=True, backend=torch._dynamo.testing.CompileCounter()
-    )
+    compiled = torch.compile(lambda q, k, v: na2d(q, k, v, 3), fullgraph=True, dynamic=True, backend=CompileCounter())
     for size in ((8, 9), (11, 6), (2, 5)):
         q, k, v = inputs(2, *size, 2, 4)
         torch.testing.assert_close(compiled(q, k, v), na2d(q, k, v, 3))
+
+
+def test_functional_derivatives():
+    torch.manual_seed(0)
+    leaves = inputs(2, 5, 6, 2, 4, (3, 3))
+
+    def loss(q, k, v, rpb):
+        return na2d(q, k, v, 3, rpb=rpb).square().sum()
+
+    expected = result_and_gradients(loss, leaves, torch.ones(()))[1:]
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2, 3))(*leaves), expected)
+    torch.testing.assert_close(torch.func.vjp(loss, *leaves)[1](torch.ones(())), expected)
+    per_image = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), (0, 0, 0, None))
+    each = per_image(*(t[:, None] for t in leaves[:3]), leaves[3])
+    torch.testing.assert_close([t[:, 0] for t in each], list(expected[:3]))
+
+
+def test_derivatives_that_do_not_exist_are_named():
+    q, k, v, rpb = inputs(1, 5, 6, 2, 4, (3, 3))
+    attend = lambda q: na2d(q, k, v, 3, rpb=rpb)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="na2d has no forward-mode derivative"):
+        torch.func.jvp(attend, (q,), (q,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="na2d has no forward-mode"):
+        attend(torch.autograd.forward_ad.make_dual(q, q))
+    q.requires_grad_()
+    (once,) = torch.autograd.grad(attend(q).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="na2d has no second derivative"):
+        torch.autograd.grad(once.sum(), q)
+    with pytest.raises(NotImplementedError, match="na2d has no second derivative"):
+        torch.func.grad(lambda q: torch.func.grad(lambda q: attend(q).square().sum())(q).sum())(q)
+
+
+def test_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    leaves = inputs(1, 5, 6, 2, 4, (3, 3))
+    attend = lambda *t: na2d(*t[:3], 3, rpb=t[3])  # noqa: E731
+    again = lambda *t: torch.utils.checkpoint.checkpoint(attend, *t, use_reentrant=False)  # noqa: E731
+    grad = torch.randn_like(leaves[0])
+    kept, recomputed = (result_and_gradients(f, leaves, grad) for f in (attend, again))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_an_empty_batch(biased):
+    leaves = inputs(0, 9, 11, 2, 4, (3, 3) if biased else None)
+    out, *grads = result_and_gradients(
+        lambda q, k, v, rpb=None: na2d(q, k, v, 3, 2, rpb=rpb), leaves, torch.zeros(0, 9, 11, 2, 4)
+    )
+    assert out.shape == (0, 9, 11, 2, 4)
+    assert [g.shape for g in grads] == [t.shape for t in leaves]
+    assert not grads[-1].any()
 
 
 class _Attend(torch.nn.Module):
     def __init__(self, dilation):
         super().__init__()
         self.rpb, self.dilation = torch.nn.Parameter(torch.randn(2, 13, 13)), dilation
+        self.impl = "auto"
 
     def forward(self, qkv):
-        return na2d(*qkv.unbind(3), 7, self.dilation, rpb=self.rpb)
+        return na2d(*qkv.unbind(3), 7, self.dilation, rpb=self.rpb, impl=self.impl)
 
 
 @pytest.mark.parametrize("dilation", [1, 3])
@@ -288,6 +411,26 @@ def test_exports_without_our_operator_for_any_batch(dilation):
     assert len(program.graph.nodes) < 400
     more = torch.randn(5, 20, 31, 3, 2, 8)
     torch.testing.assert_close(program.module()(more), module(more))
+
+
+def test_what_export_cannot_do_is_said():
+    module, qkv = _Attend(1).eval(), torch.randn(2, 20, 31, 3, 2, 8)
+    height = torch.export.Dim("height", min=14, max=64)
+    with pytest.raises(ValueError, match="na2d cannot be exported with a dynamic height or width"):
+        torch.export.export(module, (qkv,), dynamic_shapes=({1: height},))
+    module.impl = "triton"
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: .*(exported|not installed)"):
+        torch.export.export(module, (qkv,))
+
+
+def test_an_export_under_autocast_keeps_the_inputs_precision():
+    torch.manual_seed(0)
+    module, qkv = _Attend(1).eval(), torch.randn(2, 20, 31, 3, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        program = torch.export.export(module, (qkv,))
+    out = program.module()(qkv)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, module(qkv))
 
 
 def test_operations_are_counted_as_the_field_counts_them():
@@ -309,7 +452,10 @@ def test_operations_are_counted_as_the_field_counts_them():
     [
         (dict(query=torch.zeros(2, 8, 8, 16)), "query must have shape"),
         (dict(query=torch.zeros(2, 8, 8, 2, 8, dtype=torch.int32)), "query must be a floating-point"),
-        (dict(query=torch.zeros(2, 0, 8, 2, 8)), "query must have at least one row and one column"),
+        (dict(query=torch.zeros(2, 8, 8, 2, 8, dtype=torch.float8_e5m2)), "query must be .*; got torch.float8_e5m2"),
+        (dict(query=torch.zeros(2, 0, 8, 2, 8)), "query must have at least one row, column, head and channel"),
+        (dict(query=torch.zeros(2, 8, 8, 0, 8)), r"query must have at least one row.*got \(2, 8, 8, 0, 8\)"),
+        (dict(query=torch.zeros(2, 8, 8, 2, 0)), "query must have at least one row"),
         (dict(key=torch.zeros(2, 8, 9, 2, 8)), "key must have the shape of query"),
         (dict(value=torch.zeros(2, 8, 8, 2, 8).double()), "value must share dtype"),
         (dict(kernel_size=4), "kernel_size must be odd, .*; got 4"),
@@ -317,6 +463,10 @@ def test_operations_are_counted_as_the_field_counts_them():
         (dict(kernel_size=-3), "kernel_size must be a positive whole number or a pair .*; got -3"),
         (dict(kernel_size=(3, 3, 3)), "kernel_size must be a positive whole number or a pair"),
         (dict(dilation=0), "dilation must be a positive whole number or a pair .*; got 0"),
+        (dict(kernel_size=True), "kernel_size must be a positive whole number or a pair .*; got True"),
+        (dict(kernel_size=None), "kernel_size must be a positive whole number or a pair .*; got None"),
+        (dict(scale=math.nan), "scale must be finite; got nan"),
+        (dict(impl=None), "impl must be one of auto, triton, torch; got None"),
         (dict(dilation=1.5), "dilation must be a positive whole number or a pair .*; got 1.5"),
         (dict(rpb=torch.zeros(2, 5, 7)), r"rpb must have shape .* = \(2, 5, 5\); got \(2, 5, 7\)"),
         (dict(rpb=torch.zeros(2, 5, 5, dtype=torch.int32)), "rpb must be floating-point"),
@@ -332,6 +482,38 @@ def test_bad_arguments_are_named(change, message):
         na2d(**{**args, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(query=None), "query must be a tensor; got NoneType"),
+        (dict(key=[1.0]), "key must be a tensor; got list"),
+        (dict(rpb="no"), "rpb must be a tensor; got str"),
+        (dict(scale="a"), "scale must be a number, or None for the default; got 'a'"),
+        (dict(scale=torch.ones(())), "scale must be a number, got a tensor: .* Multiply query by it instead"),
+    ],
+)
+def test_things_of_the_wrong_kind_are_named(change, message):
+    args = dict(zip(("query", "key", "value"), inputs(2, 8, 8, 2, 8), strict=True), kernel_size=3)
+    with pytest.raises(TypeError, match=message):
+        na2d(**{**args, **change})
+
+
+def test_numbers_may_be_of_any_kind():
+    numpy = pytest.importorskip("numpy")
+    torch.manual_seed(0)
+    q, k, v = inputs(1, 8, 9, 2, 8)
+    same = na2d(q, k, v, [numpy.int64(3), 5], numpy.int32(2), scale=numpy.float32(0.5))
+    assert torch.equal(same, na2d(q, k, v, (3, 5), 2, scale=0.5))
+
+
+def test_windows_that_triton_cannot_hold_are_named(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v = inputs(1, 8, 8, 1, 16)
+    with pytest.raises(ValueError, match=r"cannot run this call: kernel_size \(3, 15\) does not lie between 3 and 13"):
+        na2d(q, k, v, (3, 15), impl="triton")
+
+
 def test_explicit_triton_never_falls_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = inputs(1, 8, 8, 1, 16)
@@ -339,7 +521,7 @@ def test_explicit_triton_never_falls_back(monkeypatch):
         ValueError, match=r"impl='triton' cannot run this call: .* cpu, not on CUDA, .*use impl='torch'"
     ):
         na2d(q, k, v, 3, impl="triton")
-    monkeypatch.setattr(api, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(arguments, "TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match="impl='triton' cannot run this call: Triton is not installed"):
         na2d(q, k, v, 3, impl="triton")
 

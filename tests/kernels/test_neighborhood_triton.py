@@ -19,8 +19,8 @@ import triton_builds
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from hybridzoo.kernels import na2d
-from hybridzoo.kernels.neighborhood import reference, triton_configs, triton_impl
+from hybridzoo.kernels import na2d, triton_common
+from hybridzoo.kernels.neighborhood import operators, reference, triton_configs, triton_impl
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,7 +78,7 @@ def assert_as_good_as_the_definition(tensors, kernel, dilation, scale=0.3):
 def test_values_and_gradients(case, dtype):
     *shape, kernel, dilation, bias = CASES[case]
     tensors = leaves(*shape, kernel, bias, dtype)
-    if reason := triton_impl.unsupported(tensors[0], kernel, dilation):
+    if reason := triton_common.unsupported(tensors[0]):
         pytest.skip(reason)
     if INTERPRETED and dtype == torch.float16 and "window" not in case:
         pytest.skip("slow to interpret; float32 covers the shape")
@@ -136,6 +136,76 @@ def test_nothing_but_the_tensors_is_read_or_left_unwritten(kernel, dilation):
 
 
 @computes
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation"), [((5, 4), (3, 3), (2, 2)), ((4, 9), (5, 3), (1, 2))], ids=["dense", "tiled"]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_fill_equals_a_map_that_has_these_tokens(size, kernel, dilation, bias):
+    torch.manual_seed(0)
+    *qkv, rpb = leaves(2, *size, 2, 16, kernel, bias, torch.float32)
+    fill = torch.randn(2, 2, 16, device=DEVICE, requires_grad=True)
+    tensors, grad = [*qkv, rpb, fill], torch.randn_like(qkv[0])
+
+    def ours(q, k, v, rpb, fill):
+        return na2d(q, k, v, kernel, dilation, rpb=rpb, fill=fill, scale=0.3, impl="triton")
+
+    def definition(q, k, v, rpb, fill):
+        return reference.na2d(q, k, v, rpb, kernel, dilation, 0.3, fill)
+
+    exact = [None if t is None else t.detach().cpu().double().requires_grad_() for t in tensors]
+    expected = results(definition, exact, grad.cpu().double())
+    for o, e in zip(results(ours, tensors, grad), expected, strict=True):
+        torch.testing.assert_close(o.cpu().double(), e, rtol=1e-5, atol=1e-5)
+
+
+@computes
+@pytest.mark.parametrize("bias", [True, False])
+def test_operators_are_well_formed(bias):
+    torch.manual_seed(0)
+    *qkv, rpb = leaves(1, 5, 4, 2, 16, (3, 3), bias, torch.float32)
+    where = [3, 3], [1, 1], 0.3, "triton"
+    torch.library.opcheck(operators.na2d, (*qkv, rpb, *where, False))
+    tensors = [None if t is None else t.detach() for t in (*qkv, rpb)]
+    out, lse = operators.na2d(*tensors, *where, False)
+    for want_rpb in {False, bias}:
+        args = (torch.randn_like(out), *tensors, out, lse, None, *where, want_rpb)
+        torch.library.opcheck(operators.na2d_backward, args)
+
+
+def test_a_frozen_bias_costs_no_kernel():
+    *inputs, grad = (torch.empty(1, 9, 9, 2, 32, device="meta") for _ in range(5))
+    lse, rpb = torch.empty(1, 9, 9, 2, device="meta"), torch.empty(2, 5, 5, device="meta")
+    arguments = (grad, *inputs[:3], rpb, inputs[3], lse, grad, grad, grad, (3, 3), (1, 1), 0.3)
+    kernels = [
+        [launch.kernel.__name__ for launch in triton_impl.backward_launches(*arguments, want_rpb)[0]]
+        for want_rpb in (False, True)
+    ]
+    assert kernels[1] == [*kernels[0], "backward_bias"]
+
+
+@pytest.mark.parametrize(
+    ("allow", "expected"),
+    [
+        ("pass", "ieee"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ],
+)
+def test_float32_products_are_taken_as_pytorch_takes_its_own(allow, expected):
+    """In a process of its own: once one way to allow TF32 was used, PyTorch refuses others."""
+    program = f"""
+import torch
+from hybridzoo.kernels.triton_common import precision
+{allow}
+print(precision(torch.empty(1)), precision(torch.empty(1, dtype=torch.float16)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [expected, "ieee"]
+
+
+@computes
 def test_query_key_and_value_may_lie_differently():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 4, 5, 2, 16, device=DEVICE)
@@ -170,15 +240,14 @@ def test_gradients_are_the_same_bits_every_time(dilation):
         (dict(dtype=torch.float64), "float64 is none of"),
         (dict(head_dim=8), "head_dim 8 does not lie between 16 and 128"),
         (dict(head_dim=129), "head_dim 129"),
-        (dict(kernel=(3, 15)), r"kernel_size \(3, 15\)"),
         (dict(height=1 << 24), "32-bit offsets"),
     ],
 )
 def test_what_the_kernels_cannot_take_is_said(change, reason):
-    case = dict(dtype=torch.float32, head_dim=32, kernel=(7, 7), height=9) | change
+    case = dict(dtype=torch.float32, head_dim=32, height=9) | change
     query = torch.empty(1, case["height"], 9, 2, case["head_dim"], dtype=case["dtype"], device="meta")
-    assert re.search(reason, triton_impl.unsupported(query, case["kernel"], (1, 1)) or "")
-    assert triton_impl.unsupported(torch.empty(1, 9, 9, 2, 32, device="meta"), (7, 7), (1, 1)) is None
+    assert re.search(reason, triton_common.unsupported(query) or "")
+    assert triton_common.unsupported(torch.empty(1, 9, 9, 2, 32, device="meta")) is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -194,11 +263,11 @@ def test_under_the_interpreter():
     assert int(passed[1]) >= len(CASES) + 12, run.stdout
 
 
-def launches(height, heads, head_dim, kernel, dilation, dtype):
+def launches(height, heads, head_dim, kernel, dilation, dtype, bias=True):
     """What a training step on 128 images of a packed projection launches. Nothing is allocated."""
     shape = (128, height, height, heads, head_dim)
     query, key, value = torch.empty(*shape[:3], 3, *shape[3:], dtype=dtype, device="meta").unbind(3)
-    rpb = torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1, device="meta")
+    rpb = torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1, device="meta") if bias else None
     out, lse = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(shape[:4], device="meta")
     where = (kernel, kernel), (dilation, dilation), head_dim**-0.5
     forward = triton_impl.forward_launch(query, key, value, rpb, out, lse, *where)
@@ -206,15 +275,13 @@ def launches(height, heads, head_dim, kernel, dilation, dtype):
     return [forward, *backward]
 
 
-def assert_builds(capability, wanted):
-    """Every kernel of `wanted` compiles without spilling, within the chip's shared memory, and adds without atomics."""
-    triton_builds.require_compiler(capability)
-    for launch in wanted:
-        build = triton_builds.build(launch.kernel, launch.arguments, capability, **launch.options)
-        name = f"{launch.kernel.__name__} on sm_{capability}: {build}"
-        assert build.local == 0, name
-        assert build.shared <= triton_builds.SHARED_LIMIT[capability], name
-        assert not build.atomics, name
+def dense_launches(head_dim, dtype, bias):
+    """Of the largest group that the dense kernels take whole."""
+    for side in (7, 5, 3):
+        found = [n for n in launches(side, 2, head_dim, side, 1, dtype, bias) if "dense" in n.kernel.__name__]
+        if found:
+            return found
+    raise AssertionError("the dense kernels take no group")
 
 
 @compiles
@@ -223,26 +290,26 @@ def test_what_dinat_runs_compiles(capability):
     """Half precision, head_dim 32, kernel 7; at 224 pixels the first stage alternates dilation 1 and 8."""
     tiled, dense = (launches(56, 2, 32, 7, dilation, torch.bfloat16) for dilation in (1, 8))
     assert {launch.kernel.__name__ for launch in tiled + dense} == set(triton_configs.KINDS)
-    assert_builds(capability, [*tiled, *(launch for launch in dense if "dense" in launch.kernel.__name__)])
+    triton_builds.assert_builds(capability, [*tiled, *(n for n in dense if "dense" in n.kernel.__name__)])
+
+
+# Every kernel at every width. The size of the neighborhood changes a few constants only, so one is enough for each.
+LIMITS = {
+    torch.bfloat16: {16: 3, 32: 13, 64: 7, 96: 7, 128: 13},
+    torch.float32: {16: 13, 32: 7, 64: 3, 96: 7, 128: 3},
+    torch.float16: {64: 3},
+}
+WITHOUT_BIAS = [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 128)]
 
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capability", "head_dim", "kernel", "dtype"),
-    [
-        (90, 32, 3, torch.float16),
-        (90, 32, 13, torch.bfloat16),
-        (90, 64, 7, torch.bfloat16),
-        (80, 128, 7, torch.bfloat16),
-        (90, 128, 7, torch.bfloat16),
-        (80, 32, 7, torch.float32),
-        (90, 128, 7, torch.float32),
-    ],
-    ids=str,
-)
-def test_the_limits_compile(capability, head_dim, kernel, dtype):
-    wanted = launches(56, 2, head_dim, kernel, 1, dtype)
-    if kernel == 7:  # the dense kernels, where a group fits them
-        wanted += [launch for launch in launches(56, 2, head_dim, 7, 8, dtype) if "dense" in launch.kernel.__name__]
-    assert_builds(capability, wanted)
+@pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(t, d) for t, row in LIMITS.items() for d in row], ids=str)
+def test_the_limits_compile(capability, dtype, head_dim):
+    wanted = []
+    for bias in (True, False) if (dtype, head_dim) in WITHOUT_BIAS else (True,):
+        wanted += launches(56, 2, head_dim, LIMITS[dtype][head_dim], 1, dtype, bias)
+        wanted += dense_launches(head_dim, dtype, bias)
+    assert {launch.kernel.__name__ for launch in wanted} == set(triton_configs.KINDS)
+    triton_builds.assert_builds(capability, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import goldens
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridzoo.kernels import bi_level_route, routed_attention2d
@@ -89,11 +91,14 @@ def test_any_shape_equals_the_definition(data):
 
     fill = leaves[3] if filled else None
     expected, expected_grads = results(reference.routed_attention2d, grid, 0.7, fill)
-    by_region = lambda *args: operators.routed_attention2d(*args[:-2], list(grid), 0.7, "torch")[0]  # noqa: E731
-    for function in (torch_impl.dense_forward, by_region, torch_impl.region_forward):
-        out, grads = results(function, fill, grid, 0.7)
-        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
+    operator = lambda *args: operators.attend(*args[:-2], list(grid), 0.7, "torch")[0]  # noqa: E731
+    for dense in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_impl, "prefers_dense", lambda query, routes, dense=dense: dense)
+            for function in (operator, torch_impl.forward):
+                out, grads = results(function, fill, grid, 0.7)
+                torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
 
 
 def test_fill_is_the_same_as_a_map_that_has_these_tokens(grouping):
@@ -122,12 +127,16 @@ def test_gradcheck(grouping):
     assert torch.autograd.gradcheck(lambda *t: routed_attention2d(*t[:3], routes, (2, 3), fill=t[3]), (*qkv, fill))
 
 
-def test_operators_are_well_formed():
+def test_operators_are_well_formed(grouping):
     torch.manual_seed(0)
-    qkv = [t.requires_grad_() for t in maps(2, 6, 8, 2, 4)]
-    routes, fill = torch.randint(0, 4, (2, 4, 2)), torch.randn(2, 2, 4, requires_grad=True)
-    for where in ((None, [2, 2, 3, 4]), (fill, [2, 2, 4, 4])):
-        torch.library.opcheck(operators.routed_attention2d, (*qkv, routes, *where, 0.5, "torch"))
+    leaves = [t.requires_grad_() for t in maps(2, 6, 8, 2, 4)]
+    qkv, routes = [t.detach() for t in leaves], torch.randint(0, 4, (2, 4, 2))
+    for fill, grid in ((None, [2, 2, 3, 4]), (torch.randn(2, 2, 4, requires_grad=True), [2, 2, 4, 4])):
+        torch.library.opcheck(operators.routed_attention2d, (*leaves, routes, fill, grid, 0.5, "torch"))
+        beyond = None if fill is None else fill.detach()
+        for want_fill in {False, fill is not None}:
+            args = (torch.randn_like(qkv[0]), *qkv, routes, beyond, None, None, grid, 0.5, "torch", want_fill)
+            torch.library.opcheck(operators.routed_attention2d_backward, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -147,6 +156,71 @@ def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype, gro
         assert o.dtype == dtype
         allowed = 2 * (n.double() - e).abs().max() + torch.finfo(dtype).eps * e.abs().max()
         assert (o.double() - e).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("size", [8, 200])  # of scores: about 60, where half precision errs by some percent; 40,000
+def test_gradients_of_large_half_precision_logits_are_as_good_as_float32_makes_them(grouping, size):
+    torch.manual_seed(0)
+    low = [(t * size).half().requires_grad_() for t in maps(1, 9, 9, 2, 16)]
+    routes = torch.randint(0, 9, (1, 9, 3))
+    exact = [t.detach().double().requires_grad_() for t in low]
+    grad = torch.randn(1, 9, 9, 2, 16).half()
+    expected = torch.autograd.grad(
+        reference.routed_attention2d(*exact, routes, Grid(3, 3, 3, 3), 0.25), exact, grad.double()
+    )
+    out = routed_attention2d(*low, routes, 3)
+    assert out.isfinite().all()
+    for ours, e in zip(torch.autograd.grad(out, low, grad), expected, strict=True):
+        rounding = torch.finfo(torch.float16)
+        assert (ours.double() - e).abs().max() <= 2 * rounding.eps * e.abs().max() + rounding.tiny
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_an_empty_batch(grouping, filled):
+    leaves = [t.requires_grad_() for t in maps(0, 7, 9, 2, 4)]
+    if filled:
+        leaves.append(torch.randn(2, 2, 4, requires_grad=True))
+    routes = bi_level_route(*leaves[:2], 3, 2)
+    assert routes.shape == (0, 9, 2)
+    out = routed_attention2d(*leaves[:3], routes, 3, fill=leaves[3] if filled else None)
+    assert out.shape == leaves[0].shape
+    grads = torch.autograd.grad(out, leaves, out)
+    assert [g.shape for g in grads] == [t.shape for t in leaves]
+    assert not grads[-1].any()
+
+
+def test_functional_derivatives(grouping):
+    torch.manual_seed(0)
+    qkv, routes = maps(2, 6, 6, 2, 4), torch.randint(0, 9, (2, 9, 2))
+
+    def loss(q, k, v, routes=routes):
+        return routed_attention2d(q, k, v, routes, 3).square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in qkv]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2))(*qkv), expected)
+    each = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(*(t[:, None] for t in (*qkv, routes)))
+    torch.testing.assert_close([t[:, 0] for t in each], list(expected))
+
+
+def test_derivatives_that_do_not_exist_are_named(grouping):
+    q, k, v = maps(1, 6, 6, 2, 4)
+    attend = lambda q: routed_attention2d(q, k, v, torch.zeros(1, 9, 2, dtype=torch.int64), 3)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="routed_attention2d has no forward-mode derivative"):
+        torch.func.jvp(attend, (q,), (q,))
+    q.requires_grad_()
+    (once,) = torch.autograd.grad(attend(q).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="routed_attention2d has no second derivative"):
+        torch.autograd.grad(once.sum(), q)
+
+
+@pytest.mark.parametrize("number", [-1, 9, 1 << 40])
+def test_routes_out_of_range_are_named(grouping, number):
+    routes = torch.zeros(2, 9, 2, dtype=torch.int64)
+    routes[1, 3, 1] = number
+    wrong = f"{min(number, 0)} to {max(number, 0)}"
+    with pytest.raises(ValueError, match=f"routes must be region numbers from 0 to 8; got numbers from {wrong}"):
+        routed_attention2d(*maps(2, 6, 6, 2, 4), routes, 3)
 
 
 def test_strided_views_of_a_packed_projection(grouping):
@@ -205,25 +279,46 @@ def test_memory_stays_far_below_the_expanded_gather():
     assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in (*qkv, routes)}
     grad = torch.randn_like(out)
     with _LargestTensor() as largest:
-        torch_impl.region_backward(grad, *(t.detach() for t in qkv), routes, None, Grid(7, 7, 8, 8), 1.0)
+        torch_impl.region_backward(grad, *(t.detach() for t in qkv), routes, None, Grid(7, 7, 8, 8), 1.0, False)
     scores = 49 * 2 * 64 * 64
     assert largest.numel <= max(qkv[0].numel(), scores)
     assert largest.numel < 49 * qkv[0].numel() / 10
 
 
-def test_chunks_do_not_change_the_gradient(monkeypatch):
+def test_chunks_do_not_change_the_gradient(grouping, monkeypatch):
     torch.manual_seed(0)
     args = [torch.randn(2, 8, 8, 2, 4, dtype=torch.float64) for _ in range(4)]
     routes = torch.randint(0, 16, (2, 16, 3))
-    whole = torch_impl.region_backward(*args, routes, None, Grid(4, 4, 2, 2), 0.5)
-    monkeypatch.setattr(torch_impl, "CHUNK_SCORES", 1)
-    torch.testing.assert_close(torch_impl.region_backward(*args, routes, None, Grid(4, 4, 2, 2), 0.5), whole)
+    where = routes, None, Grid(4, 4, 2, 2), 0.5, False
+    whole = torch_impl.backward(*args, *where)
+    for chunk in ("CHUNK_SCORES", "CHUNK_DENSE"):
+        monkeypatch.setattr(torch_impl, chunk, 1)
+    torch.testing.assert_close(torch_impl.backward(*args, *where), whole)
 
 
-def test_compiles_and_exports_without_our_operator():
+def test_compiles_as_one_node_per_direction(grouping):
+    torch.manual_seed(0)
+    leaves = [t.requires_grad_() for t in maps(2, 6, 6, 2, 4)]
+    routes, graphs = torch.randint(0, 9, (2, 9, 3)), []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return torch._functorch.aot_autograd.make_boxed_func(graph)
+
+    def gradients(attend):
+        return torch.autograd.grad(attend(*leaves, routes, 3).sin().sum(), leaves)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    ours = gradients(torch.compile(routed_attention2d, fullgraph=True, backend=backend))
+    torch.testing.assert_close(ours, gradients(routed_attention2d))
+    nodes = [[str(n.target) for n in graph.graph.nodes if "hybridzoo" in str(n.target)] for graph in graphs]
+    assert nodes == [["hybridzoo.routed_attention2d.default"], ["hybridzoo.routed_attention2d_backward.default"]]
+
+
+def test_compiles_and_exports_without_our_operator(grouping):
     torch.manual_seed(0)
     qkv = maps(2, 28, 28, 2, 8)
-    routes = torch.randint(0, 49, (2, 49, 4))  # too few for the dense grouping
+    routes = torch.randint(0, 49, (2, 49, 4))
 
     def attend(q, k, v, routes):
         return routed_attention2d(q, k, v, routes, 7)
@@ -238,6 +333,18 @@ def test_compiles_and_exports_without_our_operator():
     program = torch.export.export(Module(), (*qkv, routes))
     assert not [n for n in program.graph.nodes if "hybridzoo" in str(n.target)]
     torch.testing.assert_close(program.module()(*qkv, routes), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        program = torch.export.export(Module(), (*qkv, routes))
+    torch.testing.assert_close(program.module()(*qkv, routes), expected)
+
+
+def test_export_refuses_triton():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, routes):
+            return routed_attention2d(q, k, v, routes, 3, impl="triton")
+
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: .*(exported|not installed)"):
+        torch.export.export(Module(), (*maps(1, 6, 6, 1, 16), torch.zeros(1, 9, 1, dtype=torch.int64)))
 
 
 def test_routing_is_float32_without_gradient_whatever_the_context():
@@ -283,8 +390,22 @@ def test_routing_counts_regions_that_are_all_fill():
         (dict(value=torch.zeros(2, 8, 8, 2, 8).double()), "value must share dtype"),
         (dict(routes=torch.zeros(2, 16, dtype=torch.int64)), "routes must have shape"),
         (dict(routes=torch.zeros(2, 9, 1, dtype=torch.int64)), r"routes must have shape .*regions=16"),
+        (dict(query=torch.zeros(2, 8, 8, 2, 8, dtype=torch.float8_e5m2)), "query must be .*; got torch.float8_e5m2"),
+        (dict(query=torch.zeros(2, 8, 8, 0, 8)), "query must have at least one row, column, head and channel"),
+        (dict(query=torch.zeros(2, 8, 0, 2, 8)), "query must have at least one row, column, head and channel"),
         (dict(routes=torch.zeros(2, 16, 1, dtype=torch.int32)), "routes must be int64"),
-        (dict(regions=0), "regions must be positive"),
+        (
+            dict(routes=torch.zeros(2, 16, 1, dtype=torch.int64, device="meta")),
+            "routes must be .*, on cpu; got .* meta",
+        ),
+        (dict(regions=4.0), "regions must be a positive whole number or a pair .*; got 4.0"),
+        (dict(regions=None), "regions must be a positive whole number or a pair .*; got None"),
+        (dict(regions=(4, 4, 4)), r"regions must be a positive whole number or a pair .*; got \(4, 4, 4\)"),
+        (dict(regions="4"), "regions must be a positive whole number or a pair .*; got '4'"),
+        (dict(regions=(4, 4.0)), r"regions must be a positive whole number or a pair .*; got \(4, 4.0\)"),
+        (dict(region_size=2.5), r"region_size must be .* a pair \(height, width\) of them; got 2.5"),
+        (dict(scale=math.inf), "scale must be finite; got inf"),
+        (dict(regions=0), "regions must be a positive whole number or a pair .*; got 0"),
         (dict(regions=5), "regions=5 leaves a region without tokens on a map of height 8"),
         (dict(regions=(4, 7)), "width 8"),
         (dict(impl="cuda"), "impl must be one of auto, triton, torch; got 'cuda'"),
@@ -303,6 +424,23 @@ def test_bad_arguments_are_named(change, message):
         routed_attention2d(**{**args, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(query=3), "query must be a tensor; got int"),
+        (dict(routes=[[0]]), "routes must be a tensor; got list"),
+        (dict(fill=1.0), "fill must be a tensor; got float"),
+        (dict(scale="a"), "scale must be a number, or None for the default; got 'a'"),
+        (dict(scale=torch.ones(())), "scale must be a number, got a tensor"),
+    ],
+)
+def test_things_of_the_wrong_kind_are_named(change, message):
+    args = dict(zip(("query", "key", "value"), maps(2, 8, 8, 2, 8), strict=True), regions=4)
+    args["routes"] = torch.zeros(2, 16, 1, dtype=torch.int64)
+    with pytest.raises(TypeError, match=message):
+        routed_attention2d(**{**args, **change})
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes any device")
 def test_an_explicit_choice_never_falls_back():
     q, k, v = torch.zeros(3, 1, 8, 8, 2, 16)
@@ -310,14 +448,15 @@ def test_an_explicit_choice_never_falls_back():
         routed_attention2d(q, k, v, torch.zeros(1, 16, 1, dtype=torch.int64), 4, impl="triton")
 
 
-@pytest.mark.parametrize("topk", [0, 17])
+@pytest.mark.parametrize("topk", [0, 17, 2.0, "2", True])
 def test_topk_out_of_range_is_named(topk):
-    with pytest.raises(ValueError, match=f"topk must lie between 1 and the number of regions, 16; got {topk}"):
+    with pytest.raises(
+        ValueError, match=f"topk must be a whole number from 1 to the number of regions, 16; got {topk!r}"
+    ):
         bi_level_route(torch.zeros(1, 8, 8, 1, 4), torch.zeros(1, 8, 8, 1, 4), 4, topk)
 
 
-def test_autocast_leaves_the_inputs_precision_alone(monkeypatch):
-    monkeypatch.setattr(torch_impl, "prefers_dense", lambda query, routes: False)
+def test_autocast_leaves_the_inputs_precision_alone(grouping):
     torch.manual_seed(0)
     qkv = [t.requires_grad_() for t in maps(1, 6, 6, 2, 8)]
     routes = torch.randint(0, 4, (1, 4, 2))

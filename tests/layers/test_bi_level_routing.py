@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import goldens
 import pytest
+import timm
 import torch
 
 from hybridzoo.kernels.routed.grid import Grid
@@ -85,10 +86,47 @@ def test_any_map_size(padding, size, regions):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("regions", [dict(regions=3), dict(regions=2), dict(region_size=4)], ids=str)
+def test_an_empty_batch(regions):
+    """Routed, and with every region routed to every other."""
+    layer = BiLevelRoutingAttention(8, 2, 4, **regions)
+    x = torch.randn(0, 7, 9, 8, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 7, 9, 8)
+
+
+def test_a_network_of_such_layers_takes_an_empty_batch():
+    x = torch.zeros(0, 3, 96, 64, requires_grad=True)
+    logits = timm.create_model("biformer_tiny", num_classes=3)(x)
+    logits.sum().backward()
+    assert logits.shape == (0, 3)
+    assert x.grad.shape == x.shape
+
+
+def test_the_layer_says_how_it_is_set():
+    layer = BiLevelRoutingAttention(8, 2, 4, regions=[7, 5])
+    assert layer.regions == (7, 5)
+    assert layer.extra_repr() == "num_heads=2, topk=4, regions=(7, 5), padding='bias'"
+    layer = BiLevelRoutingAttention(8, 2, 4, region_size=4, padding="mask")
+    assert layer.extra_repr() == "num_heads=2, topk=4, region_size=4, padding='mask'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(num_heads=3, regions=7), "dim must be a multiple of num_heads; got dim=8, num_heads=3"),
+        (dict(num_heads=3, regions=7), "dim must be a positive multiple of num_heads; got dim=8, num_heads=3"),
+        (dict(num_heads=0, regions=7), "dim must be a positive multiple of num_heads; got dim=8, num_heads=0"),
+        (dict(num_heads=-2, regions=7), "dim must be a positive multiple of num_heads; got dim=8, num_heads=-2"),
+        (dict(topk=0, regions=7), "topk must be a positive whole number; got 0"),
+        (dict(topk=-1, regions=7), "topk must be a positive whole number; got -1"),
+        (dict(topk=1.5, regions=7), "topk must be a positive whole number; got 1.5"),
+        (dict(regions=(7,)), r"regions must be a positive whole number or a pair .*; got \(7,\)"),
+        (dict(regions=7.0), "regions must be a positive whole number or a pair .*; got 7.0"),
+        (dict(regions=(7, 0)), "regions must be a positive whole number or a pair"),
+        (dict(region_size=2.5), "region_size must be a positive whole number; got 2.5"),
+        (dict(regions=7, lepe_kernel=0), "lepe_kernel must be a positive whole number; got 0"),
+        (dict(regions=7, lepe_kernel=4), "lepe_kernel must be odd, .*; got 4"),
         (dict(num_heads=2), "give either regions or region_size"),
         (dict(num_heads=2, regions=7, region_size=4), "give either regions or region_size"),
         (dict(num_heads=2, regions=7, padding="reflect"), "padding must be one of bias, zeros, mask; got 'reflect'"),
@@ -96,4 +134,4 @@ def test_any_map_size(padding, size, regions):
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        BiLevelRoutingAttention(8, topk=4, **arguments)
+        BiLevelRoutingAttention(8, **{"num_heads": 2, "topk": 4, **arguments})

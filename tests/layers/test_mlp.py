@@ -35,3 +35,22 @@ def test_equals_timms_mlp_sliced_or_whole_and_leaves_its_input(monkeypatch, act,
         torch.testing.assert_close(ours(x), expected)
     assert sum(rows) == 70
     assert len(rows) == -(-70 // 20)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_hooks_keep_is_not_overwritten(everywhere):
+    torch.manual_seed(0)
+    mlp, x, kept = Mlp(8, 24).eval(), torch.randn(5, 8), []
+
+    def keep(module, args, out):
+        if module is mlp.fc1:
+            kept.append(out)
+
+    register = nn.modules.module.register_module_forward_hook if everywhere else mlp.fc1.register_forward_hook
+    hook = register(keep)
+    try:
+        with torch.no_grad():
+            mlp(x)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(kept[0], mlp.fc1(x))

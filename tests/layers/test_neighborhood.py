@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import goldens
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -123,11 +124,37 @@ def test_bfloat16_autocast_keeps_its_precision_where_it_pads():
     torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("size", [(9, 11), (3, 11)], ids=["as it is", "padded"])
+def test_an_empty_batch(size):
+    layer = NeighborhoodAttention2d(8, 2, 3, 2)
+    x = torch.randn(0, *size, 8, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, *size, 8)
+    assert not layer.rpb.grad.any()
+
+
+def test_a_network_of_such_layers_takes_an_empty_batch():
+    x = torch.zeros(0, 3, 96, 64, requires_grad=True)
+    logits = timm.create_model("dinat_mini", num_classes=3)(x)
+    logits.sum().backward()
+    assert logits.shape == (0, 3)
+    assert x.grad.shape == x.shape
+
+
+def test_the_layer_says_how_it_is_set():
+    layer = NeighborhoodAttention2d(8, 2, [3, 5], dilation="auto", padding="mask")
+    assert layer.extra_repr() == "num_heads=2, kernel_size=(3, 5), dilation=auto, padding='mask'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(num_heads=3), "dim must be a positive multiple of num_heads; got dim=8, num_heads=3"),
         (dict(num_heads=0), "dim must be a positive multiple of num_heads; got dim=8, num_heads=0"),
+        (dict(num_heads=-2), "dim must be a positive multiple of num_heads; got dim=8, num_heads=-2"),
+        (dict(num_heads=2.0), "dim must be a positive multiple of num_heads; got dim=8, num_heads=2.0"),
+        (dict(num_heads=2, kernel_size=True), "kernel_size must be a positive whole number .*; got True"),
         (dict(num_heads=2, kernel_size=4), "kernel_size must be odd, .*; got 4"),
         (dict(num_heads=2, kernel_size=(3, 0)), r"kernel_size must be a positive whole number .*; got \(3, 0\)"),
         (dict(num_heads=2, dilation="7"), "dilation must be a positive whole number .*; got '7'"),

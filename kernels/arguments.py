@@ -1,0 +1,163 @@
+"""Checks of arguments that the operators and the layers around them share, and the choice of implementation.
+
+Every message names the argument, what was given and what to give. A thing of another kind than a tensor or a number is
+a `TypeError`, everything else a `ValueError`. Sizes may be symbolic (`torch.SymInt`): no check compares two of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import numbers
+import operator
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # does not import it: that would be slow
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def whole(value: Any) -> int | None:
+    """`value` as a positive whole number, numpy's and symbolic ones included; None if it is none."""
+    if isinstance(value, bool):
+        return None
+    if not isinstance(value, int | torch.SymInt):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            return None
+    return value if value >= 1 else None
+
+
+def positive(name: str, value: Any) -> int:
+    """`value`, checked to be a positive whole number."""
+    number = whole(value)
+    if number is None:
+        raise ValueError(f"{name} must be a positive whole number; got {value!r}")
+    return number
+
+
+def odd(name: str, value: Any) -> int:
+    """`value`, checked to be a positive odd number."""
+    number = positive(name, value)
+    if number % 2 == 0:
+        raise ValueError(f"{name} must be odd, so that a window has a middle; got {value!r}")
+    return number
+
+
+def pair(name: str, value: Any, axes: str = "rows, columns") -> tuple[int, int]:
+    """`value` per axis, checked to be one positive whole number for both, or two in a tuple or list."""
+    first, second = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
+    rows, columns = whole(first), whole(second)
+    if rows is None or columns is None:
+        raise ValueError(f"{name} must be a positive whole number or a pair ({axes}) of them; got {value!r}")
+    return rows, columns
+
+
+def window(name: str, value: Any) -> tuple[int, int]:
+    """`value` as `pair`, checked to be odd."""
+    rows, columns = pair(name, value)
+    if rows % 2 == 0 or columns % 2 == 0:
+        raise ValueError(f"{name} must be odd, so that a window has a middle; got {value!r}")
+    return rows, columns
+
+
+def channels(dim: Any, num_heads: Any) -> None:
+    """`dim`, checked to be a multiple of `num_heads`."""
+    if (heads := whole(num_heads)) is None or (total := whole(dim)) is None or total % heads:
+        raise ValueError(f"dim must be a positive multiple of num_heads; got dim={dim!r}, num_heads={num_heads!r}")
+
+
+def factor(name: str, value: Any, default: float) -> float:
+    """`value`, checked to be a finite real number; `default` for None."""
+    if value is None:
+        return default
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a number, got a tensor: no gradient would reach it. Multiply query by it instead, and"
+            f" give {name}=1"
+        )
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat)
+    if isinstance(value, bool) or not (symbolic or isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, or None for the default; got {value!r}")
+    if symbolic or torch.compiler.is_compiling():  # there too it may stand for a symbol
+        return value
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value!r}")
+    return float(value)
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
+def token_map(name: str, value: Any) -> None:
+    """A map of tokens, not empty but for its batch."""
+    tensor(name, value)
+    if value.ndim != 5:
+        raise ValueError(f"{name} must have shape (batch, height, width, heads, head_dim); got {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be a floating-point tensor, float16, bfloat16, float32 or float64; got {value.dtype}"
+        )
+    if any(size == 0 for size in value.shape[1:]):
+        raise ValueError(f"{name} must have at least one row, column, head and channel; got {tuple(value.shape)}")
+
+
+def alike(name: str, value: Any, query: Tensor) -> None:
+    """A map of the shape, dtype and device of `query`."""
+    tensor(name, value)
+    if value.shape != query.shape:
+        raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}; got {tuple(value.shape)}")
+    if value.dtype != query.dtype or value.device != query.device:
+        raise ValueError(
+            f"{name} must share dtype and device with query ({query.dtype}, {query.device});"
+            f" got {value.dtype}, {value.device}"
+        )
+
+
+def table(name: str, value: Any, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:
+    """Parameters of `shape`, whose `axes` are named, in any floating dtype."""
+    tensor(name, value)
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape ({axes}) = {shape}; got {tuple(value.shape)}")
+    if value.dtype not in DTYPES or value.device != query.device:
+        raise ValueError(f"{name} must be floating-point, on {query.device}; got {value.dtype}, {value.device}")
+
+
+def exporting() -> bool:
+    """An exported program must run where hybridzoo is not installed: plain PyTorch operators, no node of ours."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def implementation(impl: Any, query: Tensor, limit: str | None = None) -> str:
+    """`"triton"` or `"torch"`, as `impl` wants; `limit` says why an operator's Triton kernels cannot run the call.
+
+    An explicit choice never falls back: what Triton cannot run, it raises.
+    """
+    if not isinstance(impl, str) or impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    if impl == "torch" or (impl == "auto" and not query.is_cuda):
+        return "torch"
+    reason = _triton_cannot(query) or limit
+    if impl == "triton" and reason:
+        raise ValueError(f"impl='triton' cannot run this call: {reason}; use impl='torch' or 'auto'")
+    return "torch" if reason else "triton"
+
+
+def _triton_cannot(query: Tensor) -> str | None:
+    """Why no Triton kernel can run a call on this map; None if one can."""
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if exporting():
+        return "an exported program holds PyTorch's own operators only"
+    if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"query is on {query.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
+    from hybridzoo.kernels import triton_common  # only when used: Triton is slow to import
+
+    return triton_common.unsupported(query)

@@ -1,0 +1,98 @@
+"""Neighborhood attention on a map that constant tokens extend at its bottom and right: what they add to the result.
+
+Where a map has fewer than `kernel * dilation` tokens along an axis, the published NAT and DiNAT extend it to that many
+with zeros, which the projection turns into its bias: tokens that are all alike. To a query they are one key, as often
+as its window reaches beyond the map, each time with another position bias. So nothing has to be appended: attention
+over the map alone, and its log-sum-exp, are merged with that one key.
+
+    weight = exp(l) / (exp(l) + exp(lse)),  l = scale * query . key + log(sum over the window beyond of exp(rpb))
+
+The tokens of a map's own windows stay the same: along an extended axis every dilation group is as long as the window,
+which is then the whole group, with or without the tokens beyond.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def reaches(size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether windows reach beyond a map of this size, `(rows, columns)`."""
+    return any(k * d > length for length, k, d in zip(size, kernel, dilation, strict=True))
+
+
+def merge(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    rpb: Tensor | None,
+    fill: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Attention over the map and the tokens beyond it, from that over the map alone.
+
+    Args:
+        out: `(batch, height, width, heads, head_dim)`, the result for the map alone.
+        lse: `(batch, height, width, heads)`, log-sum-exp of its scores.
+        query: like `out`.
+        rpb: `(heads, 2 * rows - 1, 2 * columns - 1)` or none.
+        fill: `(2, heads, head_dim)`, key and value of the tokens beyond.
+        kernel, dilation, scale: see `api.na2d`.
+
+    Returns:
+        Like `out`; computed in float32 or wider, differentiable in all tensors.
+    """
+    key, value = fill.to(lse.dtype).unbind(0)
+    bias = log_sum_beyond((out.shape[1], out.shape[2]), rpb, out.shape[3], kernel, dilation, lse)
+    score = scale * (query.to(lse.dtype) * key).sum(-1) + bias
+    weight = torch.sigmoid(score - lse).unsqueeze(-1)
+    wide = out.to(lse.dtype)
+    return (wide + weight * (value - wide)).to(out.dtype)
+
+
+def log_sum_beyond(
+    size: tuple[int, int],
+    rpb: Tensor | None,
+    heads: int,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    like: Tensor,
+) -> Tensor:
+    """`(height, width, heads)`: log of the sum of exp(rpb) over a query's window beyond the map; -inf where none is."""
+    if rpb is None:
+        rpb = like.new_zeros(heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    table = rpb.to(like.dtype)
+    largest = table.detach().amax((1, 2), keepdim=True)
+    table = (table - largest).exp()
+    (rows_on, rows_off), (columns_on, columns_off) = (
+        _offsets(length, k, d, like) for length, k, d in zip(size, kernel, dilation, strict=True)
+    )
+
+    def total(table: Tensor) -> Tensor:  # beyond at the bottom, and beside that on the right alone; no differences
+        return rows_off @ table @ (columns_on + columns_off).T + rows_on @ table @ columns_off.T
+
+    some = total(torch.ones_like(table[:1])) > 0
+    logs = torch.where(some, total(table), 1.0).log() + largest
+    return torch.where(some, logs, -math.inf).permute(1, 2, 0)
+
+
+def _offsets(length: int, kernel: int, dilation: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`(length, 2 * kernel - 1)`: entries of the bias table that a token's window has on the map, and beyond it.
+
+    Every token has a whole window, since the axis is thought of as `kernel * dilation` tokens long at least.
+    """
+    token = torch.arange(length, device=like.device)
+    group, place = token % dilation, token // dilation
+    whole = max(length, kernel * dilation)
+    members = (whole - group + dilation - 1) // dilation
+    start = torch.minimum((place - kernel // 2).clamp(min=0), members - kernel)
+    window = start[:, None] + torch.arange(kernel, device=like.device)
+    on_map = group[:, None] + window * dilation < length
+    entry = (window - place[:, None] + kernel - 1)[:, :, None] == torch.arange(2 * kernel - 1, device=like.device)
+    on, off = ((entry & chosen[:, :, None]).sum(1).to(like.dtype) for chosen in (on_map, ~on_map))
+    return on, off
