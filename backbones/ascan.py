@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -34,14 +34,15 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.layers import (
     ConvNormAct,
-    EvalCache,
     FusedMBConv,
     MBConv,
     PooledHead,
     PoolShortcut,
+    RelativePositionBias,
     Stage,
     TransformerBlock,
 )
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
 
@@ -94,6 +95,11 @@ class AsCANConfig:
             raise ValueError(f'pattern must be stages of C and T such as "CC/CC/CTTTT/CTTTTT"; got {self.pattern!r}')
         if len(self.dims) != len(self.stages):
             raise ValueError(f"dims must have one width for each of the {len(self.stages)} stages; got {self.dims}")
+        for field in ("stem_dim", "head_dim", "expansion", "mlp_ratio"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
+        if min(self.dims) < 1:
+            raise ValueError(f"dims must be positive; got {self.dims}")
         for field, allowed in (
             ("expand_from", ("in", "out")),
             ("conv_norm", NORMS),
@@ -116,21 +122,15 @@ class AsCANConfig:
         return tuple(len(blocks) for blocks in self.stages)
 
 
-class PositionBias(EvalCache):
-    """A learned number a head for every offset on a map of `side` x `side` tokens, resized to the map that comes."""
+class PositionBias(RelativePositionBias):
+    """A table for square maps of `side` tokens, all of it resized to the map that comes."""
 
     def __init__(self, num_heads: int, side: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(num_heads, 2 * side - 1, 2 * side - 1))
-        trunc_normal_(self.table, std=0.02)
+        super().__init__(num_heads, (side, side), "bicubic")
 
-    def forward(self, size: tuple[int, int]) -> Tensor:
-        """Bias `(heads, tokens, tokens)`, query by key, of a map of `size` (rows, columns)."""
-        return self.cached(size, lambda: gather_bias(self._resized(size), size))
-
-    def _resized(self, size: tuple[int, int]) -> Tensor:
-        wanted = tuple(2 * side - 1 for side in size)
-        return self.table if self.table.shape[1:] == wanted else resize_table(self.table, size, "bicubic")
+    def forward(self, window: tuple[int, int] | None = None) -> Tensor:
+        size = window or self.window
+        return self.cached(size, lambda: gather_bias(resize_table(self.table, size, self.resize), size))
 
 
 class Attention(nn.Module):
@@ -226,7 +226,7 @@ class AsCAN(Backbone):
         self.norm = nn.Identity()
         norm_after_pool = nn.LayerNorm(self.num_features, eps=1e-6)
         self.head = PooledHead(nn.Identity(), norm_after_pool, self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -248,13 +248,6 @@ def _conv_block(cfg: AsCANConfig, in_dim: int, dim: int, stride: int, drop_path:
         shortcut=shortcut,
         drop_path=drop_path,
     )
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 VARIANTS = {

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.layers import BiLevelRoutingAttention, Stage, TransformerBlock
 from hybridzoo.layers.bi_level_routing import Padding
+from hybridzoo.layers.init import init_linear
 
 STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32  # in routed stages
@@ -170,14 +171,7 @@ class BiFormer(Backbone):
         self.norm = nn.BatchNorm2d(self.num_features)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
         if cfg.init_linear:
-            self.apply(_init_linear)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+            self.apply(init_linear)
 
 
 _SMALL_DEPTHS = (4, 4, 18, 4)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.backbones.dinat_dilations import STRIDES, Dilations, Skeleton, block_dilations
 from hybridzoo.layers import NeighborhoodAttention2d, Stage, TransformerBlock
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.neighborhood import Dilation, Padding
 
 HEAD_DIM = 32
@@ -147,13 +148,6 @@ class DiNAT(Backbone):
         self.norm = LayerNorm2d(self.num_features, eps=1e-5)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
         self.apply(init_linear)
-
-
-def init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _224: Any = dict(dilations="in1k_224")

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
-from hybridzoo.backbones.dinat import HEAD_DIM, PatchStem, init_linear
+from hybridzoo.backbones.dinat import HEAD_DIM, PatchStem
 from hybridzoo.backbones.dinat_dilations import Dilations, block_dilations
 from hybridzoo.layers import NeighborhoodAttention2d, RelativePositionBias, Stage, TransformerBlock
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.neighborhood import Dilation, Padding
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from hybridzoo.layers import (
     Residual,
     Stage,
 )
+from hybridzoo.layers.init import init_normal
 
 STRIDES = (4, 8, 16, 32)
 FEWER_NORMS = (False, False, True)  # of MBConv's three convolutions: the first two have a bias instead
@@ -173,9 +173,7 @@ class EfficientViTMIT(Backbone):
 def _init_weights(module: nn.Module) -> None:
     """The training script's: small normal weights; residual branches start at zero."""
     if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_normal(module)
     last: Any = None  # convolution of a residual branch; a module comes after those it contains
     if isinstance(module, Residual):
         branch: Any = module.branch

@@ -19,14 +19,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
-from hybridzoo.backbones.base import Backbone, build
+from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import CascadedGroupAttention, ConvNormAct, MBConv, PooledHead, Residual, Stage
-from hybridzoo.layers.folding import fuse_norm_linear_eval
+from hybridzoo.layers.folding import fuse_norm_layer_eval
+from hybridzoo.layers.init import init_linear
 
 STRIDES = (16, 32, 64)
 STEM_STRIDES = (4, 8)
@@ -109,7 +110,7 @@ class Head(PooledHead):
 
     def fuse(self) -> None:
         if isinstance(self.after, nn.BatchNorm1d) and isinstance(self.fc, nn.Linear):
-            self.fc = fuse_norm_linear_eval(self.after, self.fc)
+            self.fc = fuse_norm_layer_eval(self.after, self.fc)
             self.after = nn.Identity()
 
 
@@ -128,7 +129,7 @@ class EfficientViTMSRA(Backbone):
             for dense heads that want a finer pyramid than the published strides 16, 32, 64.
 
     Raises:
-        ValueError: a pooling that the head does not know, or channels that do not fit the heads.
+        ValueError: an argument does not fit; the message names it.
     """
 
     memory_format = torch.channels_last
@@ -145,6 +146,7 @@ class EfficientViTMSRA(Backbone):
         stem_taps: bool = False,
     ) -> None:
         super().__init__()
+        check_per_stage(len(STRIDES), dims=cfg.dims, depths=cfg.depths, heads=cfg.heads, windows=cfg.windows)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, STRIDES)
@@ -165,9 +167,7 @@ class EfficientViTMSRA(Backbone):
         self.head = Head(
             nn.Identity(), nn.BatchNorm1d(self.num_features), self.num_features, num_classes, global_pool, drop_rate
         )
-        if isinstance(self.head.fc, nn.Linear):
-            trunc_normal_(self.head.fc.weight, std=0.02)
-            nn.init.zeros_(self.head.fc.bias)
+        init_linear(self.head.fc)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hybridzoo import checkpoints
-from hybridzoo.backbones.base import Backbone, build
+from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage, TransformerBlock
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
@@ -185,7 +186,7 @@ class AttentionStage(Stage):
             else:
                 x, ct = block(x, ct, mask)
         x = from_windows(x.view(grid), *map_size)[:, :height, :width]
-        return x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        return x.contiguous().permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -239,7 +240,7 @@ class FasterViT(Backbone):
         mask_padding: hide padded tokens from the windows' attention; the published weights were evaluated without.
 
     Raises:
-        ValueError: a window narrower than its carrier tokens.
+        ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(
@@ -253,9 +254,13 @@ class FasterViT(Backbone):
         mask_padding: bool = False,
     ) -> None:
         super().__init__()
+        check_per_stage(len(STRIDES), depths=cfg.depths)
+        check_per_stage(2, num_heads=cfg.num_heads, window_size=cfg.window_size)  # those of attention
         if min(cfg.window_size) < CARRIER_SIDE:
             raise ValueError(f"window_size must be {CARRIER_SIDE} or more in both stages; got {cfg.window_size}")
         dims = [cfg.dim * 2**i for i in range(len(cfg.depths))]
+        if any(heads < 1 or dim % heads for heads, dim in zip(cfg.num_heads, dims[2:], strict=True)):
+            raise ValueError(f"num_heads must divide {dims[2:]}, the widths of their stages; got {cfg.num_heads}")
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.set_feature_info(dims, STRIDES)
@@ -284,7 +289,7 @@ class FasterViT(Backbone):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -292,13 +297,6 @@ class FasterViT(Backbone):
         if not coarse:  # carrier tokens are made before the first block
             matcher["blocks"].insert(0, (r"^stages\.(\d+)\.carrier_tokens", (0,)))
         return matcher
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _LARGE: dict[str, Any] = dict(num_heads=(16, 32), layer_scale=1e-5, propagate=True)

@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
-from hybridzoo.backbones.base import Backbone, build
+from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import ConvNormAct, GELUTanh, MBConv, PoolShortcut, Stage, WindowAttention
 from hybridzoo.layers.mlp import Mlp
 from hybridzoo.layers.relative_position import Resize
@@ -148,7 +148,7 @@ class MaxViT(Backbone):
             square of the area; other image sizes still work.
 
     Raises:
-        ValueError: `window_size` is not positive, or `img_size` below 32 pixels.
+        ValueError: `window_size` is not positive, `img_size` below 32 pixels, or `dims` no multiples of 32.
     """
 
     layout = "NHWC"
@@ -172,6 +172,9 @@ class MaxViT(Backbone):
             window = tuple(side // STRIDES[-1] for side in to_2tuple(img_size))
             if len(window) != 2 or min(window) < 1:
                 raise ValueError(f"img_size must be at least 32, a number or (height, width); got {img_size!r}")
+        check_per_stage(len(STRIDES), dims=cfg.dims, depths=cfg.depths)
+        if any(dim < 1 or dim % HEAD_DIM for dim in cfg.dims):
+            raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of an attention head; got {cfg.dims}")
         table_resize: Resize = "bilinear" if img_size is None else "geometric"
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -29,12 +29,14 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.layers import ConvNormAct, PooledHead, Stage
 from hybridzoo.layers.conv_norm_act import ActLayer
+from hybridzoo.layers.init import init_normal
 from hybridzoo.layers.partial_attention import (
     DynamicPartialConv,
     PartialAttention,
     PartialChannelAttention,
     SpatialGate,
 )
+from hybridzoo.layers.slicing import watched
 
 STRIDES = (4, 8, 16, 32)
 PARTS = 4  # one of them is convolved
@@ -64,7 +66,8 @@ class Mlp(nn.Module):
         self.gate: nn.Module = SpatialGate(dim) if spatial_gate else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gate(self.project(self.expand(x)))
+        x = self.project(self.expand(x))
+        return self.gate(x.clone() if watched(self.project, self.gate) else x)  # a folded gate overwrites it
 
 
 class Block(nn.Module):
@@ -182,9 +185,7 @@ class PATNet(Backbone):
 
 def _init(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_normal(module)
 
 
 _T0: dict[str, Any] = dict(embed_dim=32, num_heads=4, act="gelu")

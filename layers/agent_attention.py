@@ -4,14 +4,11 @@ A few agent tokens, pooled from the queries, gather the values by softmax attent
 second one: two attentions of N x A instead of one of N x N.
 
 No kernel of its own: on an H200 (bf16, 128 images of 224 px, Swin-T's first stage) the two attentions' products take
-3 us, the linear layers around them 30 us and every pass over the map 16 us. Folded, the layer makes about 13 such
-passes, a fused one 5: in all stages together less than a tenth of the network's forward pass.
+3 us, the linear layers around them 30 us and every pass over the map 16 us. Without queries and keys the layer makes
+about 13 such passes, a fused one 5: in all stages together less than a tenth of the network's forward pass.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +18,10 @@ from torch import Tensor, nn
 from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.heads import add_product, merge_heads, split_heads
 from hybridzoo.layers.resize import adaptive_pool, resize_map
-from hybridzoo.layers.slicing import lean
+from hybridzoo.layers.slicing import lean, watched
 
 COARSE = 7  # side of the block biases `an_bias` and `na_bias`, whatever the map
-FOLD_BELOW = 1.0  # of the work it replaces; measured on a CPU, see benchmarks/linear_attention_families.py
-LARGEST_KEPT = 2**20  # entries of a map's bias tables that are kept between evaluation batches
+UNPROJECTED_BELOW = 1.0  # of the work it replaces; measured on a CPU, see benchmarks/linear_attention_families.py
 
 
 class AgentAttention(EvalCache):
@@ -117,26 +113,26 @@ class AgentAttention(EvalCache):
                 f"size must be the (rows, columns) of the {x.shape[1]} tokens"
                 f"{' less the class token' if first else ''}; got {size}"
             )
-        return self.proj(self._folded(x, size) if self.folds(size) else self._projected(x, size))
+        return self.proj(self._unprojected(x, size) if self.skips_projection(size) else self._projected(x, size))
 
     def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tables for a map of this size and the current grid, each `(heads, agents, tokens)`.
 
         The first is added to the scores of agents (as queries) and tokens (as keys), the second to those of tokens (as
-        queries) and agents (as keys). In evaluation they are computed once a size, unless they are large.
+        queries) and agents (as keys). In evaluation they are kept, see `EvalCache`.
         """
         spread, gather = self._tables(size)
         return gather, spread
 
-    def folds(self, size: tuple[int, int]) -> bool:
+    def skips_projection(self, size: tuple[int, int]) -> bool:
         """Whether few enough agents look at a map of this size that queries and keys need not be formed.
 
         Agents times queries is agents times query weights times tokens: with fewer agents than channels, the first
         product is the small one. Compares the multiplications that differ, an image.
         """
         dim, tokens, agents = self.proj.in_features, size[0] * size[1], self.grid[0] * self.grid[1]
-        folded = self.num_heads * agents * (4 * tokens + 2 * dim // self.num_heads)
-        return folded < FOLD_BELOW * tokens * (2 * dim + 4 * agents)
+        unprojected = self.num_heads * agents * (4 * tokens + 2 * dim // self.num_heads)
+        return unprojected < UNPROJECTED_BELOW * tokens * (2 * dim + 4 * agents)
 
     def _projected(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Attention as the paper writes it, and the convolution: `(batch, tokens, dim)`."""
@@ -144,7 +140,8 @@ class AgentAttention(EvalCache):
         value = self._project(x, 2, 3)
         agent = self._pool(query, size)
         q, a, k, v = (split_heads(t, self.num_heads) for t in (query, agent, key, value))
-        gather_bias, spread_bias = self._remembered("attention", size, self._attention_biases)
+        form = ("attention", tuple(size), self.grid)
+        gather_bias, spread_bias = self.cached(form, lambda: self._attention_biases(size))
         out = agent_attention(q, a, k, v, gather_bias.to(value.dtype), spread_bias.to(value.dtype))
         if not lean(x):
             return merge_heads(out) + self._local(value, size)
@@ -152,7 +149,7 @@ class AgentAttention(EvalCache):
         out[:, int(self.class_token) :] += self._convolved(value, size)
         return out
 
-    def _folded(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def _unprojected(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The same numbers without queries and keys; scores are agent-major, so that both softmaxes run over rows."""
         dim, heads = x.shape[-1], self.num_heads
         value = self._project(x, 2, 3)
@@ -166,9 +163,10 @@ class AgentAttention(EvalCache):
         spread, gather = scores.unflatten(1, probe.shape[1:4]).unbind(1)
         spread, gather = spread.softmax(2).to(value.dtype), gather.softmax(-1).to(value.dtype)
         # All heads in one product, of which the blocks on the diagonal count: cheaper than to set the heads apart.
-        agent_value = (gather.flatten(1, 2) @ value).view(*agent.shape[:1], heads, -1, heads, dim // heads)
+        agent_value = (gather.flatten(1, 2) @ value).view(x.shape[0], heads, agent.shape[3], heads, dim // heads)
         blocks = agent_value * torch.eye(heads, dtype=value.dtype, device=x.device)[:, None, :, None]
-        return add_product(self._local(value, size), spread.flatten(1, 2).mT, blocks.flatten(3).flatten(1, 2))
+        mixing, keep = blocks.flatten(3).flatten(1, 2), watched(self.dwc)
+        return add_product(self._local(value, size), spread.flatten(1, 2).mT, mixing, keep=keep)
 
     def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Of queries (0), keys (1) and values (2), those from `start` to before `stop`."""
@@ -189,18 +187,12 @@ class AgentAttention(EvalCache):
 
     def _tables(self, size: tuple[int, int]) -> Tensor:
         """`(2, heads, agents, tokens)`: for the queries, for the keys."""
-        return self._remembered("tables", size, lambda size: torch.stack(self._resized(size)))
+        return self.cached(("tables", tuple(size), self.grid), lambda: torch.stack(self._resized(size)))
 
     def _attention_biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """For `agent_attention`, as it reads them."""
         spread, gather = self._resized(size)
         return gather[None], spread.mT.contiguous()[None]
-
-    def _remembered(self, form: str, size: tuple[int, int], compute: Callable[[tuple[int, int]], Any]) -> Any:
-        """`compute(size)`, kept in evaluation: large maps with fine grids, all of other sizes, would fill memory."""
-        if 2 * self.num_heads * self.grid[0] * self.grid[1] * size[0] * size[1] > LARGEST_KEPT:
-            return compute(size)
-        return self.cached((form, tuple(size), self.grid), lambda: compute(size))
 
     def _resized(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """For the queries and for the keys, each `(heads, agents, tokens)`."""

@@ -43,7 +43,7 @@ class AbsoluteOffsetBias(EvalCache):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         table = state_dict.get(f"{prefix}table")
         if table is not None and table.shape[-1] != self.window**2:
-            state_dict[f"{prefix}table"] = resize_table(table, self.window)
+            state_dict[f"{prefix}table"] = resize_absolute_table(table, self.window)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -127,7 +127,7 @@ class CascadedGroupAttention(nn.Module):
         return self.proj(self.act(torch.cat(outs, dim=1)))
 
 
-def resize_table(table: Tensor, window: int) -> Tensor:
+def resize_absolute_table(table: Tensor, window: int) -> Tensor:
     """A table of absolute offsets `(heads, side**2)` for another window: `(heads, window**2)`."""
     side = round(table.shape[-1] ** 0.5)
     square = table.unflatten(-1, (side, side))[None]

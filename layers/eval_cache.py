@@ -2,55 +2,109 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-CAPACITY = 16  # results a module keeps: sizes come and go in dense evaluation
+from hybridzoo.layers.slicing import transformed
+
+# Bytes of results that a module keeps: sizes come and go in dense evaluation. To make a large result takes no longer
+# than to use it, so what alone exceeds this is made anew for every batch.
+BUDGET = 2**23
+
+_steps = 0  # of all optimizers: fused ones write to parameters without counting a version
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class _Kept(NamedTuple):
+    stamp: list[Any]
+    tensors: list[weakref.ref[Tensor]]
+    result: Any
+    size: int  # bytes
 
 
 class EvalCache(nn.Module):
     """Base of modules that remember such results (position biases, folded weights) between evaluation batches.
 
-    A result is kept while the module is in eval mode and no gradient has to flow into it, and dropped when a parameter
-    or buffer of the module is replaced or written to (optimizer steps, `load_state_dict`, `.to(…)`), and at every call
-    of `train()` or `eval()`. Only writing through `tensor.data` goes unnoticed; call `eval()` after it. Results are
-    neither in the state dict nor in copies and pickles of the module. While tracing, compiling or exporting nothing is
-    kept.
+    A result is kept while the module is in eval mode and no gradient has to flow into it. It serves calls under the
+    same autocast as long as the module's parameters and buffers are the same tensors, not written to:
+    `load_state_dict`, `.to(…)`, other weights by assignment or `functional_call`, a step of any optimizer, a call of
+    `train()` or `eval()` all end it. Only writing through `tensor.data`, or by a kernel that PyTorch does not know of,
+    goes unnoticed; call `eval()` after it. The oldest results go where all of a module's would take more than `BUDGET`
+    bytes. They are neither in the state dict nor in copies and pickles of the module. Nothing is kept while tracing,
+    compiling or exporting, by replicas of `nn.DataParallel` (which share the original's attributes), of inference
+    tensors (which count no writing) or of weights inside `torch.func`'s transforms.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._results: dict[Hashable, tuple[Any, Any]] = {}
+        self._results: dict[Hashable, _Kept] = {}
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """`compute()`, or what it returned the last time for an equal `key` and the same weights."""
+        """`compute()`, a tensor or a tuple or list of some, or what that was for an equal `key` and these weights."""
         if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
         tensors = [*self.parameters(), *self.buffers()]
+        if getattr(self, "_is_replica", False) or not all(_is_plain(t) for t in tensors):
+            return compute()
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return compute()
-        if any(t.is_inference() for t in tensors):  # they count no versions
-            return compute()
-        stamp = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+        key = (key, _autocast(tensors))
+        stamp = [_steps, *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)]
         kept = self._results.get(key)
-        if kept is None or kept[0] != stamp:
-            with torch.inference_mode(False), torch.no_grad():  # so that a later backward may save the result
-                kept = (stamp, compute())
-            while len(self._results) >= CAPACITY:
-                self._results.pop(next(iter(self._results)), None)
-            self._results[key] = kept
-        return kept[1]
+        # An address and a version of 0 say little: what is freed is given to the next tensor.
+        if kept and kept.stamp == stamp and all(old() is t for old, t in zip(kept.tensors, tensors, strict=True)):
+            return kept.result
+        with torch.inference_mode(False), torch.no_grad():  # so that a later backward may save the result
+            result = compute()
+        self._keep(key, _Kept(stamp, [weakref.ref(t) for t in tensors], result, _size(result)))
+        return result
+
+    def _keep(self, key: Hashable, new: _Kept) -> None:
+        self._results.pop(key, None)  # it may be there with other weights; the new one is the youngest
+        if new.size > BUDGET:
+            return
+        self._results[key] = new
+        while sum(kept.size for kept in list(self._results.values())) > BUDGET:
+            self._results.pop(next(iter(self._results)), None)
 
     def train(self, mode: bool = True) -> Any:
         self._results.clear()
         return super().train(mode)
 
+    # What is held weakly cannot be swapped (`torch.utils.swap_tensors`, PyTorch's coming way of moving and loading).
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._results.clear()  # `.half().float()` may end at the address that it started from
         return super()._apply(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._results.clear()
+        super()._load_from_state_dict(*args)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_results": {}}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Inference tensors count no versions, those inside `torch.func`'s transforms have no address."""
+    return not (tensor.is_inference() or transformed(tensor))
+
+
+def _autocast(tensors: list[Tensor]) -> torch.dtype | None:
+    kind = tensors[0].device.type if tensors else "cpu"
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def _size(result: Any) -> int:
+    return result.nbytes if isinstance(result, Tensor) else sum(_size(part) for part in result)

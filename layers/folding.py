@@ -7,6 +7,7 @@ norm into its convolution; a family's own layers may fold more.
 
 from __future__ import annotations
 
+import copy
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def fuse(model: Model) -> Model:
@@ -30,10 +32,10 @@ def fuse(model: Model) -> Model:
 
 
 @torch.no_grad()
-def fuse_norm_linear_eval(norm: _BatchNorm, linear: nn.Linear) -> nn.Linear:
-    """A linear layer that computes `linear(norm(x))` with the norm's running statistics, for x of shape `(batch, in)`.
+def fuse_norm_layer_eval(norm: _BatchNorm, layer: Layer) -> Layer:
+    """A layer that computes `layer(norm(x))` with the norm's running statistics: linear, or a 1x1 convolution.
 
-    PyTorch has the other order, `torch.nn.utils.fusion.fuse_linear_bn_eval`.
+    Exact because no padding comes between the two. PyTorch has the other order, `torch.nn.utils.fusion`.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -41,8 +43,9 @@ def fuse_norm_linear_eval(norm: _BatchNorm, linear: nn.Linear) -> nn.Linear:
     shift = -norm.running_mean * scale
     if norm.affine:
         scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
-    fused = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
-    bias = linear.weight @ shift
-    fused.weight.copy_(linear.weight * scale)
-    fused.bias.copy_(bias if linear.bias is None else bias + linear.bias)
+    fused = copy.deepcopy(layer)
+    weight = layer.weight.flatten(1)
+    bias = weight @ shift
+    fused.weight.copy_((weight * scale).view_as(layer.weight))
+    fused.bias = nn.Parameter(bias if layer.bias is None else bias + layer.bias)
     return fused

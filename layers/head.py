@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ class PooledHead(nn.Module):
         hidden_dim: width of the vector that the classifier reads.
         num_classes: 0 for no classifier: the head returns that vector.
         pool_type: timm's name of the pooling; `""` for no head at all: maps pass as they are. Then `before` and `after`
-            are dropped, so that dense models carry no idle weights.
+            are dropped, so that dense models carry no idle weights; a later pooling makes fresh ones.
         drop_rate: of the dropout.
 
     Raises:
@@ -35,23 +34,29 @@ class PooledHead(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
-        self.pool_type = pool_type
+        self.pool_type = "avg"  # of the layers as they come
         self.before = before
         self.after = after
         self.drop = nn.Dropout(drop_rate)
-        self.fc: nn.Module = nn.Linear(hidden_dim, num_classes) if num_classes else nn.Identity()
-        self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
-        self._use_pool(num_classes, pool_type)
+        self._dropped: tuple[nn.Module, nn.Module] | None = None
+        self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
         """A fresh classifier (none for 0 classes), and another pooling if `pool_type` is given."""
-        if pool_type is not None:
-            self._use_pool(num_classes, pool_type)
-        if num_classes and not self.pool_type:
-            raise ValueError("num_classes: this head's own layers were removed with its pooling; create the model anew")
-        like = next(self.parameters(), None)
-        where: dict[str, Any] = {} if like is None else dict(device=like.device, dtype=like.dtype)
-        self.fc = nn.Linear(self.hidden_dim, num_classes, **where) if num_classes else nn.Identity()
+        pool_type = self.pool_type if pool_type is None else pool_type
+        if num_classes and not pool_type:
+            raise ValueError(f"pool_type must name a pooling where there are classes; got num_classes={num_classes}")
+        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+        if pool_type and pool.feat_mult() != 1:
+            raise ValueError(f"pool_type must keep the number of channels ('avg', 'max', 'avgmax'); got {pool_type!r}")
+        if not pool_type and self._dropped is None:
+            self._dropped = (self.before.to("meta"), self.after.to("meta"))  # a tuple: no longer part of the model
+            self.before, self.after = nn.Identity(), nn.Identity()
+        elif pool_type and self._dropped is not None:
+            self.before, self.after = (_fresh(module).train(self.training) for module in self._dropped)
+            self._dropped = None
+        self.pool_type, self.pool = pool_type, pool
+        self.fc: nn.Module = nn.Linear(self.hidden_dim, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if not self.pool_type:
@@ -59,14 +64,11 @@ class PooledHead(nn.Module):
         x = self.drop(self.after(self.pool(self.before(x))))
         return x if pre_logits else self.fc(x)
 
-    def _use_pool(self, num_classes: int, pool_type: str) -> None:
-        if pool_type and not self.pool_type:
-            raise ValueError("pool_type: this head's own layers were removed with its pooling; create the model anew")
-        if num_classes and not pool_type:
-            raise ValueError(f"pool_type must name a pooling where there are classes; got num_classes={num_classes}")
-        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
-        if pool_type and pool.feat_mult() != 1:
-            raise ValueError(f"pool_type must keep the number of channels ('avg', 'max', 'avgmax'); got {pool_type!r}")
-        if not pool_type:
-            self.before, self.after = nn.Identity(), nn.Identity()
-        self.pool_type, self.pool = pool_type, pool
+
+def _fresh(module: nn.Module) -> nn.Module:
+    """The module, which is on the meta device, with newly initialised weights."""
+    module = module.to_empty(device=torch.get_default_device())
+    for part in module.modules():
+        if callable(initialise := getattr(part, "reset_parameters", None)):
+            initialise()
+    return module

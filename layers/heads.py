@@ -21,8 +21,11 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`base + left @ right`, all with one batch axis, in one pass; `base` is lost where nothing needs a gradient."""
-    if torch.is_grad_enabled() or not base.dtype == left.dtype == right.dtype:
+def add_product(base: Tensor, left: Tensor, right: Tensor, *, keep: bool = False) -> Tensor:
+    """`base + left @ right`, all with one batch axis, in one pass.
+
+    `base` is lost where nothing needs a gradient, unless somebody else holds it (`keep`).
+    """
+    if keep or torch.is_grad_enabled() or not base.dtype == left.dtype == right.dtype:
         return torch.baddbmm(base, left, right)
     return base.baddbmm_(left, right)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybridzoo.layers.heads import add_product, merge_heads, split_heads
 
-FOLD_ABOVE = 1.0  # tokens a channel; measured on a CPU
+UNPROJECTED_ABOVE = 1.0  # tokens a channel; measured on a CPU
 
 
 class InLineAttention(nn.Module):
@@ -92,8 +92,8 @@ class InLineAttention(nn.Module):
             )
         mean = x.mean(1)
         kernels = self.kernels(mean if summary is None else summary)
-        if x.shape[1] > FOLD_ABOVE * x.shape[2]:
-            return self.proj(self._folded(x, mean, size, kernels))
+        if x.shape[1] > UNPROJECTED_ABOVE * x.shape[2]:
+            return self.proj(self._unprojected(x, mean, size, kernels))
         return self.proj(self._projected(x, size, kernels))
 
     def kernels(self, summary: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class InLineAttention(nn.Module):
         out = inline_attention(*(split_heads(t, self.num_heads) for t in (query, key, value)))
         return merge_heads(out) + self._local(value, size, kernels, torch.zeros_like(kernels[..., 0]))
 
-    def _folded(self, x: Tensor, mean: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
+    def _unprojected(self, x: Tensor, mean: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
         """The same numbers without queries and keys, the cheaper way where tokens are many.
 
         With q = x Wq + b and k = x Wk, `q @ Cov(k, v) = (x Wq + b) Wk^T Cov(x, v)`: two products with the tokens, as
@@ -125,10 +125,11 @@ class InLineAttention(nn.Module):
         weight, bias = self.qkv.weight, self.qkv.bias
         of_value = (weight[2 * dim :], None if bias is None else bias[2 * dim :])
         value, mean_value = F.linear(x, *of_value), F.linear(mean, *of_value)
-        covariance = (x - mean[:, None]).mT @ _centred(value, mean_value)  # of all inputs and all values
+        share = _share(dim // heads, x.shape[1])
+        # Of all inputs and all values.
+        covariance = ((x - mean[:, None]) * share).mT @ (_centred(value, mean_value) * share)
         query_weight, key_weight = weight[: 2 * dim].unflatten(0, (2, heads, -1)).unbind(0)  # (heads, head_dim, dim)
-        scale = (dim // heads) ** -0.5 / x.shape[1]
-        covariance = key_weight @ split_heads(covariance, heads) * scale  # (batch, heads, head_dim, head_dim)
+        covariance = key_weight @ split_heads(covariance, heads)  # (batch, heads, head_dim, head_dim)
         if bias is not None:
             mean_value = mean_value + (bias[:dim].view(heads, 1, -1) @ covariance).flatten(1)
         mixing = (query_weight.mT @ covariance).transpose(1, 2).flatten(2)  # (batch, dim, dim), of values from tokens
@@ -151,6 +152,14 @@ def _centred(value: Tensor, mean: Tensor) -> Tensor:
     return value - mean[:, None] if value.element_size() < 4 else value
 
 
+def _share(head_dim: int, keys: int) -> float:
+    """What each factor of a covariance gets of the scale `head_dim ** -0.5 / keys`, before they are multiplied.
+
+    The sum over all keys does not fit into float16 unscaled, and keys alone that are scaled by all of it vanish there.
+    """
+    return (head_dim**-0.5 / keys) ** 0.5
+
+
 def inline_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The linear attention alone: `mean(v) + s * q @ Cov(k, v)` with `s = head_dim ** -0.5`.
 
@@ -163,8 +172,9 @@ def inline_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     mean = value.mean(2, keepdim=True)
     # To centre one side would do, but in bfloat16 the other's mean times its rounding error is as large as the result.
-    key = key - key.mean(2, keepdim=True)
-    covariance = key.mT @ (value - mean) * (key.shape[3] ** -0.5 / key.shape[2])
+    share = _share(key.shape[3], key.shape[2])
+    key = (key - key.mean(2, keepdim=True)) * share
+    covariance = key.mT @ ((value - mean) * share)
     return query @ covariance + mean
 
 
@@ -180,7 +190,7 @@ def dynamic_depthwise(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
         `(batch, height, width, dim)`.
     """
     kernels, bias = kernels.to(x.dtype), bias.to(x.dtype)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not len(x):
         return _by_taps(x, kernels, bias)
     return _by_images(x, kernels, bias) if x.device.type == "cpu" else _by_groups(x, kernels, bias)
 

@@ -63,17 +63,18 @@ class MultiScaleLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
+        images = (batch, height * width)
         qkv = self.qkv(x)
         # One scale after the other: joining their outputs moves a third of what joining their inputs would.
         # By head, each part (heads, batch, tokens, head_dim):
-        outs = [self._attend(*self._rows(qkv).permute(2, 1, 0, 3).contiguous().unflatten(2, (batch, -1)))]
+        outs = [self._attend(*self._rows(qkv).permute(2, 1, 0, 3).contiguous().unflatten(2, images))]
         scale: Any  # a pair of convolutions
         for scale in self.aggregate:
             depthwise, mix = scale
             # The grouped 1x1 convolution as batched products: faster, and they leave the parts as they are wanted.
             rows, weight = self._rows(depthwise(qkv)), mix.weight.view(-1, 3, self.head_dim, self.head_dim)
             parts = (torch.bmm(rows[:, :, i].transpose(0, 1), weight[:, i].mT) for i in range(3))
-            outs.append(self._attend(*(part.unflatten(1, (batch, -1)) for part in parts)))
+            outs.append(self._attend(*(part.unflatten(1, images) for part in parts)))
         tokens = torch.cat([out.permute(1, 2, 0, 3) for out in outs], dim=2).flatten(2)
         return self.proj(tokens.mT.unflatten(2, (height, width)))  # a map with channels last
 

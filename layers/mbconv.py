@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from timm.layers import DropPath, SqueezeExcite
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hybridzoo.layers.conv_norm_act import ActLayer, ConvNormAct, NormLayer
+from hybridzoo.layers.folding import fuse_norm_layer_eval
 
 Padding = Literal["symmetric", "same"]
 
@@ -83,6 +85,13 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.project(self.se(self.depthwise(self.expand(self.pre_norm(x)))))
         return branch if self.shortcut is None else self.shortcut(x) + self.drop_path(branch)
+
+    def fuse(self) -> MBConv:
+        """Fold the norm of the input into the expansion, in place; exact in evaluation only."""
+        if isinstance(self.pre_norm, _BatchNorm):
+            self.expand.conv = fuse_norm_layer_eval(self.pre_norm.eval(), self.expand.conv)
+            self.pre_norm = nn.Identity()
+        return self
 
 
 class FusedMBConv(nn.Module):

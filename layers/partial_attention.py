@@ -17,6 +17,7 @@ from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.heads import merge_heads
 from hybridzoo.layers.linear_attention import without_autocast
 from hybridzoo.layers.relative_position import gather_bias
+from hybridzoo.layers.slicing import recorded
 
 BUCKETS = 81  # entries of a distance table; the first 40 are never used
 NEAR, FAR, FARTHEST = 20, 40, 160  # distances up to NEAR have their own entry; FARTHEST falls into the last, NEAR + FAR
@@ -45,7 +46,7 @@ class PartialChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         local, rest = x.split(self.split, 1)
         gate = F.hardsigmoid(self._normalise(self.gate(torch.cat(mean_std(rest), 1).to(x.dtype))))
-        if self.norm.training or _records():
+        if self.norm.training or recorded(x):
             return torch.cat((self.conv(local), self.norm(rest * gate[:, :, None, None])), 1)
         # Gate and norm are one scale and one shift a channel; what that makes of the first channels is written over.
         first = (self.split[0], 0)
@@ -68,14 +69,14 @@ class PartialChannelAttention(nn.Module):
         return isinstance(self.norm, nn.Identity)
 
     def fold(self, following: nn.Conv2d) -> nn.Conv2d:
-        """Fold both norms away, in place, and return `following` (1x1, without bias) with the second one in it."""
+        """Fold both norms away, in place, and return `following` (1x1) with the second one in it."""
         assert isinstance(self.gate_norm, nn.BatchNorm1d)
         self.gate = fuse_linear_bn_eval(self.gate.eval(), self.gate_norm.eval())
         self.gate_norm = nn.Identity()
         scale, shift = _scale_shift(self.norm)
         self.norm = nn.Identity()
         keep, rest = following.weight.detach().flatten(1).split(self.split, 1)
-        return _pointwise(torch.cat((keep, rest * scale), 1), rest @ shift)
+        return _pointwise(torch.cat((keep, rest * scale), 1), rest @ shift + _bias(following))
 
 
 class PartialAttention(nn.Module):
@@ -169,21 +170,26 @@ class SpatialGate(nn.Module):
         return torch.cat((gated, self.conv(self.conv_norm(mixed))), 1)
 
     def fold(self, previous: nn.Conv2d) -> tuple[nn.Conv2d, FoldedSpatialGate]:
-        """`previous` (1x1, without bias) with one more output, and what is left of the gate after it.
+        """`previous` (1x1) with one more output, and what is left of the gate after it.
 
         Every linear map here moves into `previous`: its extra output is the gate before the hard sigmoid.
         """
         scale, shift = _scale_shift(self.norm)
         conv_scale, conv_shift = _scale_shift(self.conv_norm)
         gate, conv = self.gate.weight.detach().flatten(1), self.conv.weight.detach().flatten(1)
+        conv_bias, conv = conv @ conv_shift, conv * conv_scale
         gated, mixed = previous.weight.detach().flatten(1).split(self.split, 0)
-        weight = torch.cat((gated * scale[:, None], (conv * conv_scale) @ mixed, gate @ gated))
-        bias = torch.cat((torch.zeros_like(shift), conv @ conv_shift, shift.new_zeros(1)))
+        gated_bias, mixed_bias = _bias(previous).split(self.split, 0)
+        weight = torch.cat((gated * scale[:, None], conv @ mixed, gate @ gated))
+        bias = torch.cat((gated_bias * scale, conv @ mixed_bias + conv_bias, gate @ gated_bias))
         return _pointwise(weight, bias), FoldedSpatialGate(shift)
 
 
 class FoldedSpatialGate(nn.Module):
-    """What folding leaves of `SpatialGate`: `(B, dim + 1, H, W)` -> `(B, dim, H, W)`; the last channel is the gate."""
+    """What folding leaves of `SpatialGate`: `(B, dim + 1, H, W)` -> `(B, dim, H, W)`; the last channel is the gate.
+
+    The input is overwritten where no gradient needs it.
+    """
 
     def __init__(self, shift: Tensor) -> None:
         super().__init__()
@@ -192,9 +198,9 @@ class FoldedSpatialGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gated = self.shift.shape[0]
         gated, mixed, gate = x.split((gated, x.shape[1] - gated - 1, 1), 1)
-        if _records():
+        if recorded(x):
             return torch.cat((torch.addcmul(self.shift, gated, F.hardsigmoid(gate)), mixed), 1)
-        gated.mul_(F.hardsigmoid(gate)).add_(self.shift)  # in place: x is a convolution's fresh output
+        gated.mul_(F.hardsigmoid(gate)).add_(self.shift)
         return x[:, :-1]
 
 
@@ -223,7 +229,8 @@ class DynamicPartialConv(nn.Module):
             raise ValueError(f"dim must be a power of two for a dynamic partial convolution; got {dim}")
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
         sign = torch.randint(2, (dim.bit_length() - 1,)) * 2 - 1
-        self.gate: nn.Parameter | None = nn.Parameter(1e-8 * sign)  # undecided: the first steps choose
+        # Undecided: the first steps choose. (Published as 1e-8, which is 0 in float16, so that all gates were off.)
+        self.gate: nn.Parameter | None = nn.Parameter(2.0**-14 * sign)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -278,11 +285,6 @@ def mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean[:, 0], std[:, 0]
 
 
-def _records() -> bool:
-    """Whether operations go into a graph (for a backward pass, a compiler): then nothing is written in place."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
 def _scale_shift(norm: nn.Module, gate: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Scale and shift of what a batch norm does in evaluation to its input times `gate`."""
     assert isinstance(norm, _BatchNorm)
@@ -290,6 +292,11 @@ def _scale_shift(norm: nn.Module, gate: Tensor | float = 1.0) -> tuple[Tensor, T
     assert norm.running_var is not None
     scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
     return gate * scale, norm.bias.detach() - norm.running_mean * scale
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    """Of a convolution that may have none: nothing, or what a norm folded before left there."""
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
 
 
 def _pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:

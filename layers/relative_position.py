@@ -80,12 +80,14 @@ def gather_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def resize_table(table: Tensor, window: tuple[int, int], mode: Resize = "bilinear") -> Tensor:
-    """A table `(heads, 2 * rows - 1, 2 * columns - 1)` for another window.
+    """A table `(heads, 2 * rows - 1, 2 * columns - 1)` for another window; itself if it is for that one already.
 
     * `"bilinear"`, `"bicubic"`: by pixels' centres, each head alone; bilinear is MaxViT's official rule.
     * `"geometric"`: timm's, which keeps short offsets finely resolved; in float32.
     """
     size = (2 * window[0] - 1, 2 * window[1] - 1)
+    if table.shape[1:] == size:
+        return table
     if mode == "geometric":
         return resize_rel_pos_bias_table(table, window, (table.shape[0], *size)).to(table.dtype)
     return F.interpolate(table[None], size, mode=mode, align_corners=False)[0]

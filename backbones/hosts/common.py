@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import nn
 
@@ -15,14 +14,6 @@ ALL = 1000  # blocks of a stage that carry the family's attention: more than any
 
 Attention = Callable[[int, int, int, int], nn.Module]
 """A family's attention for `(stage, dim, num_heads, side)`, `side` in tokens of the map at the published size."""
-
-
-def init_weights(module: nn.Module) -> None:
-    """The hosts' initialisation; convolutions keep PyTorch's."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def default_cfgs(family: str) -> Any:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.common import ALL, Attention, init_weights
+from hybridzoo.backbones.base import Backbone, check_per_stage
+from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import EvalCache, Stage, TransformerBlock
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -45,12 +46,18 @@ class StripeAttention(EvalCache):
         dim: channels, a multiple of `num_heads`.
         num_heads: attention heads, an even number with stripes.
         stripe: width of a stripe in tokens, or `None` for all heads on the whole map.
+
+    Raises:
+        ValueError: `num_heads` does not fit.
     """
 
     def __init__(self, dim: int, num_heads: int, stripe: int | None) -> None:
         super().__init__()
-        self.stripe = stripe
         branches = 1 if stripe is None else 2
+        if num_heads < 1 or num_heads % branches or dim % num_heads:
+            even = "" if stripe is None else "even, and "
+            raise ValueError(f"num_heads must be {even}a divisor of the stage's {dim} channels; got {num_heads}")
+        self.stripe = stripe
         self.num_heads = num_heads // branches
         self.qkv = nn.Linear(dim, 3 * dim)
         width = dim // branches
@@ -145,6 +152,7 @@ class CSwin(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        check_per_stage(len(STRIDES), depths=cfg.depths, num_heads=cfg.num_heads, linear=cfg.linear)
         dims = [cfg.dim * 2**i for i in range(len(cfg.depths))]
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
@@ -165,4 +173,4 @@ class CSwin(Backbone):
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(self.num_features, eps=1e-5)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(init_weights)
+        self.apply(init_linear)

@@ -18,9 +18,10 @@ from timm.layers import calculate_drop_path_rates, global_pool_nlc, trunc_normal
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.common import ALL, Attention, init_weights
+from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.resize import resize_map
 
 PATCH = 16
@@ -165,7 +166,7 @@ class DeiT(Backbone):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.head = TokenHead(cfg.dim, num_classes, global_pool, drop_rate)
-        self.apply(init_weights)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

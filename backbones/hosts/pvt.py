@@ -16,9 +16,10 @@ import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
-from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.common import Attention, init_weights
+from hybridzoo.backbones.base import Backbone, check_per_stage
+from hybridzoo.backbones.hosts.common import Attention
 from hybridzoo.layers import Stage, TransformerBlock
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.resize import resize_map
 
 STRIDES = (4, 8, 16, 32)
@@ -80,6 +81,8 @@ class PVT(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        rows = dict(depths=cfg.depths, dims=cfg.dims, num_heads=cfg.num_heads, mlp_ratios=cfg.mlp_ratios)
+        check_per_stage(len(STRIDES), **rows)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, STRIDES)
@@ -102,4 +105,4 @@ class PVT(Backbone):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.Identity()
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(init_weights)
+        self.apply(init_linear)

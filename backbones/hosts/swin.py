@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from hybridzoo.backbones.base import Backbone
-from hybridzoo.backbones.hosts.common import ALL, Attention, init_weights
+from hybridzoo.backbones.base import Backbone, check_per_stage
+from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock, WindowAttention
+from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.windows import fit_window, from_windows, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -125,6 +126,7 @@ class Swin(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        check_per_stage(len(STRIDES), depths=cfg.depths, num_heads=cfg.num_heads, linear=cfg.linear)
         dims = [cfg.dim * 2**i for i in range(len(cfg.depths))]
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
@@ -146,7 +148,7 @@ class Swin(Backbone):
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(self.num_features, eps=1e-5)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(init_weights)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -47,28 +46,6 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
             tensor = tensor.flatten(1)
         converted[key] = tensor
     return converted
-
-
-def variant_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of the model that a published state dict belongs to: all that names and shapes tell.
-
-    Reproductions that circulate do not say which form they have; `timm.create_model("patnet_t0", **arguments)` builds
-    what they need. The activation cannot be told: GELU in T0 and T1, ReLU in the others.
-    """
-    keys = [_number_stages(key) for key in state_dict]
-    blocks = {tuple(map(int, m.groups())) for key in keys if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}
-    depths = tuple(sum(stage == i for stage, _ in blocks) for i in range(1 + max(stage for stage, _ in blocks)))
-    tables = [value for key, value in state_dict.items() if key.endswith("lookup_table_bias")]
-    arguments: dict[str, Any] = dict(
-        depths=depths,
-        embed_dim=state_dict["patch_embed.proj.weight"].shape[0],
-        spatial_gate=any(".mlp.4." in key for key in keys),
-        dynamic=not tables,
-        feature_norms="norm0.weight" in state_dict,
-    )
-    if tables:
-        arguments["num_heads"] = tables[0].shape[0]
-    return arguments
 
 
 def _number_stages(key: str) -> str:

@@ -38,11 +38,11 @@ def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
     assert all(again[key] is value for key, value in converted.items())
 
 
-@pytest.mark.parametrize("fold", [True, False], ids=["folded", "projected"])
+@pytest.mark.parametrize("projected", [False, True], ids=["unprojected", "projected"])
 @pytest.mark.parametrize("fixture", goldens.names("agent", numeric=True))
-def test_equals_the_published_network(fixture, fold, monkeypatch):
-    if not fold:
-        monkeypatch.setattr(layer, "FOLD_BELOW", 0.0)
+def test_equals_the_published_network(fixture, projected, monkeypatch):
+    if projected:
+        monkeypatch.setattr(layer, "UNPROJECTED_BELOW", 0.0)
     model = model_of(fixture).double().eval()
     model.load_state_dict(convert(goldens.published_state("agent", fixture), fixture))
     data = goldens.numbers("agent", fixture)
@@ -65,8 +65,8 @@ def gmacs(model: torch.nn.Module, *shape: int) -> float:
 
 @pytest.mark.parametrize("card", cards("agent*"), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card, monkeypatch):
-    """Counted as published: nothing folded, pooling and the tables' resizing (products here) for nothing."""
-    monkeypatch.setattr(layer, "FOLD_BELOW", 0.0)
+    """Counted as published: with queries and keys, pooling and the tables' resizing (products here) for nothing."""
+    monkeypatch.setattr(layer, "UNPROJECTED_BELOW", 0.0)
     monkeypatch.setattr(layer, "resize_map", lambda x, size: x.new_empty(*x.shape[:-2], *size))
     monkeypatch.setattr(layer, "adaptive_pool", lambda x, size: x.new_empty(x.shape[0], *size, x.shape[3]))
     with torch.device("meta"):
@@ -75,12 +75,12 @@ def test_cards_state_the_models_size_and_cost(card, monkeypatch):
         assert gmacs(model, *card.input_size) == pytest.approx(card.gmacs, abs=6e-4)
 
 
-def test_the_fold_spares_work(monkeypatch):
+def test_to_skip_queries_and_keys_spares_work(monkeypatch):
     with torch.device("meta"):
         model = timm.create_model("agent_swin_tiny")
-        folded = gmacs(model, 3, 224, 224)
-        monkeypatch.setattr(layer, "FOLD_BELOW", 0.0)
-        assert folded < 0.98 * gmacs(model, 3, 224, 224)
+        spared = gmacs(model, 3, 224, 224)
+        monkeypatch.setattr(layer, "UNPROJECTED_BELOW", 0.0)
+        assert spared < 0.98 * gmacs(model, 3, 224, 224)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,22 @@ def test_bad_agent_grid_is_named(name, grid, message):
     kwargs = dict(linear=(1, 1, 1, 1)) if "swin" in name else {}
     with pytest.raises(ValueError, match=message):
         timm.create_model(name, agent_grid=grid, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("cswin", dict(num_heads=(2, 4, 1, 16)), "num_heads must be even, and a divisor of .* 256 channels; got 1"),
+        ("cswin", dict(dim=48, num_heads=(3, 3, 3, 3)), "num_heads must be even, and a divisor of .* 192 .*; got 3"),
+        ("cswin", dict(num_heads=(2, 4, 8, 0)), "num_heads must be a divisor of the stage's 512 channels; got 0"),
+        ("cswin", dict(num_heads=4), "num_heads must have one entry for each of 4 stages; got 4"),
+        ("swin", dict(linear=(1, 1)), r"linear must have one entry for each of 4 stages; got \(1, 1\)"),
+        ("pvt", dict(mlp_ratios=(8, 8)), "mlp_ratios must have one entry for each of 4 stages"),
+    ],
+)
+def test_bad_arguments_of_the_hosts_are_named(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(f"agent_{name}_tiny", **arguments)
 
 
 def test_bad_pooling_is_named():

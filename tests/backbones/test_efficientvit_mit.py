@@ -205,5 +205,5 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="pool_type"):
         timm.create_model("efficientvit_mit_b0", global_pool="")
     model = timm.create_model("efficientvit_mit_b0", num_classes=0, global_pool="")
-    with pytest.raises(ValueError, match="create the model anew"):
+    with pytest.raises(ValueError, match="pool_type must name a pooling where there are classes"):
         model.reset_classifier(3)

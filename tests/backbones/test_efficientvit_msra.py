@@ -180,6 +180,8 @@ def test_residual_branches_start_at_zero_and_tables_take_no_decay():
     [
         ("heads", (5, 4, 4)),
         ("windows", (7, 0, 4)),
+        ("windows", 7),
+        ("dims", (64, 128)),
         ("kernel_sizes", (5, 5)),
         ("global_pool", ""),
         ("global_pool", "catavgmax"),

@@ -189,6 +189,21 @@ def test_propagation_adds_the_carriers_to_their_window():
             torch.testing.assert_close(added[:, :, :, i, j], expected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(window_size=7), "window_size must have one entry for each of 2 stages; got 7"),
+        (dict(num_heads=(8, 16, 32)), r"num_heads must have one entry for each of 2 stages; got \(8, 16, 32\)"),
+        (dict(num_heads=(7, 16)), r"num_heads must divide \[256, 512\], the widths of their stages; got \(7, 16\)"),
+        (dict(num_heads=(8, 0)), "num_heads must divide"),
+        (dict(depths=(1, 1, 1)), "depths must have one entry for each of 4 stages"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("fastervit_0", **arguments)
+
+
 def test_windows_narrower_than_their_carrier_tokens_are_named():
     with pytest.raises(ValueError, match=r"window_size must be 2 or more in both stages; got \(1, 7\)"):
         timm.create_model("fastervit_0", window_size=(1, 7))

@@ -10,10 +10,9 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import hybridzoo.backbones
+import hybridzoo  # noqa: F401
 from hybridzoo.checkpoints import cards, convert
-from hybridzoo.checkpoints.keymaps.patnet import variant_of
-from hybridzoo.layers import fuse
+from hybridzoo.layers import ConvNormAct, fuse
 
 FIXTURES = goldens.names("patnet", numeric=True)
 MANIFESTS = goldens.names("patnet", numeric=False)
@@ -50,14 +49,6 @@ def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
     assert sum(p.numel() for p in model.parameters()) == meta["params"]
     again = convert(converted, name_of(fixture))
     assert all(again[key] is value for key, value in converted.items())
-    told = variant_of(state)
-    row = {**vars(model_row(fixture)), "dynamic": "dpconv" in fixture, "feature_norms": "_det_" in fixture}
-    assert told == {key: row[key] for key in told}
-    assert row.keys() - told.keys() == ({"act", "num_heads"} if "dpconv" in fixture else {"act"})
-
-
-def model_row(fixture: str):
-    return hybridzoo.backbones.patnet.VARIANTS[name_of(fixture)]
 
 
 @pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
@@ -115,6 +106,37 @@ def test_folding_changes_no_map_of_a_trained_network(options):
         for before, after in zip(maps, model.forward_intermediates(x, intermediates_only=True), strict=True):
             goldens.assert_close(after, before)
         goldens.assert_close(model(x), logits)
+
+
+def test_what_was_folded_before_stays_folded():
+    torch.manual_seed(0)
+    model = timm.create_model("patnet_t0", depths=(1, 1, 1, 1), num_classes=7).double().train()
+    x = torch.randn(2, 3, 70, 45, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+        expected = model.eval()(x)
+        for module in model.modules():
+            if isinstance(module, ConvNormAct):
+                module.fuse()
+        goldens.assert_close(fuse(model)(x), expected)
+
+
+def test_what_a_hook_kept_is_not_overwritten_by_a_folded_gate():
+    model, kept = fuse(timm.create_model("patnet_t0", depths=(1, 1, 1, 1))), []
+    mlp = model.stages[0].blocks[0].mlp
+    mlp.project.register_forward_hook(lambda _, args, out: kept.extend([out, out.clone()]))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert torch.equal(*kept)
+
+
+def test_a_dynamic_network_is_the_same_in_half_precision():
+    torch.manual_seed(0)
+    model = timm.create_model("patnet_t0", depths=(1, 1, 1, 1), num_classes=7, dynamic=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, out = model(x), model.half()(x.half()).float()
+    assert (out - expected).abs().max() < 0.05 * expected.std()
 
 
 def test_stochastic_depth_and_the_published_dropouts_reach_the_layers():

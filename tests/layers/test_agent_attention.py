@@ -47,10 +47,10 @@ def ours(data: dict[str, torch.Tensor], group: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in convert(published, "agent_deit_tiny").items()}
 
 
-@pytest.mark.parametrize("fold", [0.0, 1e9], ids=["projected", "folded"])
+@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
 @pytest.mark.parametrize("name", MODULES)
-def test_published_module_values_and_gradients(name, fold, monkeypatch):
-    monkeypatch.setattr(module, "FOLD_BELOW", fold)
+def test_published_module_values_and_gradients(name, below, monkeypatch):
+    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
     meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
     parameters, grads = (ours(data, group) for group in ("param.", "grad."))
     rows, columns = parameters["ah_bias"].shape[2], parameters["aw_bias"].shape[2]
@@ -82,14 +82,23 @@ def test_both_forms_agree_at_any_size(size, batch, class_token, bias, monkeypatc
     layer = layer_of(class_token=class_token, qkv_bias=bias)
     x = torch.randn(batch, size[0] * size[1] + class_token, 16, dtype=torch.double)
     outs = []
-    for fold in (0.0, 1e9):
-        monkeypatch.setattr(module, "FOLD_BELOW", fold)
-        assert layer.folds(size) == (fold > 0)
+    for below in (0.0, 1e9):
+        monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
+        assert layer.skips_projection(size) == (below > 0)
         outs += [layer.train()(x, size)]
         with torch.no_grad():
             outs += [layer.eval()(x, size), layer(x, size)]
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
+def test_no_images_are_no_error(below, monkeypatch):
+    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
+    layer = AgentAttention(16, 2)
+    assert layer(torch.empty(0, 5, 6, 16)).shape == (0, 5, 6, 16)
+    with torch.no_grad():
+        assert layer(torch.empty(0, 5, 6, 16)).shape == (0, 5, 6, 16)
 
 
 def test_a_map_is_its_tokens():
@@ -124,22 +133,44 @@ def test_cached_tables_follow_the_weights_and_the_grid():
     assert not torch.allclose(second, third)
 
 
-@pytest.mark.parametrize("fold", [0.0, 1e9], ids=["projected", "folded"])
-def test_small_tables_are_kept_and_large_ones_are_not(fold, monkeypatch):
-    monkeypatch.setattr(module, "FOLD_BELOW", fold)
+@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
+def test_tables_are_made_once_a_size(below, monkeypatch):
+    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
     layer = layer_of().eval()
     made = []
     resized = layer._resized
     layer._resized = lambda size: made.append(size) or resized(size)
     x = torch.randn(1, 30, 16, dtype=torch.double)
     with torch.no_grad():
-        for _ in range(3):
-            layer(x, (5, 6))
-        assert len(made) == 1
-        monkeypatch.setattr(module, "LARGEST_KEPT", 2 * 2 * 9 * 30 - 1)
-        for _ in range(3):
-            layer(x, (5, 6))
-        assert len(made) == 4
+        for size in 2 * ((5, 6), (3, 10)):
+            layer(x, size)
+    assert made == [(5, 6), (3, 10)]
+
+
+@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
+def test_what_a_hook_kept_is_not_overwritten(below, monkeypatch):
+    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
+    layer, kept = layer_of().eval(), []
+    for part in layer.modules():
+        part.register_forward_hook(lambda _, args, out: kept.extend((t, t.clone()) for t in (*args, out)))
+    with torch.no_grad():
+        layer(torch.randn(2, 30, 16, dtype=torch.double).unflatten(1, (5, 6)))
+    assert all(torch.equal(tensor, then) for tensor, then in kept)
+
+
+@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
+def test_large_maps_fit_into_float16(below, monkeypatch):
+    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
+    torch.manual_seed(0)
+    layer = AgentAttention(64, 2, 3, 14).eval()
+    x = 3 * torch.randn(1, 128, 128, 1) + torch.randn(1, 128, 128, 64)
+    with torch.no_grad():
+        torch.nn.init.normal_(layer.qkv.weight, std=0.1)
+        expected = layer(x)
+        with torch.autocast("cpu", torch.float16):
+            outs = [layer(x), layer.half()(x.half())]
+    for out in outs:
+        assert (out.float() - expected).abs().max() < 0.05 * expected.std()
 
 
 @pytest.mark.parametrize(("old", "new"), [((7, 7), (14, 9)), ((8, 8), (3, 8)), ((5, 5), (5, 1)), ((4, 6), (4, 6))])

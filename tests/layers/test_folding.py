@@ -11,7 +11,7 @@ from torch import nn
 
 import hybridzoo  # noqa: F401
 from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual, fuse
-from hybridzoo.layers.folding import fuse_norm_linear_eval
+from hybridzoo.layers.folding import fuse_norm_layer_eval
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -43,18 +43,23 @@ def test_convolution_takes_its_norm_in(groups, bias, padding):
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_takes_the_norm_before_it_in(affine, bias):
-    norm = randomised(nn.Sequential(nn.BatchNorm1d(6)))[0]
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_layer_takes_the_norm_before_it_in(affine, bias, kind):
+    norm, layer, x = (
+        (nn.BatchNorm1d(6), nn.Linear(6, 4, bias=bias), torch.randn(5, 6))
+        if kind == "linear"
+        else (nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1, bias=bias), torch.randn(5, 6, 3, 2))
+    )
+    norm, layer = randomised(nn.Sequential(norm, layer))
     if not affine:
         norm.affine, norm.weight, norm.bias = False, None, None
-    linear = nn.Linear(6, 4, bias=bias).double()
-    x = torch.randn(5, 6, dtype=torch.float64)
-    torch.testing.assert_close(fuse_norm_linear_eval(norm, linear)(x), linear(norm(x)))
+    x = x.double()
+    torch.testing.assert_close(fuse_norm_layer_eval(norm, layer)(x), layer(norm(x)))
 
 
 def test_fuse_reaches_everything_and_switches_to_evaluation():
     blocks = nn.Sequential(
-        MBConv(8, 8, hidden_dim=24, se_dim=4, shortcut=nn.Identity()),
+        MBConv(8, 8, hidden_dim=24, se_dim=4, pre_norm=True, shortcut=nn.Identity()),
         Residual(FusedMBConv(8, 8, hidden_dim=16)),
         nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),  # nobody's to fold
     )
@@ -65,7 +70,7 @@ def test_fuse_reaches_everything_and_switches_to_evaluation():
     assert not folded.training
     torch.testing.assert_close(folded(x), expected)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 1
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 6
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 7
 
 
 def test_dense_models_and_wrappers_fold_too():

@@ -64,6 +64,10 @@ def test_layer_orders_channels_by_head_and_scales_after_each_other():
         torch.testing.assert_close(layer(x), layer.proj(expected))
 
 
+def test_no_images_are_no_error():
+    assert MultiScaleLinearAttention(16, 8)(torch.empty(0, 16, 5, 6)).shape == (0, 16, 5, 6)
+
+
 def test_gradients():
     torch.manual_seed(0)
     layer = MultiScaleLinearAttention(8, head_dim=4).double().eval()

@@ -71,9 +71,9 @@ def test_a_convolution_has_a_norm_or_a_bias_and_folding_changes_nothing(norms):
         assert (brick.conv.bias is None) == norm
     x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
     expected = block(x)
-    assert fuse(fuse(block)) is block
+    fuse(fuse(nn.Sequential(block)))
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
-    assert [name for name, m in block.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["pre_norm"]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in block.modules())
 
 
 def test_same_padding_puts_the_odd_zero_at_the_bottom_and_right():

@@ -113,6 +113,14 @@ def test_bad_arguments_are_named():
         DynamicPartialConv(24)
 
 
+def test_fresh_gates_are_the_same_in_half_precision():
+    torch.manual_seed(0)
+    gate = DynamicPartialConv(2**8).gate
+    assert 0 < (gate > 0).sum() < 8
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(gate.to(dtype) > 0, gate > 0)
+
+
 @pytest.mark.parametrize("on", [(), (0,), (1,), (0, 2), (0, 1, 2)])
 def test_gates_make_a_grouped_convolution_in_training_and_a_partial_one_in_evaluation(on):
     torch.manual_seed(0)
@@ -141,6 +149,21 @@ def test_gates_make_a_grouped_convolution_in_training_and_a_partial_one_in_evalu
 def test_the_leading_gates_on_make_neighbouring_channels_a_group():
     mask = group_mask(torch.tensor([1.0, 1.0, 0.0]))[:, :, 0, 0]
     torch.testing.assert_close(mask, torch.block_diag(*[torch.ones(2, 2)] * 4))
+
+
+def test_neighbours_with_a_bias_keep_it():
+    """They have one where their own norm was folded before."""
+    torch.manual_seed(0)
+    mixer, gate = PartialChannelAttention(16, 4).double(), SpatialGate(16).double()
+    expand, project = (nn.Conv2d(16, 16, 1).double() for _ in range(2))
+    x = torch.randn(3, 16, 5, 7, dtype=torch.float64)
+    for _ in range(3):
+        gate(project(expand(mixer(x))))
+    mixer.eval(), gate.eval()
+    expected = gate(project(expand(mixer(x))))
+    expand = mixer.fold(expand)
+    project, gate = gate.fold(project)
+    torch.testing.assert_close(gate(project(expand(mixer(x)))), expected)
 
 
 @pytest.mark.parametrize("folded", [False, True])

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-from hybridzoo.layers import CoordinateBias, CoordinateEmbedding, EvalCache, RelativePositionBias
-from hybridzoo.layers.eval_cache import CAPACITY
+from hybridzoo.layers import CoordinateBias, CoordinateEmbedding, EvalCache, RelativePositionBias, eval_cache
 from hybridzoo.layers.relative_position import convert_swin_table, gather_bias, resize_table
 
 
@@ -114,6 +114,14 @@ def _step(module):
     torch.optim.SGD(module.parameters(), lr=1.0).step()
 
 
+def _fused_step(module):
+    """Writes without counting a version."""
+    module.weight.grad = torch.ones(2)
+    version = module.weight._version
+    torch.optim.AdamW(module.parameters(), lr=1.0, fused=True).step()
+    assert module.weight._version == version
+
+
 def _data(module):
     module.weight.data.mul_(3)
     module.eval()
@@ -125,11 +133,12 @@ def _data(module):
         lambda m: m.load_state_dict({"weight": torch.full((2,), 5.0)}),
         lambda m: m.weight.mul_(7),
         _step,
+        _fused_step,
         lambda m: m.to(torch.float64),
         lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(2))),
         _data,
     ],
-    ids=["load", "write", "step", "dtype", "replace", "data then eval()"],
+    ids=["load", "write", "step", "fused step", "dtype", "replace", "data then eval()"],
 )
 def test_changed_weights_are_noticed(change):
     module = Counted().eval()
@@ -138,6 +147,58 @@ def test_changed_weights_are_noticed(change):
         change(module)
         torch.testing.assert_close(module(), module.weight * 2)
         assert module.computed == 2
+
+
+def test_other_weights_at_the_same_address_are_noticed():
+    """What a loop of `functional_call` frees is given to its next tensor, which has version 0 as well."""
+    module, memory = Counted().eval(), torch.zeros(2).numpy()
+    with torch.no_grad():
+        for value in range(4):
+            memory[:] = value
+            weight = torch.from_numpy(memory)
+            assert functional_call(module, {"weight": weight}, ()).tolist() == [2 * value, 2 * value]
+            module.weight = nn.Parameter(weight)
+            assert module().tolist() == [2 * value, 2 * value]
+
+
+def test_autocast_has_results_of_its_own():
+    module = CoordinateBias(2).eval()
+    with torch.no_grad():
+        expected = module((3, 4))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = module((3, 4))
+            assert module((3, 4)) is rounded
+        assert module((3, 4)) is expected
+    assert not torch.equal(rounded, expected)
+
+
+def test_replicas_keep_nothing():
+    """They share the original's attributes; their weights are no parameters."""
+    module = Counted().eval()
+    with torch.no_grad():
+        for value in (1.0, 2.0):
+            replica = module._replicate_for_data_parallel()
+            replica.weight = torch.full((2,), value)
+            assert replica().tolist() == [2 * value, 2 * value]
+    assert not module._results
+
+
+def test_weights_inside_transforms_are_computed_with():
+    module, weights = Counted().eval(), torch.randn(3, 2)
+    with torch.no_grad():
+        out = torch.func.vmap(lambda weight: functional_call(module, {"weight": weight}, ()))(weights)
+    torch.testing.assert_close(out, weights * 2)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.load_state_dict(m.state_dict()), lambda m: m.double()])
+def test_weights_can_be_swapped(change, monkeypatch):
+    """PyTorch refuses to swap what is referred to weakly."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    module = Counted().eval()
+    with torch.no_grad():
+        module()
+        change(module)
+        torch.testing.assert_close(module(), module.weight * 2)
 
 
 def test_a_change_of_type_and_back_is_noticed():
@@ -174,13 +235,28 @@ def test_a_result_made_in_inference_mode_serves_a_later_backward():
     assert module.computed == 1
 
 
-def test_copies_and_pickles_start_empty_and_memory_is_bounded():
+def test_copies_and_pickles_start_empty():
     module = Counted().eval()
     with torch.no_grad():
-        for key in range(CAPACITY + 5):
-            module(key)
-        assert len(module._results) == CAPACITY
-        assert module(CAPACITY + 4) is module(CAPACITY + 4)
+        module()
+        assert module._results
         for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert not twin._results
             torch.testing.assert_close(twin(), module())
+
+
+def test_memory_is_bounded_by_bytes(monkeypatch):
+    """The oldest results go; what alone is too large is not kept, and drives nothing out."""
+    monkeypatch.setattr(eval_cache, "BUDGET", 5 * 8)
+    module = Counted().eval()
+    with torch.no_grad():
+        for key in range(7):
+            module(key)
+        assert [key for key, _ in module._results] == [2, 3, 4, 5, 6]
+        assert module(3) is module(3)
+        large = [torch.ones(8), (torch.ones(3),)]
+        assert module.cached("large", lambda: large) is large
+        assert [key for key, _ in module._results] == [2, 3, 4, 5, 6]
+        module.weight.mul_(2)
+        module(2)
+        assert [key for key, _ in module._results] == [3, 4, 5, 6, 2]  # the youngest now

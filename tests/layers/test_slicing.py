@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybridzoo.layers import GELUTanh, gelu, slicing
-from hybridzoo.layers.slicing import SLICE, by_images, lean
+from hybridzoo.layers import ConvNormAct, GELUTanh, gelu, slicing
+from hybridzoo.layers.slicing import SLICE, by_images, lean, watched
 
 SHALLOW = {
     "maxvit_tiny": dict(depths=(1, 1, 1, 1)),
@@ -61,6 +61,39 @@ def test_batches_stay_whole_where_a_gradient_batch_statistics_or_a_graph_need_th
         assert "aten::neg" in str(traced.graph)
         assert "aten::cat" not in str(traced.graph)
     assert not lean(x)
+
+
+def test_batches_inside_a_transform_stay_whole():
+    x, function = torch.randn(3, 4, 3), Counted()
+    with torch.no_grad():
+        torch.func.vmap(lambda x: by_images(function, x, SLICE, training=False))(x)
+    assert function.seen == [4]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m: m.register_forward_hook(print),
+        lambda m: m.register_forward_pre_hook(print),
+        lambda m: nn.modules.module.register_module_forward_hook(print),
+        lambda m: nn.modules.module.register_module_forward_pre_hook(print),
+    ],
+)
+def test_hooks_watch(register):
+    module, other = nn.ReLU(), nn.ReLU()
+    assert not watched(module, other)
+    handle = register(other)
+    assert watched(module, other)
+    handle.remove()
+    assert not watched(module, other)
+
+
+def test_what_a_hook_kept_of_a_norm_is_not_overwritten():
+    brick, kept = ConvNormAct(3, 8, act_layer=lambda: nn.ReLU(inplace=True)), []
+    brick.norm.register_forward_hook(lambda _, args, out: kept.append(out))
+    with torch.no_grad():
+        brick(torch.randn(1, 3, 8, 8))
+    assert kept[0].min() < 0
 
 
 @pytest.mark.parametrize("name", SHALLOW)
