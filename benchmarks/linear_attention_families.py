@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import measuring
 import timm
 import torch
 import torch.nn.functional as F
@@ -168,16 +168,6 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def prepared(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return model.to(device, torch.bfloat16, memory_format=torch.channels_last)
@@ -214,10 +204,10 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
     for way, step in (("forward", forward), ("both", both_ways)):
         for model in pair.values():
             model.train(way == "both")
-        for repeat in range(args.repeats + 1):
+        for repeat in range(args.repeats + 2):
             for key, model in run.items():
-                seconds = timed(lambda m=model, s=step: s(m), device)
-                if repeat:  # the first one warms up
+                seconds = measuring.timed(lambda m=model, s=step: s(m), device)
+                if repeat > 1:  # the first ones warm up, malloc's thresholds too
                     times.setdefault(f"{key} {way}", []).append(seconds)
     return {key: statistics.median(values) for key, values in times.items()}
 
