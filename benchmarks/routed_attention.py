@@ -1,17 +1,25 @@
 """Routed attention at BiFormer's shapes: ours beside the published gather formulation, and dense attention.
 
-    python benchmarks/routed_attention.py [--sizes 224] [--variants small] [--details] [--models] [--batch 8]
-        [--repeats 15] [--out benchmarks/routed_attention_cpu.md]
+    python benchmarks/routed_attention.py [--sizes 224 512 800x1344] [--variants small base] [--batch 8] [--seconds 2]
+        [--no-models] [--out benchmarks/routed_attention_cpu.md]
 
 On a GPU if there is one (bf16), else on the CPU (float32). One process, medians of interleaved runs, after a check that
-all agree. Absolute times of a shared machine prove nothing: read the ratios. Regions are the authors': 7 x 7 at 224 px,
-8 x 8 at 512, 16 x 16 at 800 x 1344. BiFormer-T has the shapes of -S.
+both agree. Absolute times of a shared machine prove nothing: read the ratios. Regions are the authors': 7 x 7 at 224
+px, 8 x 8 at 512, 16 x 16 at 800 x 1344. BiFormer-T has the shapes of -S: its rows stand for both.
 
-* `--details` (always on a GPU) adds peak memory of forward + backward, dense attention of the whole map without routing
-  (PyTorch's `scaled_dot_product_attention`: what one would run otherwise, not the same function), and the share of the
-  floor: the time in which the maps that must move (4 forward, 8 backward) move at this GPU's measured copy speed.
-* `--models` adds images per second of whole biformer_small, inference and training, with the plain layer and with ours,
-  eager and, on a GPU, compiled.
+"Dense" is attention of the whole map without routing (PyTorch's `scaled_dot_product_attention`): what one would run
+otherwise, not the same function. It is left out where its scores, written out, would exceed the machine's memory; the
+cell says how large they are. So is the gather formulation's backward pass where the gradient of what it gathers from
+would take half of it.
+
+A second table holds the peak memory of forward + backward, and the bytes that the operators of each formulation read
+and write (`measuring.Traffic`) as multiples of the floor: the maps that must move, 4 forward (query, key, value, out)
+and 8 more backward (the same, the gradient of out, and three results). Dense attention is near its floor in bytes; it
+pays in products. On a GPU two columns more say which share of its time ours would take for the floor alone, at the
+measured copy speed.
+
+At the end, images per second of whole biformer_small at 224 px, inference and training step, with the plain layer and
+with ours; eager and, on a GPU, compiled.
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +45,16 @@ from torch import Tensor
 
 import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.kernels import routed_attention2d
+from hybridzoo.kernels.routed import operators
 from hybridzoo.kernels.routed.grid import Grid
 
 HEAD_DIM = 32
 REGIONS = {"224": 7, "512": 8, "800x1344": 16}
 HEADS = {"small": (2, 4, 8), "base": (3, 6, 12)}
+MODELS = {"small": "T, S", "base": "B"}
 TOPK = (1, 4, 16)
-DENSE_MAX_TOKENS = 4096  # on a CPU
+TARGETS = (1.3, 2.0)  # times the speed of the gather formulation on a CPU, forward and both ways
+RUNS = 15  # at most
 BATCHES = {"cuda": {"224": 128, "512": 32, "800x1344": 2}, "cpu": {"224": 8, "512": 2, "800x1344": 1}}
 Function = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Grid, float], Tensor]
 
@@ -57,7 +69,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, fill: Tensor | None, routes: Tensor, 
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).reshape(q.shape)
 
 
+# Of what our operators consist on a CPU, for `measuring.Traffic`; on a GPU each is one pass over the maps, or two.
+INSIDE = {op._opoverload: op._init_fn for op in (operators.routed_attention2d, operators.routed_attention2d_backward)}
+
+
 class Shape(NamedTuple):
+    models: str
     stage: str
     height: int
     width: int
@@ -69,7 +86,14 @@ class Shape(NamedTuple):
 def shapes(size: str, variant: str) -> list[Shape]:
     sides = [int(n) for n in size.split("x")]
     return [
-        Shape(f"stage {i + 1}", *(math.ceil(n / (4 << i)) for n in (sides[0], sides[-1])), heads, topk, REGIONS[size])
+        Shape(
+            MODELS[variant],
+            f"stage {i + 1}",
+            *(math.ceil(n / (4 << i)) for n in (sides[0], sides[-1])),
+            heads,
+            topk,
+            REGIONS[size],
+        )
         for i, (heads, topk) in enumerate(zip(HEADS[variant], TOPK, strict=True))
     ]
 
@@ -91,66 +115,136 @@ class Case:
         if any(self.grid.beyond(self.grad)):
             self.fill = torch.randn(2, shape.heads, HEAD_DIM, device=device, dtype=dtype, requires_grad=True)
             self.leaves.append(self.fill)
-        self.scale = (shape.heads * HEAD_DIM) ** -0.5
+        self.where = self.routes, self.grid, (shape.heads * HEAD_DIM) ** -0.5
 
     def forward(self, function: Function) -> Tensor:
-        return function(*self.packed.unbind(3), self.fill, self.routes, self.grid, self.scale)
+        return function(*self.packed.unbind(3), self.fill, *self.where)
 
     def backward(self, out: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, self.leaves, self.grad, allow_unused=True)
 
-    def check(self, function: Function, truth: Function) -> None:
-        tolerance = 2e-2 if self.packed.dtype == torch.bfloat16 else 1e-4
-        out, right = self.forward(function), self.forward(truth)
-        torch.testing.assert_close(out, right, rtol=tolerance, atol=tolerance)
-        for name, got, wanted in zip(("qkv", "fill"), self.backward(out), self.backward(right), strict=False):
-            error = ((got.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
-            if not error <= tolerance:
-                raise SystemExit(f"ours disagrees with the gather formulation: gradient of {name} off by {error:.1e}")
+    @property
+    def floor(self) -> int:
+        """Bytes that any forward pass must move."""
+        return 4 * self.grad.nbytes
 
-    def times(self, functions: dict[str, Function], repeats: int) -> dict[str, tuple[float, float]]:
-        """Median seconds of every function, forward and backward, runs interleaved."""
-        samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
-        for _ in range(repeats):
-            for name, function in functions.items():
-                with torch.no_grad():
-                    samples[name][0].append(measuring.seconds(lambda f=function: self.forward(f), self.device))
-                out = self.forward(function)
-                samples[name][1].append(measuring.seconds(lambda out=out: self.backward(out), self.device))
-                del out
-        return {name: (statistics.median(f), statistics.median(b)) for name, (f, b) in samples.items()}
+    @property
+    def scores(self) -> int:
+        """Bytes of the scores of dense attention in float32."""
+        batch, height, width, heads, _ = self.grad.shape
+        return 4 * batch * heads * (height * width) ** 2
 
-    def peak_memory(self, function: Function) -> str:
-        used = measuring.peak_memory(lambda: self.backward(self.forward(function)), self.device)
-        return "" if used is None else f"{used / 2**20:.0f}"
+    @property
+    def gathered_gradient(self) -> int:
+        """Bytes of the gradient of what the published code gathers from: all keys and values once per region."""
+        grid = self.grid
+        return 2 * self.grad.nbytes * grid.regions**2 * grid.tokens // (self.grad.shape[1] * self.grad.shape[2])
+
+    def walk(self, function: Function, both: bool) -> tuple[list[Tensor], list[float]]:
+        """The result and all gradients, and the traffic forward and both ways in floors. One pass, not timed."""
+        leaves = [t.detach().requires_grad_() for t in (*self.packed.unbind(3), self.fill) if t is not None]
+        with measuring.Traffic(INSIDE if self.device.type == "cpu" else None) as traffic:
+            out = function(*leaves[:3], leaves[3] if self.fill is not None else None, *self.where)
+            forward = traffic.bytes / self.floor
+            if not both:
+                return [out], [forward]
+            grads = torch.autograd.grad(out, leaves, self.grad, allow_unused=True)  # dense attention has no fill
+        return [out.detach(), *(g for g in grads if g is not None)], [forward, traffic.bytes / (3 * self.floor)]
+
+    def sample(self, function: Function, both: bool) -> tuple[float, float]:
+        """Seconds of one forward and one backward pass (nan without)."""
+        with torch.no_grad():
+            forward = measuring.seconds(lambda: self.forward(function), self.device)
+        if not both:
+            return forward, math.nan
+        out = self.forward(function)
+        return forward, measuring.seconds(lambda: self.backward(out), self.device)
+
+
+class Result(NamedTuple):
+    """Of one function on one shape; nan and None for what could not run."""
+
+    forward: float = math.nan  # seconds
+    backward: float = math.nan
+    memory: int | None = None
+    traffic: tuple[float, ...] = ()  # in floors: forward, both ways
+
+
+def run_all(case: Case, functions: dict[str, tuple[Function, bool]], budget: float) -> dict[str, Result]:
+    """Check ours against the gather formulation, then measure all; the flags say which can go backward."""
+    walked = {name: case.walk(function, both) for name, (function, both) in functions.items()}
+    tolerance = 2e-2 if case.packed.dtype == torch.bfloat16 else 1e-4
+    names = ("out", "gradient of query", "of key", "of value", "of fill")
+    for name, ours, right in zip(names, walked["ours"][0], walked["gather"][0], strict=False):
+        error = ((ours.float() - right.float()).abs().max() / right.float().abs().max()).item()
+        if not error <= tolerance:
+            raise SystemExit(f"ours disagrees with the gather formulation: {name} off by {error:.1e}")
+    traffic = {name: tuple(factors) for name, (_, factors) in walked.items()}
+    walked.clear()
+    memory: dict[str, int | None] = {}
+    for name, (function, both) in functions.items():  # also the warm-up
+        step = (lambda f=function: case.backward(case.forward(f))) if both else (lambda f=function: case.forward(f))
+        used = measuring.peak_memory(step, case.device)
+        memory[name] = used if both else None
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    spent = dict.fromkeys(functions, 0.0)
+    for _ in range(RUNS):
+        for name, (function, both) in functions.items():
+            if spent[name] < budget:
+                samples[name].append(case.sample(function, both))
+                spent[name] += sum(t for t in samples[name][-1] if t == t)
+    medians = {name: [statistics.median(t) for t in zip(*s, strict=True)] for name, s in samples.items()}
+    return {name: Result(*medians[name], memory[name], traffic[name]) for name in functions}
 
 
 def measure(
-    shape: Shape, batch: int, repeats: int, device: torch.device, speed: float | None, details: bool
-) -> list[str]:
-    """A row of the table."""
+    shape: Shape, batch: int, budget: float, device: torch.device, speed: float | None
+) -> tuple[list[str], list[str], list[str]]:
+    """A row of each table, and remarks on it: targets missed, and where attending to everything is faster than ours."""
     case = Case(shape, batch, device)
-    functions: dict[str, Function] = {"gather": biformer_plain.routed_attention, "ours": ours}
-    case.check(ours, functions["gather"])
-    with_dense = details and (device.type == "cuda" or shape.height * shape.width <= DENSE_MAX_TOKENS)
-    if with_dense:
-        functions["dense"] = dense
-    memory = [case.peak_memory(functions[name]) for name in ("gather", "ours")] if details else []
-    t = case.times(functions, repeats)
-    cells = [shape.stage, f"{shape.height}x{shape.width}", str(shape.heads), str(shape.topk)]
-    for seconds in ({name: f for name, (f, _) in t.items()}, {name: f + b for name, (f, b) in t.items()}):
-        cells += [f"{seconds['gather'] * 1e3:.3g}", f"{seconds['ours'] * 1e3:.3g}"]
-        cells.append(f"{seconds['gather'] / seconds['ours']:.1f}x")
-    if details:
-        cells += [f"{t['gather'][1] / t['ours'][1]:.1f}x"]
-        cells += [f"{t['dense'][0] * 1e3:.3g}", f"{sum(t['dense']) * 1e3:.3g}"] if with_dense else ["", ""]
-        cells += memory
+    limit = measuring.total_memory(device)
+    fits = case.gathered_gradient < limit / 2  # there is more that it takes
+    functions: dict[str, tuple[Function, bool]] = {
+        "gather": (biformer_plain.routed_attention, fits),
+        "ours": (ours, True),
+    }
+    if device.type == "cuda" or case.scores < limit:
+        functions["dense"] = (dense, True)
+    results = run_all(case, functions, budget)
+    gather, mine, whole = results["gather"], results["ours"], results.get("dense", Result())
+    too_large = "" if "dense" in results else f"scores: {case.scores / 2**30:.0f} GiB"
+    no_backward = "" if fits else f"gradient: {case.gathered_gradient / 2**30:.0f} GiB"
+    name = [shape.models, shape.stage, f"{shape.height}x{shape.width}", str(shape.heads), str(shape.topk)]
+    both = [sum(r[:2]) for r in (gather, mine, whole)]
+    times = [ms(gather.forward), ms(mine.forward), ratio(gather.forward, mine.forward), ms(whole.forward) or too_large]
+    times += [ms(both[0]) or no_backward, ms(both[1]), ratio(both[0], both[1]), ms(both[2]) or too_large]
+    details = ["" if r.memory is None else f"{r.memory / 2**20:.0f}" for r in (gather, mine, whole)]
+    for way in (0, 1):
+        details += [f"{r.traffic[way]:.1f}x" if len(r.traffic) > way else "" for r in (gather, mine, whole)]
     if speed:
-        cells += [f"{maps * case.grad.nbytes / speed / s:.0%}" for maps, s in zip((4, 8), t["ours"], strict=True)]
-    return cells
+        details += [f"{n * case.floor / speed / s:.0%}" for n, s in ((1, mine.forward), (2, mine.backward))]
+    remarks = []
+    where = f"{shape.models} {shape.stage}"
+    for way, old, new, all_of_it, target in zip(
+        ("forward", "forward + backward"), (gather.forward, both[0]), (mine.forward, both[1]), (whole.forward, both[2]),
+        TARGETS, strict=True,
+    ):  # fmt: skip
+        if old / new < target:
+            remarks.append(f"{where}, {way}, misses {target}x: {ms(old)} / {ms(new)} = {old / new:.2f}x.")
+        if all_of_it < new:
+            remarks.append(f"{where}, {way}: dense attention is faster than ours, {ms(all_of_it)} to {ms(new)} ms.")
+    return [*name, *times], [*name[:3], *details], remarks
 
 
-def measure_models(batch: int, repeats: int, device: torch.device) -> list[list[str]]:
+def ms(seconds: float) -> str:
+    return "" if math.isnan(seconds) else f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def ratio(slow: float, fast: float) -> str:
+    return "" if math.isnan(slow) else f"{slow / fast:.1f}x"
+
+
+def measure_models(batch: int, budget: float, device: torch.device) -> list[list[str]]:
     """Rows of images per second of biformer_small at 224 px."""
     torch.manual_seed(0)
     model = timm.create_model("biformer_small").to(device)
@@ -175,63 +269,66 @@ def measure_models(batch: int, repeats: int, device: torch.device) -> list[list[
     for mode in ("eager", "compiled") if device.type == "cuda" else ("eager",):
         if mode == "compiled":
             models = {name: torch.compile(m) for name, m in models.items()}
-        for way, step in (("inference", infer), ("training", train)):
-            samples: dict[str, list[float]] = {name: [] for name in models}
+        for way, step in (("inference", infer), ("training step", train)):
             for m in models.values():
-                m.train(way == "training")
-                for _ in range(3 if device.type == "cuda" else 1):
-                    step(m)
-            for _ in range(repeats):
-                for name, m in models.items():
-                    samples[name].append(measuring.seconds(lambda m=m, step=step: step(m), device))
-            plain, ours = (batch / statistics.median(samples[name]) for name in ("plain", "ours"))
-            rows.append(["biformer_small", way, mode, f"{plain:.4g}", f"{ours:.4g}", f"{ours / plain:.2f}x"])
+                m.train(way == "training step")
+            steps = {name: partial(step, m) for name, m in models.items()}
+            seconds = measuring.medians(steps, budget, device)
+            plain, mine = (batch / seconds[name] for name in ("plain", "ours"))
+            rows.append(["biformer_small", way, mode, f"{plain:.4g}", f"{mine:.4g}", f"{mine / plain:.2f}x"])
     return rows
 
 
-def show(title: str, columns: list[str], rows: list[list[str]], repeats: int) -> list[str]:
+def show(title: str, columns: list[str], rows: list[list[str]], note: str) -> list[str]:
     """Print a table; the same in lines of Markdown."""
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=200).print(table)
     lines = ["| " + " | ".join(r) + " |" for r in (columns, ["---"] * len(columns), *rows)]
-    return [f"# {title}", "", f"Medians of {repeats} interleaved runs.", "", *lines, ""]
+    return [f"# {title}", "", note, "", *lines, ""]
 
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=REGIONS, default=list(REGIONS) if gpu else ["224"])
-    parser.add_argument("--variants", nargs="+", choices=HEADS, default=list(HEADS) if gpu else ["small"])
+    parser.add_argument("--sizes", nargs="*", choices=REGIONS, default=list(REGIONS))
+    parser.add_argument("--variants", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--batch", type=int, help=f"default by size: {BATCHES}")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--details", action="store_true", default=gpu)
-    parser.add_argument("--models", action="store_true")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of running each contender on each shape")
+    parser.add_argument("--no-models", dest="models", action="store_false", help="leave out the whole model")
     parser.add_argument("--out", type=Path, help="also write the tables as Markdown")
     args = parser.parse_args()
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     where += f", torch {torch.__version__}"
     speed = measuring.copy_speed(device) if gpu else None
-    columns = ["shape", "map", "heads", "top-k", "gather fwd ms", "ours", "ratio", "gather fwd+bwd ms", "ours", "ratio"]
-    if args.details:
-        columns += ["bwd ratio", "dense fwd ms", "dense fwd+bwd ms", "gather MiB", "ours MiB"]
-    if gpu:
-        columns += ["floor fwd", "floor bwd"]
+    shape = ["BiFormer", "stage", "map"]
+    columns = [*shape, "heads", "top-k", "gather fwd ms", "ours", "ratio", "dense"]
+    columns += ["gather fwd+bwd ms", "ours", "ratio", "dense"]
+    details = [*shape, "gather MiB", "ours", "dense", "gather fwd, over the floor", "ours", "dense"]
+    details += ["gather fwd+bwd, over the floor", "ours", "dense", *(["floor fwd", "bwd"] if gpu else [])]
+    note = f"Medians of interleaved runs, as many as fit {args.seconds:.0f} seconds a contender, {RUNS} at most."
     lines = []
     for size in args.sizes:
         batch = args.batch or BATCHES[device.type][size]
-        for variant in args.variants:
-            stages = track(shapes(size, variant), f"measuring {size}", console=Console(stderr=True))
-            rows = [measure(shape, batch, args.repeats, device, speed, args.details) for shape in stages]
-            title = f"Routed attention, BiFormer-{variant[0].upper()} at {size} px, batch {batch}, {where}"
-            lines += show(title, columns, rows, args.repeats)
+        todo = [s for variant in args.variants for s in shapes(size, variant)]
+        rows = [
+            measure(s, batch, args.seconds, device, speed)
+            for s in track(todo, f"measuring {size}", console=Console(stderr=True))
+        ]
+        title = f"Routed attention at {size} px, batch {batch}, {where}"
+        remarks = " ".join(text for *_, texts in rows for text in texts)
+        lines += show(title, columns, [times for times, *_ in rows], f"{note} {remarks}".strip())
+        what = "Peak memory of forward + backward, and bytes read and written over the least there is to move."
+        lines += show(f"Memory and traffic at {size} px, batch {batch}", details, [more for _, more, _ in rows], what)
     if args.models:
         batch = args.batch or BATCHES[device.type]["224"]
         columns = ["model", "", "", "plain images/s", "ours", "ratio"]
-        rows = measure_models(batch, args.repeats, device)
-        lines += show(f"Whole models at 224 px, batch {batch}, {where}", columns, rows, args.repeats)
+        budget = 15 * args.seconds
+        rows = measure_models(batch, budget, device)
+        what = f"Medians of interleaved runs, three at least, for {budget:.0f} seconds."
+        lines += show(f"Whole model at 224 px, batch {batch}, {where}", columns, rows, what)
     if speed:
         lines.append(f"Measured copy speed: {speed / 1e12:.2f} TB/s.")
     if args.out:

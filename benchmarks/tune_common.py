@@ -30,13 +30,22 @@ def candidates(blocks: Sequence[tuple[int, int]]) -> list[Config]:
     ]
 
 
+class NotLaunched(Exception):
+    """At the shapes of the tuning run, another kernel does the work (tokens that are too wide for a dense one)."""
+
+
 def time_kernel(name: str, launches: Sequence[Launch]) -> float | None:
-    """Median milliseconds of the kernel `name` among `launches`; None where one does not fit into the GPU."""
+    """Median milliseconds of the kernel `name` among `launches`; None where one does not fit into the GPU.
+
+    Raises NotLaunched where none of them is this kernel's.
+    """
+    wanted = [launch for launch in launches if launch.kernel.__name__ == name]
+    if not wanted:
+        raise NotLaunched(f"what runs here is {', '.join(launch.kernel.__name__ for launch in launches)}")
     try:
         for launch in launches:  # in order: the later ones read what the earlier ones leave
             launch.run()
-        (launch,) = (launch for launch in launches if launch.kernel.__name__ == name)
-        return triton.testing.do_bench(launch.run, return_mode="median")
+        return triton.testing.do_bench(wanted[0].run, return_mode="median")
     except triton.runtime.errors.OutOfResources:
         return None
 
@@ -52,7 +61,8 @@ def main(
 ) -> None:
     """The command line: for every kind, dtype and head_dim, time every candidate and write the best to a JSON file.
 
-    `table` is changed in place while searching: `milliseconds` measures what it then says.
+    A row that has nothing to time is skipped, with the reason. `table` is changed in place while searching:
+    `milliseconds` measures what it then says.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -74,12 +84,20 @@ def main(
         before = pick(kind, head_dim, dtype.itemsize)
         key = kind, head_dim, dtype.itemsize
         times: dict[Config, float] = {}
+        reason = "no candidate fits into this GPU"
         trials = [before, *(c for c in candidates(blocks(kind)) if c != before)]
-        for config in track(trials, f"{kind} {head_dim} {dtype_name}", console=console, transient=True):
-            table[key] = config
-            time = milliseconds(kind, args.batch, head_dim, dtype)
-            if time is not None:
-                times[config] = time
+        try:
+            for config in track(trials, f"{kind} {head_dim} {dtype_name}", console=console, transient=True):
+                table[key] = config
+                time = milliseconds(kind, args.batch, head_dim, dtype)
+                if time is not None:
+                    times[config] = time
+        except NotLaunched as error:
+            reason = str(error)
+        if not times:
+            table[key] = before
+            console.print(f"    {key!r}: skipped, {reason}")
+            continue
         best = min(times, key=lambda config: times[config])
         table[key] = best
         gain = times[before] / times[best] if before in times else float("nan")

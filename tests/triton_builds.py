@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,30 @@ def require_compiler(capability: int) -> None:
             pytest.skip(f"{tool}, which compiling for sm_{capability} takes, is neither in Triton nor on the path")
 
 
+_fine: set[tuple[object, ...]] = set()  # what this process has compiled already, without a complaint
+
+
+def assert_builds(capability: int, launches: Iterable[Any]) -> None:
+    """Every kernel compiles without spilling, within the chip's shared memory, and adds without atomics.
+
+    What is compiled alike is compiled once in a process. (All sizes that differ here are unspecialised, so that no
+    other number of a launch makes another kernel.)
+    """
+    require_compiler(capability)
+    for launch in launches:
+        constants = {name: value for name, value in launch.arguments.items() if name.isupper()}
+        types = [str(value.dtype) for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
+        key = (capability, launch.kernel.__name__, str(constants), str(types), str(launch.options))
+        if key in _fine:
+            continue
+        built = build(launch.kernel, launch.arguments, capability, **launch.options)
+        name = f"{launch.kernel.__name__} {constants} {types[0]} {launch.options} on sm_{capability}: {built}"
+        assert built.local == 0, name
+        assert built.shared <= SHARED_LIMIT[capability], name
+        assert not built.atomics, name
+        _fine.add(key)
+
+
 def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: Any) -> Build:
     """Compile `kernel` (a `triton.jit` function) for `capability` (80, 90, 100); `options` as in a launch.
 
@@ -75,7 +100,7 @@ def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: An
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         registers, local = _resources(compiled.asm["cubin"])
         # PTX: `atom` returns the old value, `red` does not. Either makes the order of a sum depend on the moment.
-        atomics = re.search(r"^\s*(@%p\d+ )?(atom|red)\.global", compiled.asm["ptx"], re.MULTILINE) is not None
+        atomics = re.search(r"\b(atom|red)\.(\w+\.)*global", compiled.asm["ptx"]) is not None
         return Build(compiled.metadata.shared, registers, local, atomics)
 
 
@@ -109,13 +134,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report, code = _dump("-res-usage", file.name), _dump("-sass", file.name)
-    numbers = {name: re.search(rf"\b{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
-    if None in numbers.values() or "EXIT" not in code:
-        raise RuntimeError(f"cuobjdump reports no resources, or no code:\n{report}")
-    registers, stack, local = (int(match[1]) for match in numbers.values() if match)
-    # ptxas sometimes reserves a frame that no instruction then loads from or stores to.
-    return registers, stack + local if re.search(r"\b(LDL|STL)\b", code) else 0
+        report = _dump("-res-usage", file.name)
+        numbers = {name: re.search(rf"\b{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
+        if None in numbers.values():
+            raise RuntimeError(f"cuobjdump reports no resources:\n{report}")
+        registers, stack, local = (int(match[1]) for match in numbers.values() if match)
+        if stack + local == 0:  # the usual case; disassembling takes long
+            return registers, 0
+        code = _dump("-sass", file.name)
+        if "EXIT" not in code:
+            raise RuntimeError(f"cuobjdump reports no code:\n{report}")
+        # ptxas sometimes reserves a frame that no instruction then loads from or stores to.
+        return registers, stack + local if "LDL" in code or "STL" in code else 0
 
 
 def _dump(option: str, file: str) -> str:

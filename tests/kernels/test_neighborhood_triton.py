@@ -263,15 +263,20 @@ def test_under_the_interpreter():
     assert int(passed[1]) >= len(CASES) + 12, run.stdout
 
 
-def launches(height, heads, head_dim, kernel, dilation, dtype, bias=True):
-    """What a training step on 128 images of a packed projection launches. Nothing is allocated."""
+def launches(height, heads, head_dim, kernel, dilation, dtype, bias=True, fill=False):
+    """What a training step on 128 images of a packed projection launches. Nothing is allocated.
+
+    With a `fill` the log-sum-exp has a gradient.
+    """
     shape = (128, height, height, heads, head_dim)
     query, key, value = torch.empty(*shape[:3], 3, *shape[3:], dtype=dtype, device="meta").unbind(3)
     rpb = torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1, device="meta") if bias else None
     out, lse = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(shape[:4], device="meta")
     where = (kernel, kernel), (dilation, dilation), head_dim**-0.5
     forward = triton_impl.forward_launch(query, key, value, rpb, out, lse, *where)
-    backward, _ = triton_impl.backward_launches(out, query, key, value, rpb, out, lse, out, out, out, *where)
+    grad_lse = torch.empty_like(lse) if fill else None
+    tensors = out, query, key, value, rpb, out, lse, out, out, out
+    backward, _ = triton_impl.backward_launches(*tensors, *where, grad_lse=grad_lse)
     return [forward, *backward]
 
 
@@ -291,6 +296,10 @@ def test_what_dinat_runs_compiles(capability):
     tiled, dense = (launches(56, 2, 32, 7, dilation, torch.bfloat16) for dilation in (1, 8))
     assert {launch.kernel.__name__ for launch in tiled + dense} == set(triton_configs.KINDS)
     triton_builds.assert_builds(capability, [*tiled, *(n for n in dense if "dense" in n.kernel.__name__)])
+    filled = [n for dilation in (1, 8) for n in launches(56, 2, 32, 7, dilation, torch.bfloat16, fill=True)]
+    changed = [n for n in filled if n.arguments.get("GRAD_LSE")]
+    assert {launch.kernel.__name__ for launch in changed} == {"backward_query", "backward_dense"}
+    triton_builds.assert_builds(capability, changed)
 
 
 # Every kernel at every width. The size of the neighborhood changes a few constants only, so one is enough for each.
