@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo
 from hybridzoo.checkpoints import cards, convert
-from hybridzoo.kernels.routed import torch_impl
 
 FIXTURES = goldens.names("biformer", numeric=True)
 MANIFESTS = goldens.names("biformer", numeric=False)
@@ -53,8 +52,7 @@ def test_equals_the_published_network(fixture):
 @pytest.fixture
 def meta():
     """Models without storage. Every routed layer goes through the operator, whose formula counts the paper's MACs."""
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_impl, "prefers_dense", lambda query, routes: False)
+    with torch.device("meta"):
         yield
 
 
