@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from plain_layers import use_plain_layers
 from torch import Tensor, nn
 
 from hybridzoo.kernels.routed.grid import Grid
@@ -73,8 +74,8 @@ class PlainBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 
 def make_plain(model: nn.Module) -> nn.Module:
-    """Turn every routed layer of `model` into the plain one, in place; parameters stay."""
+    """Give `model` plain routed layers and PyTorch's own linear layers and MLPs, in place."""
     for module in model.modules():
         if type(module) is BiLevelRoutingAttention:
             module.__class__ = PlainBiLevelRoutingAttention
-    return model
+    return use_plain_layers(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hybridzoo.layers.fused_act import conv_act, in_turn
+from hybridzoo.layers.onednn import conv_act, in_turn
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Callable[[], nn.Module]
@@ -63,8 +63,8 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.norm, nn.Identity):
-            return conv_act(self.conv, self.act, x)
-        return in_turn(self.norm, self.act, self.conv(x))
+            return conv_act(self.conv, x, self.act)
+        return in_turn(self.norm, self.conv(x), self.act)
 
     def fuse(self) -> ConvNormAct:
         """Fold a batch norm's running statistics into the convolution, in place; exact in evaluation only."""

@@ -47,19 +47,23 @@ class EvalCache(nn.Module):
     tensors (which count no writing) or of weights inside `torch.func`'s transforms.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._results: dict[Hashable, _Kept] = {}
 
-    def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """`compute()`, a tensor or a tuple or list of some, or what that was for an equal `key` and these weights."""
+    def cached(self, key: Hashable, compute: Callable[[], Any], otherwise: Callable[[], Any] | None = None) -> Any:
+        """`compute()`, a tensor or a tuple or list of some, or what that was for an equal `key` and these weights.
+
+        Where nothing can be kept, `otherwise()`, if it is given, because `compute()` pays only more than once.
+        """
+        otherwise = otherwise or compute
         if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return compute()
-        tensors = [*self.parameters(), *self.buffers()]
+            return otherwise()
+        tensors = self._tensors()
         if getattr(self, "_is_replica", False) or not all(_is_plain(t) for t in tensors):
-            return compute()
+            return otherwise()
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return compute()
+            return otherwise()
         key = (key, _autocast(tensors))
         stamp = [_steps, *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)]
         kept = self._results.get(key)
@@ -78,6 +82,12 @@ class EvalCache(nn.Module):
         self._results[key] = new
         while sum(kept.size for kept in list(self._results.values())) > BUDGET:
             self._results.pop(next(iter(self._results)), None)
+
+    def _tensors(self) -> list[Tensor]:
+        if self._modules:
+            return [*self.parameters(), *self.buffers()]
+        own = (*self._parameters.values(), *self._buffers.values())  # no search where there is nothing below
+        return [t for t in own if t is not None]
 
     def train(self, mode: bool = True) -> Any:
         self._results.clear()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ActLayer
-from hybridzoo.layers.fused_act import linear_act
 from hybridzoo.layers.gelu import GELU
+from hybridzoo.layers.linear import Linear, linear_act
 from hybridzoo.layers.slicing import by_images
 
 
@@ -24,13 +24,13 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, act_layer: ActLayer = GELU) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
         return by_images(self._of_tokens, tokens, self.fc1.out_features, self.training).view(x.shape)
 
     def _of_tokens(self, x: Tensor) -> Tensor:
-        return linear_act(self.fc2, None, linear_act(self.fc1, self.act, x))
+        return self.fc2(linear_act(self.fc1, x, self.act))

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.linear_attention import without_autocast
 from hybridzoo.layers.relative_position import gather_bias
 from hybridzoo.layers.slicing import recorded
@@ -103,9 +104,9 @@ class PartialAttention(nn.Module):
         self.attn_drop = attn_drop
         self.conv = nn.Conv2d(conv_dim, conv_dim, 3, padding=1, bias=False)
         self.norm = nn.LayerNorm(rest, eps=1e-6)
-        self.qkv = nn.Linear(rest, 3 * rest, bias=False)
+        self.qkv = Linear(rest, 3 * rest, bias=False)
         self.bias = DistanceBias(num_heads)
-        self.proj = nn.Linear(rest, rest)
+        self.proj = Linear(rest, rest)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

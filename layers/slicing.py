@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-# Elements of the largest tensor of a slice: 16 MB in float32. Half of what glibc's malloc keeps at most (its mmap
-# threshold grows to 32 MB), and a share of a server's last-level cache.
-SLICE = 2**22
+# Elements of the largest tensor of a slice: 8 MB in float32. A few of them fit into what glibc's malloc keeps when they
+# are freed, twice the largest block that it ever asked the operating system for, and into a server's last-level cache.
+SLICE = 2**21
 
 
 def lean(x: Tensor) -> bool:
