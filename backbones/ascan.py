@@ -43,6 +43,7 @@ from hybridzoo.layers import (
     TransformerBlock,
 )
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
 
@@ -139,12 +140,14 @@ class Attention(nn.Module):
     def __init__(self, dim: int, head_dim: int, qkv_bias: bool, table_side: int) -> None:
         super().__init__()
         self.num_heads = dim // head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.bias = PositionBias(self.num_heads, table_side) if table_side else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.proj(attend(self.qkv(x), self.num_heads, None if self.bias is None else self.bias(size)))
+        bias = None if self.bias is None else self.bias(size)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(query, key, value, self.num_heads, bias))
 
 
 class Transformer(TransformerBlock):

@@ -24,6 +24,7 @@ from hybridzoo.backbones.dinat import HEAD_DIM, PatchStem
 from hybridzoo.backbones.dinat_dilations import Dilations, block_dilations
 from hybridzoo.layers import NeighborhoodAttention2d, RelativePositionBias, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.neighborhood import Dilation, Padding
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
@@ -55,9 +56,9 @@ class FullAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.bias = RelativePositionBias(num_heads, (PUBLISHED_MAP, PUBLISHED_MAP), "bicubic")
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[1:3]
@@ -69,7 +70,8 @@ class FullAttention(nn.Module):
         if torch.compiler.is_exporting() and not self.training:
             # A bias that wants a gradient makes SDPA trace in one memory layout and decompose (for ONNX) in another.
             bias = bias.detach()
-        return self.proj(attend(self.qkv(x).flatten(1, 2), self.num_heads, bias)).view(x.shape)
+        query, key, value = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)
+        return self.proj(attend(query, key, value, self.num_heads, bias)).view(x.shape)
 
 
 class IsotropicDiNAT(Backbone):

@@ -29,6 +29,7 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
@@ -78,12 +79,13 @@ class BiasedAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.bias = CoordinateBias(num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int], extra: int = 0, mask: Tensor | None = None) -> Tensor:
-        return self.proj(attend(self.qkv(x), self.num_heads, self.bias(size, extra), mask))
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(query, key, value, self.num_heads, self.bias(size, extra), mask))
 
 
 class CarrierTokens(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.heads import add_product, merge_heads, split_heads
+from hybridzoo.layers.linear import Linear, is_plain, linear_rows
 from hybridzoo.layers.resize import adaptive_pool, resize_map
 from hybridzoo.layers.slicing import lean, watched
 
@@ -74,9 +75,9 @@ class AgentAttention(EvalCache):
         self.class_token = class_token
         rows, columns = _pair("table_size", table_size)
         count = self.agents[0] * self.agents[1]
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         # Named as published: a = agent, n = map ("neighbours"), h / w = its rows / columns, c = class token.
         self.an_bias = nn.Parameter(torch.empty(num_heads, count, COARSE, COARSE))
         self.na_bias = nn.Parameter(torch.empty(num_heads, count, COARSE, COARSE))
@@ -113,7 +114,8 @@ class AgentAttention(EvalCache):
                 f"size must be the (rows, columns) of the {x.shape[1]} tokens"
                 f"{' less the class token' if first else ''}; got {size}"
             )
-        return self.proj(self._unprojected(x, size) if self.skips_projection(size) else self._projected(x, size))
+        unprojected = is_plain(self.qkv) and self.skips_projection(size)
+        return self.proj(self._unprojected(x, size) if unprojected else self._projected(x, size))
 
     def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tables for a map of this size and the current grid, each `(heads, agents, tokens)`.
@@ -170,8 +172,7 @@ class AgentAttention(EvalCache):
 
     def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Of queries (0), keys (1) and values (2), those from `start` to before `stop`."""
-        rows = slice(start * x.shape[-1], stop * x.shape[-1])
-        return F.linear(x, self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows])
+        return linear_rows(self.qkv, x, start * x.shape[-1], stop * x.shape[-1])
 
     def _local(self, value: Tensor, size: tuple[int, int]) -> Tensor:
         """The convolution of the values, `(batch, tokens, dim)`; zero for the class token."""

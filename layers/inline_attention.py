@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.layers.heads import add_product, merge_heads, split_heads
+from hybridzoo.layers.linear import Linear, is_plain, linear_rows
+from hybridzoo.layers.slicing import lean
 
-UNPROJECTED_ABOVE = 1.0  # tokens a channel; measured on a CPU
+# Measured on a CPU, see benchmarks/linear_attention_families.py:
+UNPROJECTED_ABOVE = 1.0  # tokens a channel
+SIDE_BY_SIDE_BELOW = 2**17  # elements of an image's map
 
 
 class InLineAttention(nn.Module):
@@ -60,12 +64,12 @@ class InLineAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads; got dim={dim}, num_heads={num_heads}")
         self.num_heads = num_heads
         self.class_token = class_token
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.residual = nn.Sequential(  # token mean -> nine numbers a channel; a head sees its own channels only
             nn.Conv1d(dim, dim, 1, groups=num_heads), nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads)
         )
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if static_kernel else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None, *, summary: Tensor | None = None) -> Tensor:
         """Attend.
@@ -92,7 +96,7 @@ class InLineAttention(nn.Module):
             )
         mean = x.mean(1)
         kernels = self.kernels(mean if summary is None else summary)
-        if x.shape[1] > UNPROJECTED_ABOVE * x.shape[2]:
+        if is_plain(self.qkv) and x.shape[1] > UNPROJECTED_ABOVE * x.shape[2]:
             return self.proj(self._unprojected(x, mean, size, kernels))
         return self.proj(self._projected(x, size, kernels))
 
@@ -110,29 +114,32 @@ class InLineAttention(nn.Module):
 
     def _projected(self, x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
         """`mean(v) + s * q @ Cov(k, v)` plus the local residual, `(batch, tokens, dim)`."""
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        out = inline_attention(*(split_heads(t, self.num_heads) for t in (query, key, value)))
-        return merge_heads(out) + self._local(value, size, kernels, torch.zeros_like(kernels[..., 0]))
+        dim = x.shape[-1]
+        query, key = linear_rows(self.qkv, x, 0, 2 * dim).chunk(2, dim=-1)
+        value = linear_rows(self.qkv, x, 2 * dim, 3 * dim)  # for themselves: the convolution wants them dense
+        base = self._local(value, size, kernels, value.mean(1))
+        out = merge_heads(deviation(*(split_heads(t, self.num_heads) for t in (query, key, value))))
+        return base.add_(out) if lean(x) and base.dtype == out.dtype else base + out
 
     def _unprojected(self, x: Tensor, mean: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
         """The same numbers without queries and keys, the cheaper way where tokens are many.
 
         With q = x Wq + b and k = x Wk, `q @ Cov(k, v) = (x Wq + b) Wk^T Cov(x, v)`: two products with the tokens, as
-        for q and k themselves, but none of `tokens x head_dim x head_dim`. (A bias of k has no covariance.) What is the
-        same for all tokens goes along as the convolution's bias, and the product is added to its result.
+        for q and k themselves, but none of `tokens x head_dim x head_dim`. (A bias of k has no covariance.)
         """
-        dim, heads = x.shape[-1], self.num_heads
-        weight, bias = self.qkv.weight, self.qkv.bias
-        of_value = (weight[2 * dim :], None if bias is None else bias[2 * dim :])
-        value, mean_value = F.linear(x, *of_value), F.linear(mean, *of_value)
-        share = _share(dim // heads, x.shape[1])
-        # Of all inputs and all values.
-        covariance = ((x - mean[:, None]) * share).mT @ (_centred(value, mean_value) * share)
-        query_weight, key_weight = weight[: 2 * dim].unflatten(0, (2, heads, -1)).unbind(0)  # (heads, head_dim, dim)
-        covariance = key_weight @ split_heads(covariance, heads)  # (batch, heads, head_dim, head_dim)
-        if bias is not None:
-            mean_value = mean_value + (bias[:dim].view(heads, 1, -1) @ covariance).flatten(1)
-        mixing = (query_weight.mT @ covariance).transpose(1, 2).flatten(2)  # (batch, dim, dim), of values from tokens
+        batch, tokens, dim = x.shape
+        heads, head_dim = self.num_heads, dim // self.num_heads
+        value, mean_value = (linear_rows(self.qkv, t, 2 * dim, 3 * dim) for t in (x, mean))
+        query_weight, key_weight, _ = self.qkv.weight.unflatten(0, (3, heads, head_dim)).unbind(0)
+        covariance = scaled_covariance(x, value, head_dim**-0.5 / tokens)  # of all inputs and values
+        # By head, the images side by side: a head's weights are the same for all of them.
+        covariance = covariance.unflatten(2, (heads, head_dim)).permute(2, 1, 0, 3).flatten(2)
+        covariance = key_weight @ covariance  # (heads, head_dim, batch * head_dim), of keys and values
+        if self.qkv.bias is not None:
+            shift = self.qkv.bias[:dim].view(heads, 1, head_dim) @ covariance
+            mean_value = mean_value + shift.view(heads, batch, head_dim).transpose(0, 1).flatten(1)
+        mixing = (query_weight.mT @ covariance).unflatten(2, (batch, head_dim))
+        mixing = mixing.permute(2, 1, 0, 3).flatten(2)  # (batch, dim, dim), of values from tokens
         return add_product(self._local(value, size, kernels, mean_value), x, mixing)
 
     def _local(self, value: Tensor, size: tuple[int, int], kernels: Tensor, shift: Tensor) -> Tensor:
@@ -144,24 +151,8 @@ class InLineAttention(nn.Module):
         return torch.cat([shift[:, None].to(local.dtype), local], dim=1) if first else local
 
 
-def _centred(value: Tensor, mean: Tensor) -> Tensor:
-    """Values for a covariance with something centred already, which is enough unless numbers are coarse.
-
-    In bfloat16 the mean of one side times the rounding error of the other's is as large as the covariance.
-    """
-    return value - mean[:, None] if value.element_size() < 4 else value
-
-
-def _share(head_dim: int, keys: int) -> float:
-    """What each factor of a covariance gets of the scale `head_dim ** -0.5 / keys`, before they are multiplied.
-
-    The sum over all keys does not fit into float16 unscaled, and keys alone that are scaled by all of it vanish there.
-    """
-    return (head_dim**-0.5 / keys) ** 0.5
-
-
-def inline_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The linear attention alone: `mean(v) + s * q @ Cov(k, v)` with `s = head_dim ** -0.5`.
+def deviation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What the attention makes of each query beside the values' mean: `s * q @ Cov(k, v)` with `s = head_dim ** -0.5`.
 
     Args:
         query: `(batch, heads, queries, head_dim)`.
@@ -170,12 +161,21 @@ def inline_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         `(batch, heads, queries, head_dim)`.
     """
-    mean = value.mean(2, keepdim=True)
-    # To centre one side would do, but in bfloat16 the other's mean times its rounding error is as large as the result.
-    share = _share(key.shape[3], key.shape[2])
-    key = (key - key.mean(2, keepdim=True)) * share
-    covariance = key.mT @ ((value - mean) * share)
-    return query @ covariance + mean
+    return query @ scaled_covariance(key, value, key.shape[3] ** -0.5 / key.shape[2])
+
+
+def scaled_covariance(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """`scale * (left - mean(left))^T (right - mean(right))`, means over tokens: `(..., tokens, n)`, `(..., tokens, m)`.
+
+    To centre one side is enough, unless numbers are coarse: in bfloat16 the mean of one side times the rounding error
+    of the other's is as large as the covariance. Neither does a sum over many tokens fit into float16, nor what one
+    side would be if it took all of the scale, so that each takes half.
+    """
+    left = left - left.mean(-2, keepdim=True)
+    if right.element_size() < 4:  # under autocast too, which has made it
+        right = right - right.mean(-2, keepdim=True)
+        return (left * scale**0.5).mT @ (right * scale**0.5)
+    return left.mT @ right * scale
 
 
 def dynamic_depthwise(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
@@ -192,7 +192,9 @@ def dynamic_depthwise(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     kernels, bias = kernels.to(x.dtype), bias.to(x.dtype)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not len(x):
         return _by_taps(x, kernels, bias)
-    return _by_images(x, kernels, bias) if x.device.type == "cpu" else _by_groups(x, kernels, bias)
+    if x.device.type != "cpu":
+        return _by_groups(x, kernels, bias)
+    return (_side_by_side if x[0].numel() < SIDE_BY_SIDE_BELOW else _by_images)(x, kernels, bias)
 
 
 def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
@@ -212,6 +214,14 @@ def _by_images(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     maps = x.permute(0, 3, 1, 2).split(1)
     images = [F.conv2d(m, w, b, padding=1, groups=x.shape[3]) for m, w, b in zip(maps, weights, bias, strict=True)]
     return torch.cat(images).permute(0, 2, 3, 1)
+
+
+def _side_by_side(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
+    """All images' channels as those of one image, channels-last: two copies, which are cheap while maps are small."""
+    batch, height, width, dim = x.shape
+    maps = x.permute(1, 2, 0, 3).reshape(1, height, width, batch * dim).permute(0, 3, 1, 2)
+    out = F.conv2d(maps, kernels.reshape(-1, 1, 3, 3), bias.flatten(), padding=1, groups=batch * dim)
+    return out.permute(0, 2, 3, 1).reshape(height, width, batch, dim).permute(2, 0, 1, 3)
 
 
 def _by_groups(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Resizing and pooling of maps as products with small matrices: exact, and with the same gradient bits on every run.
 
-PyTorch's own bilinear resize and adaptive pooling add up their CUDA gradients in whatever order threads arrive.
+PyTorch's own bilinear resize and adaptive pooling add up their CUDA gradients in whatever order threads arrive. On a
+CPU its pooling does not, and is four times as fast.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,6 +40,13 @@ def adaptive_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     As `torch.nn.AdaptiveAvgPool2d`: cell `i` of `g` along an axis of `n` tokens averages tokens `floor(i * n / g)` to
     `ceil((i + 1) * n / g)`, so cells overlap where `g` does not divide `n` and repeat where it exceeds `n`.
     """
+    # ONNX has no such pooling unless cells are alike.
+    if x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    return _pool_by_products(x, size)
+
+
+def _pool_by_products(x: Tensor, size: tuple[int, int]) -> Tensor:
     _, height, width, dim = x.shape
     if height != size[0]:
         x = (_bins(height, size[0], x) @ x.flatten(2)).unflatten(2, (width, dim))

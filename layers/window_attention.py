@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.relative_position import RelativePositionBias, Resize
 from hybridzoo.layers.windows import attend
 
@@ -26,12 +27,12 @@ class WindowAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads; got dim={dim}, num_heads={num_heads}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.bias = RelativePositionBias(num_heads, window, table_resize)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask`: bool `(windows, tokens)` or `(windows, tokens, tokens)`, which keys may be seen; `None` for all."""
-        qkv = self.qkv(windows).flatten(3, 4).flatten(0, 2)
-        out = attend(qkv, self.num_heads, self.bias(windows.shape[3:5]), mask)
+        query, key, value = self.qkv(windows).flatten(3, 4).flatten(0, 2).chunk(3, dim=-1)
+        out = attend(query, key, value, self.num_heads, self.bias(windows.shape[3:5]), mask)
         return self.proj(out).view(windows.shape)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.heads import merge_heads, split_heads
 
 
 def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool = False) -> tuple[int, int]:
@@ -62,11 +62,13 @@ def padding_mask(
     return to_windows(real, window, dilated).flatten(1, 2).flatten(2)[0]
 
 
-def attend(qkv: Tensor, num_heads: int, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, bias: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Softmax attention inside every window, scaled by the head's width to the power of -1/2.
 
     Args:
-        qkv: `(batch * windows, tokens, 3 * dim)`, laid out q, k, v, each `(heads, head_dim)`; windows inner.
+        query, key, value: `(batch * windows, tokens, dim)`, windows inner.
         num_heads: attention heads.
         bias: added to the scaled scores, `(heads, tokens, tokens)`, query by key.
         mask: which keys may be seen, bool: `(windows, tokens)` as `padding_mask` makes it, or
@@ -75,15 +77,15 @@ def attend(qkv: Tensor, num_heads: int, bias: Tensor | None = None, mask: Tensor
     Returns:
         `(batch * windows, tokens, dim)`.
     """
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = None if bias is None else bias.to(qkv.dtype)[None]
+    scores = None if bias is None else bias.to(query.dtype)[None]
     if mask is not None:
         allowed = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
-        fill = torch.zeros((), dtype=qkv.dtype, device=qkv.device) if scores is None else scores
+        fill = torch.zeros((), dtype=query.dtype, device=query.device) if scores is None else scores
         masked = torch.where(allowed, fill, float("-inf"))
-        tokens = qkv.shape[1]
+        tokens = query.shape[1]
         masked = masked.expand(-1, -1, tokens, tokens)
-        scores = masked.repeat(qkv.shape[0] // mask.shape[0], 1, 1, 1)
+        scores = masked.repeat(query.shape[0] // mask.shape[0], 1, 1, 1)
+    query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
     return merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=scores))
 
 

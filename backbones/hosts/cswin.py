@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
-from hybridzoo.layers import EvalCache, Stage, TransformerBlock
+from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.linear import Linear, linear_rows
+from hybridzoo.layers.slicing import lean
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -36,7 +37,7 @@ class CSwinConfig:
     img_size: int = 224
 
 
-class StripeAttention(EvalCache):
+class StripeAttention(nn.Module):
     """Softmax attention of half the heads in vertical, half in horizontal stripes of a `(B, H, W, dim)` map.
 
     A depthwise 3x3 convolution of the values, stripe by stripe, encodes positions (LePE). Where stripes do not divide
@@ -59,40 +60,43 @@ class StripeAttention(EvalCache):
             raise ValueError(f"num_heads must be {even}a divisor of the stage's {dim} channels; got {num_heads}")
         self.stripe = stripe
         self.num_heads = num_heads // branches
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         width = dim // branches
         self.lepe = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(branches))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
+        _, height, width, dim = x.shape
         if self.stripe is None:
-            windows = [(height, width)]
-        else:
-            windows = [(height, _even(width, self.stripe)), (_even(height, self.stripe), width)]
-        linears = self.cached("linears", self._linears)
-        branches = [self._branch(x, *args) for args in zip(linears, windows, self.lepe, strict=True)]
-        return self.proj(torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0])
+            return self.proj(self._branch(x, 0, (height, width)))
+        stripes = ((height, _even(width, self.stripe)), (_even(height, self.stripe), width))
+        if not lean(x):
+            return self.proj(torch.cat([self._branch(x, i, stripe) for i, stripe in enumerate(stripes)], dim=-1))
+        out = torch.empty_like(x)
+        for i, (stripe, half) in enumerate(zip(stripes, out.split(dim // 2, dim=-1), strict=True)):
+            self._branch(x, i, stripe, half)
+        return self.proj(out)
 
-    def _linears(self) -> list[tuple[Tensor, Tensor]]:
-        """Each branch's own weight and bias of the projection to queries, keys and values."""
-        weights, biases = (
-            t.unflatten(0, (3, len(self.lepe), -1)).transpose(0, 1).flatten(1, 2)
-            for t in (self.qkv.weight, self.qkv.bias)
-        )
-        return list(zip(weights.unbind(0), biases.unbind(0), strict=True))
-
-    def _branch(self, x: Tensor, linear: tuple[Tensor, Tensor], window: tuple[int, int], lepe: nn.Module) -> Tensor:
-        _, height, width, _ = x.shape
+    def _branch(self, x: Tensor, i: int, window: tuple[int, int], out: Tensor | None = None) -> Tensor:
+        """Attention of the `i`-th part of the heads, as a map; written into `out` where one is given."""
+        _, height, width, dim = x.shape
+        channels = dim // len(self.lepe)
         windows = to_windows(x, window)  # before the projection, which makes three times as much to move
-        qkv = F.linear(windows.flatten(3, 4).flatten(0, 2), *linear)
+        tokens = windows.flatten(3, 4).flatten(0, 2)
+        # Values for themselves: the convolution wants them dense.
+        rows = range(i * channels, 3 * dim, dim)
+        query, key, value = (linear_rows(self.qkv, tokens, start, start + channels) for start in rows)
         mask = padding_mask(height, width, window, device=x.device)
-        value = qkv[..., -(qkv.shape[-1] // 3) :]
         if mask is not None:  # what lies beyond the edge is projected to the bias; a convolution expects zero
             value = value * mask.repeat(x.shape[0], 1)[..., None]
-        local = lepe(value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = attend(qkv, self.num_heads, mask=mask).unflatten(1, window) + local
-        return from_windows(out.unflatten(0, windows.shape[:3]), height, width)
+        local = self.lepe[i](value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        attended = attend(query, key, value, self.num_heads, mask=mask)
+        shape = (*windows.shape[:-1], channels)
+        if out is None or mask is not None:
+            result = from_windows((attended.view(local.shape) + local).view(shape), height, width)
+            return result if out is None else out.copy_(result)
+        torch.add(attended.view(shape), local.view(shape), out=to_windows(out, window))
+        return out
 
 
 def _even(side: int, stripe: int) -> int:

@@ -10,9 +10,9 @@ from torch.nn.functional import interpolate
 
 import hybridzoo.layers.agent_attention as module
 from hybridzoo.checkpoints import convert
-from hybridzoo.layers import AgentAttention
+from hybridzoo.layers import AgentAttention, resize
 from hybridzoo.layers.agent_attention import agent_attention
-from hybridzoo.layers.resize import adaptive_pool, resize_map
+from hybridzoo.layers.resize import resize_map
 
 CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("agent_core_")]
 MODULES = [n for n in goldens.names("ops", numeric=True) if n.startswith("agent_module_")]
@@ -184,10 +184,12 @@ def test_resize_is_bilinear_with_half_pixel_centres(old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [((56, 14), (3, 9)), ((5, 7), (7, 7)), ((1, 2), (3, 4)), ((6, 6), (3, 2))])
-def test_pooling_is_adaptive_average_pooling(old, new):
+@pytest.mark.parametrize("form", ["adaptive_pool", "_pool_by_products"])
+def test_pooling_is_adaptive_average_pooling(old, new, form):
+    """As a CPU sees it, and other devices and exporters."""
     x = torch.randn(2, *old, 4, dtype=torch.double)
     expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), new).permute(0, 2, 3, 1)
-    torch.testing.assert_close(adaptive_pool(x, new), expected)
+    torch.testing.assert_close(getattr(resize, form)(x, new), expected)
 
 
 @pytest.mark.parametrize(

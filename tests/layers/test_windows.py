@@ -85,12 +85,13 @@ def test_masks_of_pairs_and_bias_follow_the_windows():
     bias = torch.randn(2, 4, 4, dtype=torch.float64)
     pairs = torch.rand(3, 4, 4) > 0.5
     pairs |= torch.eye(4, dtype=torch.bool)
+    inputs = qkv.chunk(3, dim=-1)
     q, k, v = qkv.view(6, 4, 3, 2, 4).permute(2, 0, 3, 1, 4)
     scores = q @ k.mT / 2 + bias
     scores = scores.masked_fill(~pairs.repeat(2, 1, 1)[:, None], float("-inf"))
-    torch.testing.assert_close(attend(qkv, 2, bias, pairs), (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attend(*inputs, 2, bias, pairs), (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     scores = (q @ k.mT / 2).masked_fill(~pairs.repeat(2, 1, 1)[:, None], float("-inf"))
-    torch.testing.assert_close(attend(qkv, 2, mask=pairs), (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attend(*inputs, 2, mask=pairs), (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 def test_width_must_be_a_multiple_of_the_heads():
