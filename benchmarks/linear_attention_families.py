@@ -1,11 +1,12 @@
 """Agent attention and InLine attention: every host's smallest network beside a plain transcription of its paper.
 
-    python benchmarks/linear_attention_families.py [--models NAME ...] [--batch 8] [--repeats 5] [--threads N]
+    python benchmarks/linear_attention_families.py [--models NAME ...] [--batch 8] [--repeats 15] [--threads N]
         [--compile] [--out FILE.md]
 
-The plain network is ours, weights and all, with every attention and MLP swapped for modules that say what the papers
-say, line by line; the rest is the same code in both. Both must agree before anything is timed. Inference as created,
-then a training step (forward and backward). `fuse()` changes nothing here: no host has a batch norm.
+The plain network is ours, weights and all, with everything that is ours in it (attentions, MLPs, stems, merging of
+patches) swapped for modules that say what the papers say, line by line, over PyTorch's own layers. Both must agree
+before anything is timed. Inference as created, then a training step (forward and backward). `fuse()` changes nothing
+here: no host has a batch norm.
 
 One process, medians of interleaved runs; on a GPU if there is one (bf16, channels-last, `--compile` for compiled), else
 on the CPU (float32). Absolute times of a shared machine prove nothing: read the ratios.
@@ -18,19 +19,24 @@ import copy
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import measuring
 import timm
 import torch
 import torch.nn.functional as F
+from plain_layers import use_plain_layers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 import hybridzoo  # noqa: F401  (registers the models)
-from hybridzoo.backbones.hosts.cswin import StripeAttention
-from hybridzoo.backbones.hosts.swin import ShiftedWindowAttention
+from hybridzoo.backbones.hosts.cswin import Merge, StripeAttention
+from hybridzoo.backbones.hosts.cswin import Stem as CSwinStem
+from hybridzoo.backbones.hosts.pvt import PatchEmbed as PVTEmbed
+from hybridzoo.backbones.hosts.swin import PatchEmbed as SwinEmbed
+from hybridzoo.backbones.hosts.swin import PatchMerging, ShiftedWindowAttention
 from hybridzoo.layers import AgentAttention, InLineAttention
 
 HOSTS = ("deit", "pvt", "swin", "cswin")
@@ -149,22 +155,61 @@ class PlainStripes(nn.Module):
         return o.proj(torch.cat(outs, -1))
 
 
-PLAIN: dict[type, Callable[[nn.Module], nn.Module]] = {
+class PlainEmbedding(nn.Module):
+    """Stems and CSwin's and PVT's merging: tokens are laid out as a map for the convolution, and back."""
+
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        self.ours = ours
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = getattr(self.ours, "conv", None) or self.ours.proj
+        if x.shape[1] != conv.in_channels:  # a map of tokens, no image
+            x = x.permute(0, 3, 1, 2).contiguous()
+        x = conv(x)
+        size = x.shape[2:]
+        x = self.ours.norm(x.flatten(2).transpose(1, 2).contiguous())
+        if isinstance(self.ours, PVTEmbed):
+            table = self.ours.pos_embed
+            assert table.shape[1] == x.shape[1], "made for the published size"
+            x = x + table
+        return x.unflatten(1, size)
+
+
+class PlainMerging(nn.Module):
+    """Swin's: every fourth token, four times, side by side; even sides."""
+
+    def __init__(self, ours: PatchMerging) -> None:
+        super().__init__()
+        self.ours = ours
+
+    def forward(self, x: Tensor) -> Tensor:
+        corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.ours.reduction(self.ours.norm(torch.cat(corners, -1)))
+
+
+PLAIN: dict[type, Callable[[Any], nn.Module]] = {
     AgentAttention: PlainAgent,
     InLineAttention: PlainInLine,
     ShiftedWindowAttention: PlainWindow,
     StripeAttention: PlainStripes,
+    CSwinStem: PlainEmbedding,
+    Merge: PlainEmbedding,
+    SwinEmbed: PlainEmbedding,
+    PVTEmbed: PlainEmbedding,
+    PatchMerging: PlainMerging,
 }
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy of the network with every attention written plainly."""
-    model = copy.deepcopy(model)
-    for stage in model.stages:
-        for block in stage.blocks:
-            if type(block.attn) in PLAIN:  # DeiT's own softmax attention is SDPA in both
-                block.attn = PLAIN[type(block.attn)](block.attn)
-            block.mlp = nn.Sequential(block.mlp.fc1, nn.GELU(), block.mlp.fc2)
+    """A copy of the network with every part of it that is ours written plainly.
+
+    What is PyTorch's stays: layer norms, heads, DeiT's stem and its own softmax attention.
+    """
+    model = use_plain_layers(copy.deepcopy(model))
+    for name, module in list(model.named_modules()):
+        if type(module) in PLAIN:
+            model.set_submodule(name, PLAIN[type(module)](module))
     return model
 
 
@@ -179,8 +224,8 @@ def images(batch: int, side: int, device: torch.device) -> Tensor:
     return x.to(torch.bfloat16, memory_format=torch.channels_last) if device.type == "cuda" else x
 
 
-def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Median seconds of both networks, forward and forward + backward; checks that they agree."""
+def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of both networks, forward and forward + backward, every run; checks that they agree."""
     torch.manual_seed(0)
     ours = timm.create_model(name).eval()
     pair = {"plain": plain(ours), "ours": ours}
@@ -204,12 +249,21 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
     for way, step in (("forward", forward), ("both", both_ways)):
         for model in pair.values():
             model.train(way == "both")
-        for repeat in range(args.repeats + 2):
+        for repeat in range((args.repeats if way == "forward" else max(2, args.repeats // 2)) + 2):
             for key, model in run.items():
                 seconds = measuring.timed(lambda m=model, s=step: s(m), device)
                 if repeat > 1:  # the first ones warm up, malloc's thresholds too
                     times.setdefault(f"{key} {way}", []).append(seconds)
-    return {key: statistics.median(values) for key, values in times.items()}
+    return times
+
+
+def cells(times: dict[str, list[float]], way: str) -> list[str]:
+    """Medians of both, and of the ratios of runs that followed each other, with their quartiles."""
+    slow, fast = times[f"plain {way}"], times[f"ours {way}"]
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    both = [f"{statistics.median(seconds) * 1e3:.0f}" for seconds in (slow, fast)]
+    return [*both, f"{middle:.2f}x ({low:.2f}-{high:.2f})"]
 
 
 def compare(args: argparse.Namespace, device: torch.device, where: str) -> None:
@@ -218,14 +272,16 @@ def compare(args: argparse.Namespace, device: torch.device, where: str) -> None:
     rows = []
     for name in track(names, "measuring", console=Console(stderr=True)):
         t = measure_host(name, args, device)
-        cells = [name]
-        for way in ("forward", "both"):
-            slow, fast = t[f"plain {way}"], t[f"ours {way}"]
-            cells += [f"{slow * 1e3:.0f}", f"{fast * 1e3:.0f}", f"{slow / fast:.2f}x"]
-        rows.append(cells)
+        rows.append([name, *cells(t, "forward"), *cells(t, "both")])
     how = "compiled" if args.compile else "eager"
     title = f"Whole networks at 224 px beside a plain transcription, {how}, batch {args.batch}, {where}"
-    report(title, columns, rows, args.out, f"Medians of {args.repeats} interleaved runs.")
+    report(
+        title,
+        columns,
+        rows,
+        args.out,
+        f"Medians of {args.repeats} interleaved runs; ratios of neighbours, with quartiles.",
+    )
 
 
 def report(title: str, columns: list[str], rows: list[list[str]], out: Path | None, note: str) -> None:
@@ -242,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="*", help="registered names")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15, help="of inference; half as many of training")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
     parser.add_argument("--out", type=Path, help="also write the table as Markdown")

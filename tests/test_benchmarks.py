@@ -10,7 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+
+import hybridzoo  # noqa: F401  (registers the models)
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 COMMANDS = sorted(file.name for file in BENCHMARKS.glob("*.py") if "--out " in file.read_text())
@@ -36,6 +39,24 @@ def test_every_command_starts():
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("usage: ") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("host", ["deit", "pvt", "swin", "cswin"])
+@pytest.mark.parametrize("family", ["agent", "inline"])
+def test_plain_transcriptions_are_the_same_networks(family, host, monkeypatch):
+    """Every kind of block, nothing of ours in the plain one."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    plain = importlib.import_module("linear_attention_families").plain
+    depths = dict() if host == "deit" else dict(depths=(2, 2, 2, 2))
+    ours = timm.create_model(f"{family}_{host}_tiny", num_classes=10, **depths).double().eval()
+    other = plain(ours)
+    x = torch.randn(1, 3, 224, 224, dtype=torch.double)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), ours(x))
+    assert not any(
+        type(module).__name__ in ("Linear", "Mlp", "GELU") and "hybridzoo" in type(module).__module__
+        for module in other.modules()
+    )
 
 
 @pytest.fixture
