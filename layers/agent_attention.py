@@ -16,7 +16,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.layers.eval_cache import EvalCache
-from hybridzoo.layers.heads import add_product, merge_heads, split_heads
+from hybridzoo.layers.heads import add_product, biased_attention, merge_heads, split_heads
 from hybridzoo.layers.linear import Linear, is_plain, linear_rows
 from hybridzoo.layers.resize import adaptive_pool, resize_map
 from hybridzoo.layers.slicing import lean, watched
@@ -138,8 +138,11 @@ class AgentAttention(EvalCache):
 
     def _projected(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Attention as the paper writes it, and the convolution: `(batch, tokens, dim)`."""
-        query, key = self._project(x, 0, 2).chunk(2, dim=-1)
-        value = self._project(x, 2, 3)
+        if lean(x):  # values for themselves, which the convolution wants dense
+            query, key = self._project(x, 0, 2).chunk(2, dim=-1)
+            value = self._project(x, 2, 3)
+        else:
+            query, key, value = self.qkv(x).chunk(3, dim=-1)
         agent = self._pool(query, size)
         q, a, k, v = (split_heads(t, self.num_heads) for t in (query, agent, key, value))
         form = ("attention", tuple(size), self.grid)
@@ -236,8 +239,7 @@ def agent_attention(
     Returns:
         `(batch, heads, queries, head_dim)`.
     """
-    agent_value = F.scaled_dot_product_attention(agent, key, value, gather_bias)
-    return F.scaled_dot_product_attention(query, agent, agent_value, spread_bias)
+    return biased_attention(query, agent, biased_attention(agent, key, value, gather_bias), spread_bias)
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,6 +20,17 @@ def merge_heads(x: Tensor) -> Tensor:
         # fit it.
         x = x.clone(memory_format=torch.contiguous_format)
     return x.flatten(2)
+
+
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """`softmax(query @ key^T * head_dim ** -0.5 + bias) @ value`, all `(batch, heads, tokens, ...)`.
+
+    By PyTorch's fused attention, except where a CPU trains the bias: there that is several slower operators.
+    """
+    if bias is None or query.device.type != "cpu" or not (torch.is_grad_enabled() and bias.requires_grad):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    scores = query * query.shape[-1] ** -0.5 @ key.mT + bias
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor, *, keep: bool = False) -> Tensor:

@@ -115,8 +115,11 @@ class InLineAttention(nn.Module):
     def _projected(self, x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
         """`mean(v) + s * q @ Cov(k, v)` plus the local residual, `(batch, tokens, dim)`."""
         dim = x.shape[-1]
-        query, key = linear_rows(self.qkv, x, 0, 2 * dim).chunk(2, dim=-1)
-        value = linear_rows(self.qkv, x, 2 * dim, 3 * dim)  # for themselves: the convolution wants them dense
+        if lean(x):  # values for themselves, which the convolution wants dense
+            query, key = linear_rows(self.qkv, x, 0, 2 * dim).chunk(2, dim=-1)
+            value = linear_rows(self.qkv, x, 2 * dim, 3 * dim)
+        else:
+            query, key, value = self.qkv(x).chunk(3, dim=-1)
         base = self._local(value, size, kernels, value.mean(1))
         out = merge_heads(deviation(*(split_heads(t, self.num_heads) for t in (query, key, value))))
         return base.add_(out) if lean(x) and base.dtype == out.dtype else base + out
