@@ -8,16 +8,18 @@ patches) swapped for modules that say what the papers say, line by line, over Py
 before anything is timed. Inference as created, then a training step (forward and backward). `fuse()` changes nothing
 here: no host has a batch norm.
 
-One process, medians of interleaved runs; on a GPU if there is one (bf16, channels-last, `--compile` for compiled), else
-on the CPU (float32). Absolute times of a shared machine prove nothing: read the ratios.
+Medians of interleaved runs, in one process a network; on a GPU if there is one (bf16, channels-last, `--compile` for
+compiled), else on the CPU (float32). Absolute times of a shared machine prove nothing: read the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,8 @@ def images(batch: int, side: int, device: torch.device) -> Tensor:
 
 def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
     """Seconds of both networks, forward and forward + backward, every run; checks that they agree."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     ours = timm.create_model(name).eval()
     pair = {"plain": plain(ours), "ours": ours}
@@ -271,7 +275,9 @@ def compare(args: argparse.Namespace, device: torch.device, where: str) -> None:
     names = args.models or [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in HOSTS]
     rows = []
     for name in track(names, "measuring", console=Console(stderr=True)):
-        t = measure_host(name, args, device)
+        # A process each: what malloc keeps of one network's memory would speed up the next.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            t = alone.submit(measure_host, name, args, device).result()
         rows.append([name, *cells(t, "forward"), *cells(t, "both")])
     how = "compiled" if args.compile else "eager"
     title = f"Whole networks at 224 px beside a plain transcription, {how}, batch {args.batch}, {where}"
