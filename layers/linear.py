@@ -42,7 +42,8 @@ class Linear(EvalCache, nn.Linear):
         weight = self.weight[channels]
         if weight.nbytes > BUDGET:
             return weight
-        key = (channels.start, channels.stop)
+        # Writing through `.data` counts no version (manual updates, merged adapters): look at the first row.
+        key = (channels.start, channels.stop, weight[0].sum().item())
         return self.cached(key, lambda: onednn.reorder(weight), otherwise=lambda: weight)
 
 
