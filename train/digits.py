@@ -5,7 +5,8 @@ scikit-learn carries 1,797 handwritten digits (the test part of UCI's "Optical R
 the same that a user's own data has:
 
 - "classification": every stroke on 32x32 pixels of paper, ``{train,val}/<digit>/<index>-<drawing>.png``, six times
-  for training (other ink, paper, size and place), once for validation;
+  for training (other ink, paper, size and place, and as by other hands: slanted, stretched and bent), three times for
+  validation;
 - "scenes": sheets of about 96x96 pixels with 3 to 5 digits, COCO boxes and masks, and semantic maps.
 
 Both are drawn alike, digits of about 22 to 34 pixels in coloured ink, so that what the classifier learns serves the
@@ -38,7 +39,7 @@ from hybridzoo.train.errors import UserError
 Kind = Literal["classification", "scenes"]
 Split = Literal["train", "val"]
 
-VERSION = 2  # raise it whenever the same seed would give other bytes: folders are named after it
+VERSION = 3  # raise it whenever the same seed would give other bytes: folders are named after it
 CLASSES = tuple("0123456789")
 TRAIN_STROKES = 1415  # strokes 0..1414 are the first eleven sheets, 1415..1796 the last three
 SIZES = ((96, 96), (96, 96), (96, 96), (120, 88), (88, 120), (104, 96))  # of scenes, width x height
@@ -107,7 +108,7 @@ def load_strokes(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 def _write_classification(folder: Path) -> None:
     side = 32
-    drawings: dict[Split, int] = {"train": 6, "val": 1}
+    drawings: dict[Split, int] = {"train": 6, "val": 3}
     for which, split in enumerate(drawings):
         strokes, labels = load_strokes(split)
         for name in CLASSES:
@@ -116,7 +117,7 @@ def _write_classification(folder: Path) -> None:
             for drawing in range(drawings[split]):
                 rng = np.random.default_rng([which, index, drawing])
                 image = _background(rng, side, side)
-                cover = _draw(rng, stroke, rng.uniform(30, 36), side - 4, side - 4)
+                cover = _draw(rng, stroke, rng.uniform(30, 36), side - 4, side - 4, other_hand=split == "train")
                 y, x = (int(rng.integers(2, side - extent - 1)) for extent in cover.shape)
                 _paint(image, cover, x, y, _ink_colour(rng, rng.random()))
                 name = f"{index:04d}-{drawing}.png"
@@ -127,17 +128,28 @@ def _write_classification(folder: Path) -> None:
 
 
 def _draw(
-    rng: np.random.Generator, stroke: NDArray[np.float32], size: float, height: int, width: int
+    rng: np.random.Generator,
+    stroke: NDArray[np.float32],
+    size: float,
+    height: int,
+    width: int,
+    *,
+    other_hand: bool = False,
 ) -> NDArray[np.float32]:
     """An (8, 8) stroke as coverage in 0..1, cut to its ink, at most (height, width).
 
     `size` is the height in pixels of the stroke with a margin of one original pixel; width and angle vary a little.
+    `other_hand` varies them more, and slant, thickness and shape as well.
     """
     # a heavy hand needs a higher threshold to keep the holes of its 8s, a light one a lower to stay in one piece
     threshold = float(np.clip(0.43 + 2.0 * (stroke.mean() - 0.31), 0.28, 0.62))
     extent = (round(size * rng.uniform(0.85, 1.15)), round(size))
     picture = Image.fromarray(np.pad(stroke, 1)).resize(extent, Image.Resampling.BICUBIC)
-    picture = picture.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+    if other_hand:
+        picture = _bent(rng, picture)
+        threshold += rng.uniform(-0.08, 0.08)
+    most = 14 if other_hand else 8
+    picture = picture.rotate(rng.uniform(-most, most), Image.Resampling.BICUBIC, expand=True)
     # a smooth step around the threshold turns the grey blur into a stroke with a clean edge
     step = np.clip((np.asarray(picture) - threshold) / 0.4 + 0.5, 0, 1).astype(np.float32)
     cover = step * step * (3 - 2 * step)
@@ -145,7 +157,32 @@ def _draw(
     cover = cover[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     if cover.shape[0] <= height and cover.shape[1] <= width:
         return cover
-    return _draw(rng, stroke, 0.95 * size, height, width)
+    return _draw(rng, stroke, 0.95 * size, height, width, other_hand=other_hand)
+
+
+def _bent(rng: np.random.Generator, picture: Image.Image, cells: int = 4) -> Image.Image:
+    """Slanted, stretched and bent: a mesh of `cells` x `cells` whose corners move, with a wider margin.
+
+    Distorting strokes like this is what most helps networks to read hands they have not seen (Simard, Steinkraus and
+    Platt, "Best Practices for Convolutional Neural Networks Applied to Visual Document Analysis", ICDAR 2003).
+    """
+    width, height = round(1.2 * picture.width), round(1.2 * picture.height)
+    x, y = (np.round(np.linspace(0, side, cells + 1)).astype(int) for side in (width, height))
+    # where in the picture each corner is taken from, in its widths and heights around its middle
+    from_y, from_x = np.meshgrid(y / height - 0.5, x / width - 0.5, indexing="ij")
+    from_x = 1.2 * (rng.uniform(0.85, 1.15) * from_x + rng.uniform(-0.25, 0.25) * from_y)
+    from_y = 1.2 * rng.uniform(0.9, 1.1) * from_y
+    from_x, from_y = (axis + 0.5 + 0.05 * rng.standard_normal(axis.shape) for axis in (from_x, from_y))
+    corners = np.stack([from_x * picture.width, from_y * picture.height], axis=-1)
+    mesh = [
+        (
+            (int(x[j]), int(y[i]), int(x[j + 1]), int(y[i + 1])),
+            tuple(corners[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]].ravel().tolist()),
+        )
+        for i in range(cells)
+        for j in range(cells)
+    ]
+    return picture.transform((width, height), Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
 
 
 def _finish(rng: np.random.Generator, image: NDArray[np.float32]) -> NDArray[np.uint8]:

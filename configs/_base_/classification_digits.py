@@ -12,7 +12,16 @@ train_dataloader = dict(
     persistent_workers=False,
     pin_memory=False,
     dataset=dict(
-        transform=dict(_delete_=True, input_size=32, is_training=True, scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0),
+        # The drawings vary in colour and shape as it is; of a digit, a closer crop would cut parts off.
+        transform=dict(
+            _delete_=True,
+            input_size=32,
+            is_training=True,
+            scale=(0.85, 1.0),
+            ratio=(0.85, 1.18),
+            hflip=0.0,
+            color_jitter=None,
+        ),
     ),
 )
 val_dataloader = dict(
@@ -23,9 +32,10 @@ val_dataloader = dict(
     dataset=dict(transform=dict(_delete_=True, input_size=32, is_training=False, crop_pct=1.0)),
 )
 
-train_cfg = dict(max_epochs=6, val_interval=1)
+train_cfg = dict(max_epochs=5, val_interval=1)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-2, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=1, end=6, by_epoch=True, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=1, end=5, by_epoch=True, convert_to_iter_based=True),
 ]
-optim_wrapper = dict(clip_grad=dict(max_norm=5.0))
+optim_wrapper = dict(optimizer=dict(fused=True), clip_grad=dict(max_norm=5.0))
+custom_hooks = [dict(type="TimmEMAHook", decay=0.99, use_warmup=True)]

@@ -9,7 +9,7 @@ on_bad = "stop"
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="TimmParamGroups",
-    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=5.0),
 )
 val_cfg = dict(type="ValLoop")

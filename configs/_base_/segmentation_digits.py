@@ -64,3 +64,4 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=True, begin=0, end=6, convert_to_iter_based=True),
 ]
 default_hooks = dict(checkpoint=dict(save_best="mIoU"))
+custom_hooks = [dict(type="TimmEMAHook", decay=0.99, use_warmup=True)]
