@@ -38,4 +38,3 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=1, end=5, by_epoch=True, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(optimizer=dict(fused=True), clip_grad=dict(max_norm=5.0))
-custom_hooks = [dict(type="TimmEMAHook", decay=0.99, use_warmup=True)]

@@ -8,3 +8,4 @@ About 6 minutes on two CPU cores; top-1 98.2 % on writers that training never sa
 _base_ = ["../_base_/classification_digits.py"]
 
 model = dict(name="biformer_tiny", regions="auto", drop_path_rate=0.05)
+custom_hooks = [dict(type="TimmEMAHook", decay=0.99, use_warmup=True)]
