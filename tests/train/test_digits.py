@@ -154,7 +154,7 @@ def test_classification_folder_holds_every_stroke_under_its_digit(strokes_folder
                 alike.append([np.corrcoef(_shape(ink), _shape(strokes[i] > 0.4))[0, 1] for i in (index, index - 1)])
             assert len({picture.tobytes() for picture in pictures}) == drawings
         own, other = np.mean(alike, axis=0)
-        assert own > {"train": 0.5, "val": 0.65}[split] > 0.4 > other  # those for training are bent
+        assert own > {"train": 0.55, "val": 0.65}[split] > 0.4 > other  # those for training are bent
 
 
 def _shape(ink: np.ndarray) -> np.ndarray:
