@@ -1,26 +1,29 @@
 """Agent attention and InLine attention: every host's smallest network beside a plain transcription of its paper.
 
-    python benchmarks/linear_attention_families.py [--models NAME ...] [--batch 8] [--repeats 15] [--threads N]
-        [--compile] [--out FILE.md]
+    python benchmarks/linear_attention_families.py [--models NAME ...] [--batch N] [--repeats 15] [--threads N]
+        [--compile] [--no-training] [--out FILE.md]
 
 The plain network is ours, weights and all, with everything that is ours in it (attentions, MLPs, stems, merging of
 patches) swapped for modules that say what the papers say, line by line, over PyTorch's own layers. Both must agree
 before anything is timed. Inference as created, then a training step (forward and backward). `fuse()` changes nothing
 here: no host has a batch norm.
 
-Medians of interleaved runs, in one process a network; on a GPU if there is one (bf16, channels-last, `--compile` for
-compiled), else on the CPU (float32). Absolute times of a shared machine prove nothing: read the ratios.
+Medians of interleaved runs, in one process a network; on a GPU if there is one (batch 64, bf16, channels-last; there
+networks get ready, which with `--compile` takes minutes, side by side, and are measured one after the other), else on
+the CPU (batch 8, float32). Absolute times of a shared machine prove nothing: read the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import multiprocessing
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Barrier, Lock
 from typing import Any
 
 import measuring
@@ -226,6 +229,14 @@ def images(batch: int, side: int, device: torch.device) -> Tensor:
     return x.to(torch.bfloat16, memory_format=torch.channels_last) if device.type == "cuda" else x
 
 
+together: tuple[Barrier, Lock] | None = None  # of the processes that share a GPU: all are ready; whose turn it is
+
+
+def meet(ready: Barrier, turn: Lock) -> None:
+    global together
+    together = ready, turn
+
+
 def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
     """Seconds of both networks, forward and forward + backward, every run; checks that they agree."""
     if args.threads:
@@ -239,6 +250,11 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
     error = ((out - expected).abs().max() / expected.std()).item()
     assert error < 1e-4, f"{name}: the outputs differ by {error:.1e} of their deviation"
     pair = {key: prepared(model, device) for key, model in pair.items()}
+    if device.type == "cuda":
+        x = x.to(device, torch.bfloat16, memory_format=torch.channels_last)
+        with torch.no_grad():
+            off = {key: (model(x).float().cpu() - expected).abs().max() for key, model in pair.items()}
+        assert off["ours"] < 2 * off["plain"], f"{name}: bfloat16 is off by {off}"
     run = {key: torch.compile(model) if args.compile else model for key, model in pair.items()}
     x = images(args.batch, 224, device)
     times: dict[str, list[float]] = {}
@@ -250,14 +266,32 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
     def both_ways(model: Callable[[Tensor], Tensor]) -> None:
         model(x).float().square().mean().backward()
 
-    for way, step in (("forward", forward), ("both", both_ways)):
+    def repeat(way: str, step: Callable[[Callable[[Tensor], Tensor]], None], count: int) -> None:
         for model in pair.values():
             model.train(way == "both")
-        for repeat in range((args.repeats if way == "forward" else max(2, args.repeats // 2)) + 2):
+        for _ in range(count):
             for key, model in run.items():
-                seconds = measuring.timed(lambda m=model, s=step: s(m), device)
-                if repeat > 1:  # the first ones warm up, malloc's thresholds too
-                    times.setdefault(f"{key} {way}", []).append(seconds)
+                seconds = measuring.timed(lambda m=model: step(m), device)
+                times.setdefault(f"{key} {way}", []).append(seconds)
+
+    ways = {"forward": (forward, args.repeats), "both": (both_ways, max(2, args.repeats // 2))}
+    if not args.training:
+        del ways["both"]
+    turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if together:
+        for way, (step, _) in ways.items():
+            repeat(way, step, 2)  # compiles
+            torch.cuda.empty_cache()
+        ready, turn = together
+        ready.wait()
+    with turn:
+        for way, (step, count) in ways.items():
+            repeat(way, step, 2)  # the first ones warm up, malloc's thresholds too
+            for key in pair:
+                del times[f"{key} {way}"]
+            repeat(way, step, count)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return times
 
 
@@ -266,19 +300,43 @@ def cells(times: dict[str, list[float]], way: str) -> list[str]:
     slow, fast = times[f"plain {way}"], times[f"ours {way}"]
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    both = [f"{statistics.median(seconds) * 1e3:.0f}" for seconds in (slow, fast)]
+    both = [f"{statistics.median(seconds) * 1e3:.3g}" for seconds in (slow, fast)]
     return [*both, f"{middle:.2f}x ({low:.2f}-{high:.2f})"]
 
 
+def measure_together(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """`measure_host` among others: nobody waits for one that failed."""
+    assert together
+    try:
+        return measure_host(name, args, device)
+    except BaseException:
+        together[0].abort()
+        raise
+
+
+def measure_all(names: list[str], args: argparse.Namespace, device: torch.device) -> list[dict[str, list[float]]]:
+    """What `measure_host` gives, in a process each: what malloc keeps of one network would speed up the next."""
+    spawn, screen = multiprocessing.get_context("spawn"), Console(stderr=True)
+    if device.type == "cuda":
+        meeting = spawn.Barrier(len(names)), spawn.Lock()
+        with ProcessPoolExecutor(len(names), spawn, meet, meeting) as pool:
+            jobs = [pool.submit(measure_together, name, args, device) for name in names]
+            return [job.result() for job in track(jobs, "measuring", console=screen)]
+    times = []
+    for name in track(names, "measuring", console=screen):
+        with ProcessPoolExecutor(1, spawn) as alone:
+            times.append(alone.submit(measure_host, name, args, device).result())
+    return times
+
+
 def compare(args: argparse.Namespace, device: torch.device, where: str) -> None:
-    columns = ["network", "plain, ms", "ours", "ratio", "plain, training step", "ours", "ratio"]
+    columns = ["network", "plain, ms", "ours", "ratio"]
+    columns += ["plain, training step", "ours", "ratio"] if args.training else []
     names = args.models or [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in HOSTS]
+    ways = ("forward", "both") if args.training else ("forward",)
     rows = []
-    for name in track(names, "measuring", console=Console(stderr=True)):
-        # A process each: what malloc keeps of one network's memory would speed up the next.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            t = alone.submit(measure_host, name, args, device).result()
-        rows.append([name, *cells(t, "forward"), *cells(t, "both")])
+    for name, times in zip(names, measure_all(names, args, device), strict=True):
+        rows.append([name, *(cell for way in ways for cell in cells(times, way))])
     how = "compiled" if args.compile else "eager"
     title = f"Whole networks at 224 px beside a plain transcription, {how}, batch {args.batch}, {where}"
     report(
@@ -303,16 +361,19 @@ def report(title: str, columns: list[str], rows: list[list[str]], out: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="*", help="registered names")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="default 64 on a GPU, 8 on a CPU")
     parser.add_argument("--repeats", type=int, default=15, help="of inference; half as many of training")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
+    parser.add_argument("--no-training", dest="training", action="store_false", help="inference only")
     parser.add_argument("--out", type=Path, help="also write the table as Markdown")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.batch = args.batch or (64 if device.type == "cuda" else 8)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where += ", bfloat16" if device.type == "cuda" else ""
     compare(args, device, f"{where}, torch {torch.__version__}")
 
 
