@@ -174,13 +174,41 @@ def test_large_maps_fit_into_float16(below, monkeypatch):
 
 
 @pytest.mark.parametrize(("old", "new"), [((7, 7), (14, 9)), ((8, 8), (3, 8)), ((5, 5), (5, 1)), ((4, 6), (4, 6))])
-def test_resize_is_bilinear_with_half_pixel_centres(old, new):
-    x = torch.randn(2, 3, *old)
-    expected = interpolate(x.double(), new, mode="bilinear", align_corners=False).float()
-    torch.testing.assert_close(resize_map(x, new), expected)
+@pytest.mark.parametrize("form", ["resize_map", "_interpolated", "_resized_by_products"])
+def test_resize_is_bilinear_with_half_pixel_centres(old, new, form):
+    """As a CPU sees it, and other devices and exporters."""
+    x = torch.randn(2, 3, *old, dtype=torch.double, requires_grad=True)
+    expected = interpolate(x, new, mode="bilinear", align_corners=False)
+    out, grad = getattr(resize, form)(x, new), torch.randn_like(expected)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+def test_autocast_rounds_no_table():
+    x = torch.randn(2, 3, 7, 7)
+    expected = interpolate(x.double(), (14, 9), mode="bilinear", align_corners=False).float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(resize_map(x, new), resize_map(x.clone(), new))
-        torch.testing.assert_close(resize_map(x, new), expected)
+        torch.testing.assert_close(resize_map(x, (14, 9)), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_constant_matrices_are_made_once(monkeypatch):
+    """But not inside a mode of PyTorch's or a transform, whose tensors end with it; and not without bound."""
+    monkeypatch.setattr(resize, "_kept", {})
+    monkeypatch.setattr(resize, "KEPT_MATRICES", 2)
+    x = torch.randn(2, 7, 5)
+    with torch.inference_mode():
+        first = resize._linear(7, 14, x)
+    assert not first.is_inference()  # a later backward may save it
+    assert resize._linear(7, 14, x) is first
+    assert resize._linear(7, 14, x.double()) is not first
+    assert resize._bins(14, 7, x) is not first
+    assert len(resize._kept) == 1
+    with torch._subclasses.FakeTensorMode():
+        resize._bins(9, 3, x)
+    torch.func.vmap(lambda row: row @ resize._bins(5, 3, row).t())(x)
+    assert all(type(kept) is torch.Tensor and kept.sum().isfinite() for kept in resize._kept.values())
+    compiled = torch.compile(resize._resized_by_products, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, (14, 5)), resize._resized_by_products(x, (14, 5)))
 
 
 @pytest.mark.parametrize(("old", "new"), [((56, 14), (3, 9)), ((5, 7), (7, 7)), ((1, 2), (3, 4)), ((6, 6), (3, 2))])
