@@ -96,15 +96,19 @@ def tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
 
 
+def floating(name: str, value: Tensor) -> None:
+    if value.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be a floating-point tensor, float16, bfloat16, float32 or float64; got {value.dtype}"
+        )
+
+
 def token_map(name: str, value: Any) -> None:
     """A map of tokens, not empty but for its batch."""
     tensor(name, value)
     if value.ndim != 5:
         raise ValueError(f"{name} must have shape (batch, height, width, heads, head_dim); got {tuple(value.shape)}")
-    if value.dtype not in DTYPES:
-        raise ValueError(
-            f"{name} must be a floating-point tensor, float16, bfloat16, float32 or float64; got {value.dtype}"
-        )
+    floating(name, value)
     if any(size == 0 for size in value.shape[1:]):
         raise ValueError(f"{name} must have at least one row, column, head and channel; got {tuple(value.shape)}")
 
@@ -138,6 +142,8 @@ def exporting() -> bool:
 def implementation(impl: Any, query: Tensor, limit: str | None = None) -> str:
     """`"triton"` or `"torch"`, as `impl` wants; `limit` says why an operator's Triton kernels cannot run the call.
 
+    `query` is the map that the operator works on.
+
     An explicit choice never falls back: what Triton cannot run, it raises.
     """
     if not isinstance(impl, str) or impl not in IMPLEMENTATIONS:
@@ -157,7 +163,7 @@ def _triton_cannot(query: Tensor) -> str | None:
     if exporting():
         return "an exported program holds PyTorch's own operators only"
     if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"query is on {query.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
+        return f"the map is on {query.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
     from hybridzoo.kernels import triton_common  # only when used: Triton is slow to import
 
     return triton_common.unsupported(query)

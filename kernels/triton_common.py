@@ -87,12 +87,12 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], config: Config
 
 
 def unsupported(query: Tensor) -> str | None:
-    """Why no kernel of ours can take this map; None if they can."""
+    """Why no kernel of ours can take this map, of heads or of plain channels; None if they can."""
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} is none of float16, bfloat16, float32"
     if query.dtype == torch.bfloat16 and not query.is_cuda:
         return "Triton's interpreter multiplies bfloat16 matrices as if they were integers"
-    if not 16 <= query.shape[4] <= 128:
+    if query.ndim == 5 and not 16 <= query.shape[4] <= 128:
         return f"head_dim {query.shape[4]} does not lie between 16 and 128"
     reach = sum((size - 1) * abs(stride) for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
     if max(reach, query[:1].numel()) >= 2**31:

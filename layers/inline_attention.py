@@ -13,16 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridzoo.kernels import dynamic_depthwise_conv2d
 from hybridzoo.layers.heads import add_product, merge_heads, split_heads
 from hybridzoo.layers.linear import Linear, is_plain, linear_rows
 from hybridzoo.layers.slicing import lean
 
-# Measured on a CPU, see benchmarks/linear_attention_families.py:
-UNPROJECTED_ABOVE = 1.0  # tokens a channel
-SIDE_BY_SIDE_BELOW = 2**17  # elements of an image's map
+UNPROJECTED_ABOVE = 1.0  # tokens a channel; measured on a CPU, see benchmarks/linear_attention_families.py
 
 
 class InLineAttention(nn.Module):
@@ -150,7 +148,7 @@ class InLineAttention(nn.Module):
         first = int(self.class_token)
         static = None if self.dwc is None else self.dwc.bias
         maps = value[:, first:].unflatten(1, size)
-        local = dynamic_depthwise(maps, kernels, shift if static is None else shift + static).flatten(1, 2)
+        local = dynamic_depthwise_conv2d(maps, kernels, shift if static is None else shift + static).flatten(1, 2)
         return torch.cat([shift[:, None].to(local.dtype), local], dim=1) if first else local
 
 
@@ -171,66 +169,12 @@ def scaled_covariance(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """`scale * (left - mean(left))^T (right - mean(right))`, means over tokens: `(..., tokens, n)`, `(..., tokens, m)`.
 
     To centre one side is enough, unless numbers are coarse: in bfloat16 the mean of one side times the rounding error
-    of the other's is as large as the covariance. Neither does a sum over many tokens fit into float16, nor what one
+    of the other's is as large as the covariance. Into float16 neither does a sum over many tokens fit, nor what one
     side would be if it took all of the scale, so that each takes half.
     """
     left = left - left.mean(-2, keepdim=True)
     if right.element_size() < 4:  # under autocast too, which has made it
         right = right - right.mean(-2, keepdim=True)
+    if right.dtype == torch.float16:
         return (left * scale**0.5).mT @ (right * scale**0.5)
     return left.mT @ right * scale
-
-
-def dynamic_depthwise(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """3x3 cross-correlation with zero padding of every image's every channel with a kernel and a bias of its own.
-
-    Args:
-        x: channels-last maps `(batch, height, width, dim)`.
-        kernels: `(batch, dim, 9)`, row by row.
-        bias: `(batch, dim)`.
-
-    Returns:
-        `(batch, height, width, dim)`.
-    """
-    kernels, bias = kernels.to(x.dtype), bias.to(x.dtype)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not len(x):
-        return _by_taps(x, kernels, bias)
-    if x.device.type != "cpu":
-        return _by_groups(x, kernels, bias)
-    return (_side_by_side if x[0].numel() < SIDE_BY_SIDE_BELOW else _by_images)(x, kernels, bias)
-
-
-def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """Nine shifted products, which a compiler fuses into one pass; no group count that depends on the batch."""
-    height, width = x.shape[1:3]
-    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-    out = bias[:, None, None].expand_as(x)
-    for tap in range(9):
-        row, column = divmod(tap, 3)
-        out = out + padded[:, row : row + height, column : column + width] * kernels[:, None, None, :, tap]
-    return out
-
-
-def _by_images(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """Image by image, each channels-last as it lies: a CPU copies nothing."""
-    weights = kernels.unflatten(-1, (3, 3))[:, :, None]
-    maps = x.permute(0, 3, 1, 2).split(1)
-    images = [F.conv2d(m, w, b, padding=1, groups=x.shape[3]) for m, w, b in zip(maps, weights, bias, strict=True)]
-    return torch.cat(images).permute(0, 2, 3, 1)
-
-
-def _side_by_side(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """All images' channels as those of one image, channels-last: two copies, which are cheap while maps are small."""
-    batch, height, width, dim = x.shape
-    maps = x.permute(1, 2, 0, 3).reshape(1, height, width, batch * dim).permute(0, 3, 1, 2)
-    out = F.conv2d(maps, kernels.reshape(-1, 1, 3, 3), bias.flatten(), padding=1, groups=batch * dim)
-    return out.permute(0, 2, 3, 1).reshape(height, width, batch, dim).permute(2, 0, 1, 3)
-
-
-def _by_groups(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """One convolution of all images' channels: the fewest launches on a GPU, for two copies."""
-    batch, height, width, dim = x.shape
-    maps = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
-    weights = kernels.reshape(batch * dim, 1, 3, 3)
-    out = F.conv2d(maps, weights, bias.flatten(), padding=1, groups=batch * dim)
-    return out.view(batch, dim, height, width).permute(0, 2, 3, 1)

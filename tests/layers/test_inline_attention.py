@@ -115,22 +115,6 @@ def test_a_summary_replaces_the_token_mean():
     assert not torch.allclose(layer(x, (3, 4)), layer(x, (3, 4), summary=x.amax(1)))
 
 
-@pytest.mark.parametrize("form", ["dynamic_depthwise", "_by_taps", "_by_images", "_side_by_side", "_by_groups"])
-def test_every_image_is_convolved_with_its_own_kernels(form):
-    """As a device or a compiler sees it: the same values and gradients."""
-    x = torch.randn(3, 5, 6, 4, dtype=torch.double, requires_grad=True)
-    kernels = torch.randn(3, 4, 9, dtype=torch.double, requires_grad=True)
-    bias = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
-    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-    windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)  # (B, H, W, C, 9)
-    expected = torch.einsum("bhwck,bck->bhwc", windows, kernels) + bias[:, None, None]
-    grad = torch.randn_like(expected)
-    out = getattr(module, form)(x, kernels, bias)
-    torch.testing.assert_close(out, expected)
-    inputs = (x, kernels, bias)
-    torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad))
-
-
 def test_large_means_cost_no_digits_in_bfloat16():
     """Keys and values with a mean of five standard deviations: a difference of large sums would be noise."""
     torch.manual_seed(0)
