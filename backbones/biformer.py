@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.layers import BiLevelRoutingAttention, Stage, TransformerBlock
 from hybridzoo.layers.bi_level_routing import Padding
+from hybridzoo.layers.heads import softmax_attention
 from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.linear import Linear
 
@@ -61,7 +61,7 @@ class FullAttention(nn.Module):
         _, height, width, dim = x.shape
         qkv = self.qkv(x)
         query, key, value = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(-1, height, width, dim)
+        out = softmax_attention(query, key, value).transpose(1, 2).reshape(-1, height, width, dim)
         local = qkv[..., 2 * dim :] if self.lepe_of_value else x
         return self.proj(out + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 

@@ -6,11 +6,11 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, bi_level_route, routed_attention2d
 from hybridzoo.kernels.routed.grid import Grid
+from hybridzoo.layers.heads import softmax_attention
 from hybridzoo.layers.linear import Linear
 
 Padding = Literal["bias", "zeros", "mask"]
@@ -116,7 +116,7 @@ class BiLevelRoutingAttention(nn.Module):
             if fill is not None:
                 keys, values = grid.extend(key, fill[1]), grid.extend(value, fill[2])
             q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (query, keys, values))
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(query.shape)
+            out = softmax_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(query.shape)
         if fill is not None and self.padding == "bias":  # the rewrite with "zeros" convolves the map as it is
             # Only as far as the convolution looks.
             reach = self.lepe.kernel_size[0] // 2

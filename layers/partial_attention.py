@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from hybridzoo.layers.eval_cache import EvalCache
-from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.heads import merge_heads, softmax_attention
 from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.linear_attention import without_autocast
 from hybridzoo.layers.relative_position import gather_bias
@@ -116,7 +116,7 @@ class PartialAttention(nn.Module):
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         drop = self.attn_drop if self.training else 0.0
         bias = self.bias(size).to(query.dtype)[None]  # 4D, or a CPU takes the slow path
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=drop)
+        out = softmax_attention(query, key, value, bias, dropout=drop)
         out = self.proj_drop(self.proj(merge_heads(out)))
         return torch.cat((self.conv(local), out.transpose(1, 2).unflatten(2, size)), 1)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridzoo.layers.heads import biased_attention, merge_heads, split_heads
+from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
 
 
 def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool = False) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def attend(
         masked = masked.expand(-1, -1, tokens, tokens)
         scores = masked.repeat(query.shape[0] // mask.shape[0], 1, 1, 1)
     query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
-    return merge_heads(biased_attention(query, key, value, scores))
+    return merge_heads(softmax_attention(query, key, value, scores))
 
 
 def _fit(side: int, window: int, dilated: bool) -> int:

@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, global_pool_nlc, trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock
-from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.heads import merge_heads, softmax_attention
 from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.resize import resize_map
@@ -62,7 +61,7 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        return self.proj(merge_heads(softmax_attention(query, key, value)))
 
 
 class TokenBlock(TransformerBlock):

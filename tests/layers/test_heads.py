@@ -1,4 +1,4 @@
-"""Attention with a bias: one function in two forms."""
+"""Softmax attention: one function, by PyTorch's fused one where that can be trusted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybridzoo.layers.heads import biased_attention
+from hybridzoo.layers import heads
+from hybridzoo.layers.heads import softmax_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -17,7 +18,7 @@ def test_training_a_bias_changes_no_value(dtype):
     bias = torch.randn(1, 3, 5, 7, dtype=dtype, requires_grad=True)
     mask = torch.zeros(5, 7, dtype=dtype).masked_fill(torch.ones(5, 7).tril() == 0, float("-inf"))
     inputs = (query, key, value, bias)
-    ours = biased_attention(query, key, value, bias + mask)
+    ours = softmax_attention(query, key, value, bias + mask)
     expected = F.scaled_dot_product_attention(query, key, value, bias + mask)
     grad = torch.randn_like(expected)
     close = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else {}
@@ -26,4 +27,67 @@ def test_training_a_bias_changes_no_value(dtype):
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(expected, inputs, grad), **close
     )
     with torch.no_grad():
-        torch.testing.assert_close(biased_attention(query, key, value, bias + mask), expected, **close)
+        torch.testing.assert_close(softmax_attention(query, key, value, bias + mask), expected, **close)
+
+
+def test_dropout_drops_weights_while_a_bias_trains():
+    query, key, value = torch.randn(3, 2, 3, 5, 8)
+    bias = torch.randn(1, 3, 5, 5, requires_grad=True)
+    assert not softmax_attention(query, key, value, bias, dropout=1.0).any()
+    assert softmax_attention(query, key, value, bias).any()
+
+
+CUDA = torch.backends.cuda
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    """What may attend inside, as if a GPU trained; what PyTorch has the choice of is put back afterwards."""
+    seen = []
+    fused = F.scaled_dot_product_attention
+
+    def look(*args, **kwargs):
+        flags = CUDA.cudnn_sdp_enabled(), CUDA.flash_sdp_enabled(), CUDA.mem_efficient_sdp_enabled()
+        seen.append((*flags, CUDA.math_sdp_enabled()))
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(heads, "_trains_on_cuda", lambda query: torch.is_grad_enabled())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    before = CUDA.cudnn_sdp_enabled(), CUDA.flash_sdp_enabled()
+    yield seen
+    CUDA.enable_cudnn_sdp(before[0])
+    CUDA.enable_flash_sdp(before[1])
+
+
+@pytest.mark.parametrize(
+    ("cudnn", "flash", "expected"),
+    [
+        (True, True, (False, True, True, True)),
+        (True, False, (False, False, True, True)),  # who forbids another one, is heard
+        (False, False, (False, False, True, True)),
+    ],
+)
+def test_a_gpu_trains_without_cudnns_attention(cudnn, flash, expected, allowed):
+    CUDA.enable_cudnn_sdp(cudnn)
+    CUDA.enable_flash_sdp(flash)
+    query = torch.randn(1, 2, 5, 8)
+    softmax_attention(query, query, query)
+    assert allowed == [expected]
+    assert (CUDA.cudnn_sdp_enabled(), CUDA.flash_sdp_enabled()) == (cudnn, flash)
+    with torch.no_grad():
+        softmax_attention(query, query, query)
+    assert allowed[1] == (cudnn, flash, True, True)
+
+
+def test_who_wants_cudnn_alone_gets_it(allowed):
+    query = torch.randn(1, 2, 5, 8)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError):
+        softmax_attention(query, query, query)  # a CPU has no such thing
+    assert allowed == [(True, False, False, False)]
+
+
+def test_compilers_take_the_choice_along(monkeypatch):
+    monkeypatch.setattr(heads, "_trains_on_cuda", lambda query: True)
+    query, key, value = torch.randn(3, 1, 2, 5, 8, requires_grad=True).unbind(0)
+    compiled = torch.compile(softmax_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key, value), softmax_attention(query, key, value))
