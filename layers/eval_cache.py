@@ -28,10 +28,21 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class _Kept(NamedTuple):
-    stamp: list[Any]
+    steps: int
     tensors: list[weakref.ref[Tensor]]
+    stamps: list[tuple[Any, ...]]
     result: Any
     size: int  # bytes
+
+    def serves(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the tensors that the result was made of, not written to. (On every layer's way: quick.)"""
+        # An address and a version of 0 say little: what is freed is given to the next tensor.
+        return (
+            self.steps == _steps
+            and len(tensors) == len(self.tensors)
+            and all(old() is t for old, t in zip(self.tensors, tensors, strict=True))
+            and self.stamps == [_stamp(t) for t in tensors]
+        )
 
 
 class EvalCache(nn.Module):
@@ -52,28 +63,32 @@ class EvalCache(nn.Module):
         self._results: dict[Hashable, _Kept] = {}
 
     def cached(self, key: Hashable, compute: Callable[[], Any], otherwise: Callable[[], Any] | None = None) -> Any:
-        """`compute()`, a tensor or a tuple or list of some, or what that was for an equal `key` and these weights.
+        """`compute()`, or what that was for an equal `key` and these weights.
 
-        Where nothing can be kept, `otherwise()`, if it is given, because `compute()` pays only more than once.
+        That is a tensor, an array or bytes, or a tuple or list of some. Where nothing can be kept, `otherwise()`, if it
+        is given, because `compute()` pays only more than once.
         """
         otherwise = otherwise or compute
         if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return otherwise()
         tensors = self._tensors()
-        if getattr(self, "_is_replica", False) or not all(_is_plain(t) for t in tensors):
-            return otherwise()
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return otherwise()
         key = (key, _autocast(tensors))
-        stamp = [_steps, *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)]
         kept = self._results.get(key)
-        # An address and a version of 0 say little: what is freed is given to the next tensor.
-        if kept and kept.stamp == stamp and all(old() is t for old, t in zip(kept.tensors, tensors, strict=True)):
+        if kept and kept.serves(tensors):
             return kept.result
+        if getattr(self, "_is_replica", False) or not all(_is_plain(t) for t in tensors):
+            return otherwise()
+        stamps = [_stamp(t) for t in tensors]
         with torch.inference_mode(False), torch.no_grad():  # so that a later backward may save the result
             result = compute()
-        self._keep(key, _Kept(stamp, [weakref.ref(t) for t in tensors], result, _size(result)))
+        self._keep(key, _Kept(_steps, [weakref.ref(t) for t in tensors], stamps, result, _size(result)))
         return result
+
+    def forget(self) -> None:
+        """For who knows of a change that cannot be noticed here."""
+        self._results.clear()
 
     def _keep(self, key: Hashable, new: _Kept) -> None:
         self._results.pop(key, None)  # it may be there with other weights; the new one is the youngest
@@ -106,6 +121,10 @@ class EvalCache(nn.Module):
         return {**self.__dict__, "_results": {}}
 
 
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Inference tensors count no versions, those inside `torch.func`'s transforms have no address."""
     return not (tensor.is_inference() or transformed(tensor))
@@ -117,4 +136,7 @@ def _autocast(tensors: list[Tensor]) -> torch.dtype | None:
 
 
 def _size(result: Any) -> int:
-    return result.nbytes if isinstance(result, Tensor) else sum(_size(part) for part in result)
+    """Bytes of tensors, arrays and bytes, and of what holds some."""
+    if isinstance(result, bytes):
+        return len(result)
+    return result.nbytes if hasattr(result, "nbytes") else sum(_size(part) for part in result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,13 +12,17 @@ from hybridzoo.layers import onednn
 from hybridzoo.layers.eval_cache import BUDGET, EvalCache
 from hybridzoo.layers.slicing import watched
 
+SMALL = 2**23  # multiplications, below which oneDNN takes longer to call than to compute
+NOTHING = np.empty(0, np.float32)
+
 
 class Linear(EvalCache, nn.Linear):
     """`nn.Linear`, with the same weights under the same names.
 
-    In evaluation on a CPU in float32 the product is oneDNN's, and the weights are kept in its own order (`EvalCache`;
-    not those of more than 8 MiB): beside MKL's a tenth faster at these networks' widths, a quarter and more where
-    tokens are many or few (AMD, AVX-512).
+    In evaluation on a CPU in float32 the product is oneDNN's, unless it is small, and the weights are kept in its own
+    order (`EvalCache`; not those of more than 8 MiB): beside MKL's a tenth faster at these networks' widths, a quarter
+    and more where tokens are many or few (AMD, AVX-512; on an Intel processor they are equal). An activation costs no
+    pass of its own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,23 +33,37 @@ class Linear(EvalCache, nn.Linear):
 
         Calls no hooks of this layer.
         """
-        channels = slice(start, self.out_features if stop is None else stop)
-        bias = None if self.bias is None else self.bias[channels]
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        stop = weight.shape[0] if stop is None else stop
+        part = start > 0 or stop < weight.shape[0]
+        if part and bias is not None:
+            bias = bias[start:stop]
         post = onednn.post_operation(act)
-        if onednn.LINEAR is None or post is None or not onednn.suits(x, self.weight):
-            out = F.linear(x, self.weight[channels], bias)
+        suited = onednn.LINEAR is not None and post is not None and onednn.suits(x, weight)
+        if not suited or (act is None and x.numel() * (stop - start) < SMALL):  # compilers must not ask for the size
+            out = F.linear(x, weight[start:stop] if part else weight, bias)
             return out if act is None else act(out)
+        assert post is not None
         attribute, algorithm = post
-        return onednn.LINEAR(x, self._ordered(channels), bias, attribute, [], algorithm)
+        return onednn.LINEAR(x, self._ordered(weight, start, stop), bias, attribute, [], algorithm)
 
-    def _ordered(self, channels: slice) -> Tensor:
+    def _ordered(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """These rows of the weight, in oneDNN's order if they can be kept that way."""
-        weight = self.weight[channels]
-        if weight.nbytes > BUDGET:
-            return weight
+        if (stop - start) * weight.shape[1] * weight.element_size() > BUDGET:
+            return weight[start:stop]
+
+        def order() -> tuple[Tensor, np.ndarray, bytes]:
+            row = weight[start].numpy()
+            return onednn.reorder(weight[start:stop]), row, row.tobytes()
+
+        key = (start, stop)
+        ordered, row, written = self.cached(key, order, otherwise=lambda: (weight[start:stop], NOTHING, b""))
         # Writing through `.data` counts no version (manual updates, merged adapters): look at the first row.
-        key = (channels.start, channels.stop, weight[0].sum().item())
-        return self.cached(key, lambda: onednn.reorder(weight), otherwise=lambda: weight)
+        if row.tobytes() != written:
+            self.forget()
+            ordered, *_ = self.cached(key, order)
+        return ordered
 
 
 def linear_act(layer: nn.Module, x: Tensor, act: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridzoo.layers import ConvNormAct, GELUTanh, onednn
+from hybridzoo.layers import ConvNormAct, GELUTanh, linear, onednn
 from hybridzoo.layers.gelu import GELU
 from hybridzoo.layers.linear import Linear, linear_act, linear_rows
 from hybridzoo.layers.onednn import conv_act
@@ -31,6 +31,11 @@ needs_onednn = pytest.mark.skipif(
 class Doubled(Linear):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(linear, "SMALL", 0)
 
 
 @pytest.fixture
@@ -107,6 +112,20 @@ def test_a_linear_layer_orders_its_weights_once(monkeypatch):
     assert layer._results
     assert not layer.train()._results
     check(5)
+
+
+@needs_onednn
+def test_small_products_are_pytorchs_own(calls, monkeypatch):
+    monkeypatch.setattr(linear, "SMALL", 5 * 8 * 16)
+    layer = Linear(8, 16).eval()
+    with torch.no_grad():
+        layer(torch.randn(4, 8))
+        layer.rows(torch.randn(5, 8), 0, 15)
+        assert not calls
+        assert not layer._results
+        layer(torch.randn(5, 8))
+        linear_act(layer, torch.randn(1, 8), nn.GELU())  # saves a pass
+    assert calls == ["none", "gelu"]
 
 
 @needs_onednn
