@@ -1,7 +1,7 @@
 """Agent attention and InLine attention: every host's smallest network beside a plain transcription of its paper.
 
     python benchmarks/linear_attention_families.py [--models NAME ...] [--batch N] [--repeats 15] [--threads N]
-        [--compile] [--no-training] [--out FILE.md]
+        [--compile] [--kernels] [--no-training] [--out FILE.md]
 
 The plain network is ours, weights and all, with everything that is ours in it (attentions, MLPs, stems, merging of
 patches) swapped for modules that say what the papers say, line by line, over PyTorch's own layers. Both must agree
@@ -10,7 +10,8 @@ here: no host has a batch norm.
 
 Medians of interleaved runs, in one process a network; on a GPU if there is one (batch 64, bf16, channels-last; there
 networks get ready, which with `--compile` takes minutes, side by side, and are measured one after the other), else on
-the CPU (batch 8, float32). Absolute times of a shared machine prove nothing: read the ratios.
+the CPU (batch 8, float32). `--kernels` counts the time in which a GPU's kernels run, as the profiler says, and not the
+gaps between them, in which it waits for Python. Absolute times of a shared machine prove nothing: read the ratios.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +46,7 @@ from hybridzoo.backbones.hosts.swin import PatchEmbed as SwinEmbed
 from hybridzoo.backbones.hosts.swin import PatchMerging, ShiftedWindowAttention
 from hybridzoo.layers import AgentAttention, InLineAttention
 
-HOSTS = ("deit", "pvt", "swin", "cswin")
+MODELS = [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in ("deit", "pvt", "swin", "cswin")]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -258,6 +260,7 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
     run = {key: torch.compile(model) if args.compile else model for key, model in pair.items()}
     x = images(args.batch, 224, device)
     times: dict[str, list[float]] = {}
+    watch = measuring.kernel_time if args.kernels else measuring.timed
 
     def forward(model: Callable[[Tensor], Tensor]) -> None:
         with torch.no_grad():
@@ -271,7 +274,7 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
             model.train(way == "both")
         for _ in range(count):
             for key, model in run.items():
-                seconds = measuring.timed(lambda m=model: step(m), device)
+                seconds = watch(lambda m=model: step(m), device)
                 times.setdefault(f"{key} {way}", []).append(seconds)
 
     ways = {"forward": (forward, args.repeats), "both": (both_ways, max(2, args.repeats // 2))}
@@ -304,9 +307,14 @@ def cells(times: dict[str, list[float]], way: str) -> list[str]:
     return [*both, f"{middle:.2f}x ({low:.2f}-{high:.2f})"]
 
 
+def threads_each(args: argparse.Namespace) -> int:
+    return args.threads or max(1, (os.cpu_count() or 1) // len(args.models))
+
+
 def measure_together(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
     """`measure_host` among others: nobody waits for one that failed."""
     assert together
+    torch.set_num_threads(threads_each(args))
     try:
         return measure_host(name, args, device)
     except BaseException:
@@ -314,10 +322,11 @@ def measure_together(name: str, args: argparse.Namespace, device: torch.device) 
         raise
 
 
-def measure_all(names: list[str], args: argparse.Namespace, device: torch.device) -> list[dict[str, list[float]]]:
+def measure_all(args: argparse.Namespace, device: torch.device) -> list[dict[str, list[float]]]:
     """What `measure_host` gives, in a process each: what malloc keeps of one network would speed up the next."""
-    spawn, screen = multiprocessing.get_context("spawn"), Console(stderr=True)
+    spawn, screen, names = multiprocessing.get_context("spawn"), Console(stderr=True), args.models
     if device.type == "cuda":
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads_each(args)))
         meeting = spawn.Barrier(len(names)), spawn.Lock()
         with ProcessPoolExecutor(len(names), spawn, meet, meeting) as pool:
             jobs = [pool.submit(measure_together, name, args, device) for name in names]
@@ -332,12 +341,11 @@ def measure_all(names: list[str], args: argparse.Namespace, device: torch.device
 def compare(args: argparse.Namespace, device: torch.device, where: str) -> None:
     columns = ["network", "plain, ms", "ours", "ratio"]
     columns += ["plain, training step", "ours", "ratio"] if args.training else []
-    names = args.models or [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in HOSTS]
     ways = ("forward", "both") if args.training else ("forward",)
     rows = []
-    for name, times in zip(names, measure_all(names, args, device), strict=True):
+    for name, times in zip(args.models, measure_all(args, device), strict=True):
         rows.append([name, *(cell for way in ways for cell in cells(times, way))])
-    how = "compiled" if args.compile else "eager"
+    how = ("compiled" if args.compile else "eager") + (", kernels alone" if args.kernels else "")
     title = f"Whole networks at 224 px beside a plain transcription, {how}, batch {args.batch}, {where}"
     report(
         title,
@@ -360,17 +368,20 @@ def report(title: str, columns: list[str], rows: list[list[str]], out: Path | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="*", help="registered names")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="registered names")
     parser.add_argument("--batch", type=int, help="default 64 on a GPU, 8 on a CPU")
     parser.add_argument("--repeats", type=int, default=15, help="of inference; half as many of training")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
+    parser.add_argument("--kernels", action="store_true", help="time of a GPU's kernels alone")
     parser.add_argument("--no-training", dest="training", action="store_false", help="inference only")
     parser.add_argument("--out", type=Path, help="also write the table as Markdown")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.kernels and device.type != "cuda":
+        parser.error("--kernels: PyTorch finds no GPU here")
     args.batch = args.batch or (64 if device.type == "cuda" else 8)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     where += ", bfloat16" if device.type == "cuda" else ""

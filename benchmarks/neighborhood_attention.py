@@ -37,6 +37,7 @@ from hybridzoo.kernels.neighborhood import reference
 
 KERNEL, HEAD_DIM = 7, 32
 DENSE_MAX_TOKENS = 4096  # its bias is quadratic
+OURS = ("torch", "triton")
 Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -162,8 +163,9 @@ class Case:
             return [out, *torch.autograd.grad(out, (packed, rpb), self.grad[:1].to(dtype))]
 
         expected = run(truth, torch.float32)
-        tolerance = 2e-2 if self.packed.dtype == torch.bfloat16 else 1e-4
         for name, function in functions.items():
+            tolerance = 2e-2 if self.packed.dtype == torch.bfloat16 else 1e-4
+            tolerance *= 1 if name in OURS else 3  # others round more of what they compute to bfloat16
             for what, ours, right in zip(("out", "dqkv", "drpb"), run(function, self.rpb.dtype), expected, strict=True):
                 error = ((ours.float() - right).abs().max() / right.abs().max()).item()
                 if not error <= tolerance:

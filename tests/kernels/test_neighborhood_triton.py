@@ -55,7 +55,11 @@ def results(attend, tensors, grad):
 
 
 def assert_as_good_as_the_definition(tensors, kernel, dilation, scale=0.3):
-    """Against float64, values and gradients err at most twice as much as the definition itself in this precision."""
+    """Against float64, values and gradients err at most twice as much as the definition itself in this precision.
+
+    A few roundings of the largest of them are allowed besides: terms of about that size may cancel (the score of a
+    single key has no gradient, which the definition hits exactly).
+    """
     grad = torch.randn_like(tensors[0])
     ours = results(lambda *t: na2d(*t[:3], kernel, dilation, rpb=t[3], scale=scale, impl="triton"), tensors, grad)
     copies = [None if t is None else t.detach().cpu() for t in tensors]
@@ -67,8 +71,9 @@ def assert_as_good_as_the_definition(tensors, kernel, dilation, scale=0.3):
         )
         for dtype in (torch.float64, grad.dtype)
     )
+    rounding = torch.finfo(grad.dtype).eps * max(e.abs().max() for e in exact)
     for o, n, e in zip(ours, naive, exact, strict=True):
-        allowed = 2 * (n.double() - e).abs().max() + 4 * torch.finfo(grad.dtype).eps * e.abs().max()
+        allowed = 2 * (n.double() - e).abs().max() + 4 * rounding
         assert (o.cpu().double() - e).abs().max() <= allowed
 
 
@@ -87,7 +92,7 @@ def test_values_and_gradients(case, dtype):
 
 
 @computes
-@pytest.mark.parametrize("seed", range(100 if DEVICE == "cuda" else 4))
+@pytest.mark.parametrize("seed", range(100) if DEVICE == "cuda" else (0, 6, 7, 79, 82))  # some leave a query one key
 def test_any_shape(seed, monkeypatch):
     """With the smallest blocks, so that small maps have many tiles and many blocks of keys."""
     smallest = dict.fromkeys(triton_configs.TABLE, triton_configs.Config(16, 16, 1, 1))
