@@ -1,29 +1,17 @@
-"""Dynamic depthwise convolution: every form against the formula; Triton by its interpreter (or a GPU), and compiled.
-
-The interpreter must be chosen before Triton is imported, so a process of its own runs this file again with it.
-"""
+"""Dynamic depthwise convolution: every form against the formula; Triton by its interpreter (or a GPU), and compiled."""
 
 from __future__ import annotations
-
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton_builds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_tests import DEVICE, INTERPRETED, assert_as_good, computes, not_interpreted, results, run_interpreted
 
 from hybridzoo.kernels import dynamic_depthwise_conv2d
 from hybridzoo.kernels.depthwise import operators, reference, torch_impl
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-computes = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; runs under the interpreter")
 plain = pytest.mark.skipif(INTERPRETED, reason="no Triton in it")
 
 
@@ -31,12 +19,6 @@ def leaves(batch, height, width, channels, dtype=torch.double, device="cpu"):
     """Maps, kernels and bias."""
     shapes = (batch, height, width, channels), (batch, channels, 9), (batch, channels)
     return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
-
-
-def results(function, tensors, grad):
-    """The output and the gradients of all tensors that there are."""
-    out = function(*tensors)
-    return out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)
 
 
 @plain
@@ -122,34 +104,16 @@ def by_triton(x, kernels, bias=None):
 
 
 def assert_as_good_as_the_definition(tensors):
-    """Against float64, values and gradients err at most twice as much as the definition itself in this precision.
-
-    A few roundings of the largest of them are allowed besides: terms of about that size may cancel.
-    """
-    grad = torch.randn_like(tensors[0])
-    ours = results(by_triton, tensors, grad)
-    copies = [None if t is None else t.detach().cpu() for t in tensors]
-    exact, naive = (
-        results(
-            reference.dynamic_depthwise_conv2d,
-            [None if t is None else t.to(dtype).requires_grad_() for t in copies],
-            grad.cpu().to(dtype),
-        )
-        for dtype in (torch.float64, grad.dtype)
-    )
-    rounding = torch.finfo(grad.dtype).eps * max(e.abs().max() for e in exact)
-    for o, n, e in zip(ours, naive, exact, strict=True):
-        allowed = 2 * (n.double() - e).abs().max() + 4 * rounding
-        assert (o.cpu().double() - e).abs().max() <= allowed
+    assert_as_good(by_triton, reference.dynamic_depthwise_conv2d, tensors)
 
 
 @computes
 @settings(max_examples=100 if DEVICE == "cuda" else 8, deadline=None)
 @given(
-    batch=st.integers(1, 3),
-    height=st.integers(1, 12),
-    width=st.integers(1, 9),
-    channels=st.sampled_from([1, 3, 16, 40, 64, 65, 96, 160]),
+    batch=st.integers(1, 2),
+    height=st.integers(1, 9),
+    width=st.integers(1, 7),
+    channels=st.sampled_from([1, 3, 40, 65, 96]),
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]),
     seed=st.integers(0, 99),
@@ -250,18 +214,10 @@ def test_gradients_are_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@not_interpreted
 def test_under_the_interpreter():
-    """Every test marked `computes`, in a process where Triton interprets its kernels on the CPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
-    environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout
-    assert int(passed[1]) >= 9, run.stdout
+    run_interpreted(__file__, at_least=9)
 
 
 @plain

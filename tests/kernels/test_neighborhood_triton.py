@@ -1,32 +1,30 @@
-"""Neighborhood attention in Triton: computed by its interpreter (or a GPU, if there is one), compiled for three chips.
-
-The interpreter must be chosen before Triton is imported, which another test of the process may have done, so a process
-of its own runs this file again with it. On a GPU the same tests run as they are, in bfloat16 as well.
-"""
+"""Neighborhood attention in Triton: computed by its interpreter (or a GPU, if there is one), compiled for 3 chips."""
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton_builds
+from triton_tests import (
+    DEVICE,
+    INTERPRETED,
+    assert_as_good,
+    compiles,
+    computes,
+    not_interpreted,
+    results,
+    run_interpreted,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from hybridzoo.kernels import na2d, triton_common
 from hybridzoo.kernels.neighborhood import operators, reference, triton_configs, triton_impl
-
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-computes = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; runs under the interpreter")
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 CASES = {  # batch, height, width, heads, head_dim, kernel, dilation, bias
     "a group is a window": (2, 7, 7, 2, 16, (7, 7), (1, 1), True),
@@ -48,33 +46,12 @@ def leaves(batch, height, width, heads, head_dim, kernel, bias, dtype):
     return [*qkv, rpb]
 
 
-def results(attend, tensors, grad):
-    """The output and the gradients of all leaves."""
-    out = attend(*tensors)
-    return out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)
-
-
 def assert_as_good_as_the_definition(tensors, kernel, dilation, scale=0.3):
-    """Against float64, values and gradients err at most twice as much as the definition itself in this precision.
-
-    A few roundings of the largest of them are allowed besides: terms of about that size may cancel (the score of a
-    single key has no gradient, which the definition hits exactly).
-    """
-    grad = torch.randn_like(tensors[0])
-    ours = results(lambda *t: na2d(*t[:3], kernel, dilation, rpb=t[3], scale=scale, impl="triton"), tensors, grad)
-    copies = [None if t is None else t.detach().cpu() for t in tensors]
-    exact, naive = (
-        results(
-            lambda *t: reference.na2d(*t, kernel, dilation, scale),
-            [None if t is None else t.to(dtype).requires_grad_() for t in copies],
-            grad.cpu().to(dtype),
-        )
-        for dtype in (torch.float64, grad.dtype)
+    assert_as_good(
+        lambda *t: na2d(*t[:3], kernel, dilation, rpb=t[3], scale=scale, impl="triton"),
+        lambda *t: reference.na2d(*t, kernel, dilation, scale),
+        tensors,
     )
-    rounding = torch.finfo(grad.dtype).eps * max(e.abs().max() for e in exact)
-    for o, n, e in zip(ours, naive, exact, strict=True):
-        allowed = 2 * (n.double() - e).abs().max() + 4 * rounding
-        assert (o.cpu().double() - e).abs().max() <= allowed
 
 
 @computes
@@ -255,17 +232,9 @@ def test_what_the_kernels_cannot_take_is_said(change, reason):
     assert triton_common.unsupported(torch.empty(1, 9, 9, 2, 32, device="meta")) is None
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@not_interpreted
 def test_under_the_interpreter():
-    """Every test marked `computes`, in a process where Triton interprets its kernels on the CPU."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
-    environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout
-    assert int(passed[1]) >= len(CASES) + 12, run.stdout
+    run_interpreted(__file__, at_least=len(CASES) + 12)
 
 
 def launches(height, heads, head_dim, kernel, dilation, dtype, bias=True, fill=False):

@@ -1,17 +1,9 @@
-"""Routed attention in Triton: computed by its interpreter (or a GPU, if there is one), compiled for three chips.
-
-The interpreter must be chosen before Triton is imported, which another test of the process may have done, so a process
-of its own runs this file again with it. On a GPU the same tests run as they are, in bfloat16 as well.
-"""
+"""Routed attention in Triton: computed by its interpreter (or a GPU, if there is one), compiled for three chips."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import goldens
 import pytest
@@ -19,6 +11,16 @@ import torch
 import triton_builds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_tests import (
+    DEVICE,
+    INTERPRETED,
+    assert_as_good,
+    compiles,
+    computes,
+    not_interpreted,
+    results,
+    run_interpreted,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -26,12 +28,6 @@ from hybridzoo.kernels import routed_attention2d, triton_common
 from hybridzoo.kernels.routed import operators, reference, triton_configs, triton_impl
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.kernels.triton_common import Config
-
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-computes = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; runs under the interpreter")
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 CASES = {  # batch, map, heads, head_dim, grid, topk, fill, dense form
     "one token a region": (2, (4, 5), 2, 16, Grid(4, 5, 1, 1), 3, False, True),
@@ -62,34 +58,12 @@ def attend(q, k, v, fill, routes, grid, scale=0.3):
     return routed_attention2d(q, k, v, routes.to(DEVICE), grid[:2], **size)
 
 
-def results(function, tensors, grad):
-    """The output and the gradients of all leaves; zeros for a fill that no region needs."""
-    out = function(*tensors)
-    leaves = [t for t in tensors if t is not None]
-    return out, *torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
-
-
 def assert_as_good_as_the_definition(tensors, routes, grid, scale=0.3):
-    """Against float64, values and gradients err at most twice as much as the definition itself in this precision.
-
-    A few roundings of the largest of them are allowed besides: terms of about that size may cancel (the score of a
-    single key has no gradient, which the definition hits exactly).
-    """
-    grad = torch.randn_like(tensors[0])
-    ours = results(lambda *t: attend(*t, routes, grid, scale), tensors, grad)
-    copies = [None if t is None else t.detach().cpu() for t in tensors]
-    exact, naive = (
-        results(
-            lambda q, k, v, fill: reference.routed_attention2d(q, k, v, routes, grid, scale, fill),
-            [None if t is None else t.to(dtype).requires_grad_() for t in copies],
-            grad.cpu().to(dtype),
-        )
-        for dtype in (torch.float64, grad.dtype)
+    assert_as_good(
+        lambda *t: attend(*t, routes, grid, scale),
+        lambda q, k, v, fill: reference.routed_attention2d(q, k, v, routes, grid, scale, fill),
+        tensors,
     )
-    rounding = torch.finfo(grad.dtype).eps * max(e.abs().max() for e in exact)
-    for o, n, e in zip(ours, naive, exact, strict=True):
-        allowed = 2 * (n.double() - e).abs().max() + 4 * rounding
-        assert (o.cpu().double() - e).abs().max() <= allowed
 
 
 @computes
@@ -291,17 +265,9 @@ def test_what_the_kernels_cannot_take_is_said(change, reason):
     assert triton_common.unsupported(torch.empty(1, 9, 9, 2, 32, device="meta")) is None
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@not_interpreted
 def test_under_the_interpreter():
-    """Every test marked `computes`, in a process where Triton interprets its kernels on the CPU."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
-    environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout
-    assert int(passed[1]) >= len(CASES) + 2 + 15, run.stdout
+    run_interpreted(__file__, at_least=len(CASES) + 2 + 15)
 
 
 def launches(size, heads, head_dim, regions, topk, dtype):
