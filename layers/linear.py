@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeGuard
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +14,18 @@ from hybridzoo.layers import onednn
 from hybridzoo.layers.eval_cache import BUDGET, EvalCache
 from hybridzoo.layers.slicing import watched
 
-SMALL = 2**23  # multiplications, below which oneDNN takes longer to call than to compute
+
+def _on_intel() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "GenuineIntel" in file.read(1024)
+    except OSError:
+        return False
+
+
+# Multiplications below which oneDNN takes longer to call than to compute. On an Intel processor MKL, PyTorch's own way,
+# is as fast at any size and cheaper to call.
+SMALL = math.inf if _on_intel() and torch.backends.mkl.is_available() else 2**23
 NOTHING = np.empty(0, np.float32)
 
 
@@ -21,8 +34,8 @@ class Linear(EvalCache, nn.Linear):
 
     In evaluation on a CPU in float32 the product is oneDNN's, unless it is small, and the weights are kept in its own
     order (`EvalCache`; not those of more than 8 MiB): beside MKL's a tenth faster at these networks' widths, a quarter
-    and more where tokens are many or few (AMD, AVX-512; on an Intel processor they are equal). An activation costs no
-    pass of its own.
+    and more where tokens are many or few (AMD, AVX-512). On an Intel processor only products with an activation are
+    oneDNN's, which then costs no pass of its own.
     """
 
     def forward(self, x: Tensor) -> Tensor:

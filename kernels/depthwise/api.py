@@ -1,6 +1,6 @@
 """The public operator: shapes, argument checks, choice of implementation.
 
-InLine attention (Han et al., NeurIPS 2024, arXiv 2412.06590), section 4.2, adds such a convolution to its values.
+InLine attention (Han et al., NeurIPS 2024, arXiv 2412.06590) adds such a convolution of its values, the local residual.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hybridzoo.kernels.depthwise import operators, torch_impl
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """3x3 cross-correlation with zero padding of every image's every channel with a kernel and a bias of its own.
 
-    Sums are taken in float32 or wider, in a fixed order: two runs give the same bits, gradients included.
-    Differentiable in all tensors, through Triton once and in reverse mode.
+    Differentiable in all tensors; Triton's result once and in reverse mode, with sums in float32 and in a fixed order:
+    two runs give the same bits.
 
     Args:
         x: channels-last maps `(batch, height, width, channels)`, any strides; the batch may be empty.
