@@ -256,7 +256,7 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
         x = x.to(device, torch.bfloat16, memory_format=torch.channels_last)
         with torch.no_grad():
             off = {key: (model(x).float().cpu() - expected).abs().max() for key, model in pair.items()}
-        assert off["ours"] < 2 * off["plain"], f"{name}: bfloat16 is off by {off}"
+        assert off["ours"] < 2 * off["plain"] + 0.02 * expected.std(), f"{name}: bfloat16 is off by {off}"
     run = {key: torch.compile(model) if args.compile else model for key, model in pair.items()}
     x = images(args.batch, 224, device)
     times: dict[str, list[float]] = {}
