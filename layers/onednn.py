@@ -78,11 +78,11 @@ def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether these are plain float32 numbers on a CPU: no quantized weights, which are tensors of a class of their own
     and call themselves float32, and nobody listening."""
     return bool(
-        type(x) is Tensor
+        lean(x)  # first: compilers do not understand the rest
+        and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
         and not _len_torch_dispatch_stack()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
-        and lean(x)
     )
