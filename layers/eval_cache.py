@@ -86,10 +86,6 @@ class EvalCache(nn.Module):
         self._keep(key, _Kept(_steps, [weakref.ref(t) for t in tensors], stamps, result, _size(result)))
         return result
 
-    def forget(self) -> None:
-        """For who knows of a change that cannot be noticed here."""
-        self._results.clear()
-
     def _keep(self, key: Hashable, new: _Kept) -> None:
         self._results.pop(key, None)  # it may be there with other weights; the new one is the youngest
         if new.size > BUDGET:

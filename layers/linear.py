@@ -74,7 +74,7 @@ class Linear(EvalCache, nn.Linear):
         ordered, row, written = self.cached(key, order, otherwise=lambda: (weight[start:stop], NOTHING, b""))
         # Writing through `.data` counts no version (manual updates, merged adapters): look at the first row.
         if row.tobytes() != written:
-            self.forget()
+            self._results.clear()
             ordered, *_ = self.cached(key, order)
         return ordered
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 # Sizes differ between images of a multi-scale training run; a kernel compiled for each would never be reused.
-SIZES = ["height", "width", "tiles", "parts"]
+SIZES = ["height", "width", "tiles"]
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def convolve(
     tl.store(places, total.to(out.dtype.element_ty), mask=(pixel < height * width)[:, None] & known[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "parts"])
 def backward_kernels(
     grad, x, partial, height, width, channels, tiles, parts, stride_b, stride_h, stride_w,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
