@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.operators_common import differentiable, differentiable_once
+from hybridzoo.kernels.operators_common import differentiable, differentiable_once, operator
 
 
-@torch.library.custom_op("hybridzoo::dynamic_depthwise_conv2d", mutates_args=())
+@operator
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     from hybridzoo.kernels.depthwise import triton_impl  # only when used: Triton is slow to import
 
     return triton_impl.forward(x, kernels, bias)
 
 
-@torch.library.custom_op("hybridzoo::dynamic_depthwise_conv2d_backward", mutates_args=())
+@operator
 def dynamic_depthwise_conv2d_backward(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of maps, kernels and bias."""
     from hybridzoo.kernels.depthwise import triton_impl
@@ -23,12 +23,12 @@ def dynamic_depthwise_conv2d_backward(grad: Tensor, x: Tensor, kernels: Tensor) 
     return triton_impl.backward(grad, x, kernels)
 
 
-@dynamic_depthwise_conv2d.register_fake
+@torch.library.register_fake("hybridzoo::dynamic_depthwise_conv2d")
 def _(x, kernels, bias):
     return x.new_empty(x.shape)
 
 
-@dynamic_depthwise_conv2d_backward.register_fake
+@torch.library.register_fake("hybridzoo::dynamic_depthwise_conv2d_backward")
 def _(grad, x, kernels):
     return x.new_empty(x.shape), kernels.new_empty(kernels.shape), kernels.new_empty(kernels.shape[:2])
 

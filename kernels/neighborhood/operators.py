@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hybridzoo.kernels.neighborhood import torch_impl
-from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision
+from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision, operator
 
 
-@torch.library.custom_op("hybridzoo::na2d", mutates_args=())
+@operator
 def na2d(
     query: Tensor,
     key: Tensor,
@@ -38,7 +38,7 @@ def na2d(
         return out, _log_sum_exp(query, impl, with_lse) if lse is None else lse
 
 
-@torch.library.custom_op("hybridzoo::na2d_backward", mutates_args=())
+@operator
 def na2d_backward(
     grad: Tensor,
     query: Tensor,
@@ -66,12 +66,12 @@ def na2d_backward(
     return dq, dk, dv, query.new_empty(0) if drpb is None else drpb
 
 
-@na2d.register_fake
+@torch.library.register_fake("hybridzoo::na2d")
 def _(query, key, value, rpb, kernel, dilation, scale, impl, with_lse):
     return query.new_empty(query.shape), _log_sum_exp(query, impl, with_lse)
 
 
-@na2d_backward.register_fake
+@torch.library.register_fake("hybridzoo::na2d_backward")
 def _(grad, query, key, value, rpb, out, lse, grad_lse, kernel, dilation, scale, impl, want_rpb):
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
     return dq, dk, dv, rpb.new_empty(rpb.shape) if want_rpb else query.new_empty(0)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision
+from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision, operator
 from hybridzoo.kernels.routed import torch_impl
 from hybridzoo.kernels.routed.grid import Grid
 
 
-@torch.library.custom_op("hybridzoo::routed_attention2d", mutates_args=())
+@operator
 def routed_attention2d(
     query: Tensor,
     key: Tensor,
@@ -34,7 +34,7 @@ def routed_attention2d(
         return torch_impl.forward(*args), query.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("hybridzoo::routed_attention2d_backward", mutates_args=())
+@operator
 def routed_attention2d_backward(
     grad: Tensor,
     query: Tensor,
@@ -64,13 +64,13 @@ def routed_attention2d_backward(
     return dq, dk, dv, query.new_empty(0) if dfill is None else dfill
 
 
-@routed_attention2d.register_fake
+@torch.library.register_fake("hybridzoo::routed_attention2d")
 def _(query, key, value, routes, fill, grid, scale, impl):
     lse = query.new_empty(query.shape[:4] if impl == "triton" else (0,), dtype=torch.float32)
     return query.new_empty(query.shape), lse
 
 
-@routed_attention2d_backward.register_fake
+@torch.library.register_fake("hybridzoo::routed_attention2d_backward")
 def _(grad, query, key, value, routes, fill, out, lse, grid, scale, impl, want_fill):
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
     return dq, dk, dv, fill.new_empty(fill.shape) if want_fill else query.new_empty(0)
