@@ -6,11 +6,6 @@ compile the very launches that calls make. Imported only when used: Triton is sl
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,53 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridzoo.kernels.tuning import Config
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)  # the hardware has a fast exp2, no fast exp
 UNSEEN = tl.constexpr(-1.0e30)  # the score of a key that is not attended to: finite, so that no row makes inf - inf
-
-
-@dataclass(frozen=True)
-class Config:
-    """How one kernel is cut and compiled. Some kernels take a block from what they work on, not from here."""
-
-    queries: int  # per block of scores
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None  # a thread may have; the compiler, left to itself, may rather spill a few bytes
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """For the compiler. Whether multiplications and additions may fuse is said, because defaults differ."""
-        options: dict[str, int | bool] = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
-        return options if self.registers is None else options | dict(maxnreg=self.registers)
-
-
-Table = dict[tuple[str, int, int], Config]  # (kernel, padded head_dim, bytes per element)
-
-
-def pick(table: Table, variable: str, kind: str, block_d: int, itemsize: int) -> Config:
-    """The configuration of kernel `kind` for this padded head_dim (16 to 128) and element size (2 or 4 bytes).
-
-    A tuning run's result, `{"kind,block_d,itemsize": [queries, keys, warps, stages]}` in the JSON file that the
-    environment variable `variable` names, comes before `table`. Where head_dim 16 has no row, that of 32 serves.
-    """
-    tuned = _tuned(os.environ.get(variable, ""))
-    for key in ((kind, block_d, itemsize), (kind, 32, itemsize)):
-        if key in tuned or key in table:
-            break
-    return tuned.get(key) or table[key]
-
-
-@functools.cache
-def _tuned(file: str) -> Table:
-    if not file:
-        return {}
-    found = {}
-    for name, values in json.loads(Path(file).read_text()).items():
-        kind, block_d, itemsize = name.split(",")
-        found[kind, int(block_d), int(itemsize)] = Config(*values)
-    return found
 
 
 class Launch(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from hybridzoo.kernels import triton_common
-from hybridzoo.kernels.triton_common import Config, Table
+import torch
+
+from hybridzoo.kernels import tuning
+from hybridzoo.kernels.tuning import Config, Key, Table
 
 KINDS = ("forward_dense", "forward_tiled", "backward_dense", "backward_query", "backward_key", "backward_bias")
 
@@ -54,11 +56,20 @@ TABLE: Table = {
 }
 
 
-def pick(kind: str, block_d: int, itemsize: int, tokens: int | None = None) -> Config:
-    """See `triton_common.pick`; the variable that names a tuning run's result is HYBRIDZOO_NA2D_CONFIGS.
-
-    `tokens` is the block of a dense kernel.
-    """
+def pick(
+    kind: str,
+    block_d: int,
+    itemsize: int,
+    tokens: int | None = None,
+    shape: str = "",
+    device: torch.device | None = None,
+) -> Config:
+    """See `tuning.pick`. `tokens` is the block of a dense kernel; `shape` tells apart what is tuned apart."""
     if tokens is not None and tokens <= 32 and (f"{kind}_small", block_d, itemsize) in TABLE:
         kind = f"{kind}_small"
-    return triton_common.pick(TABLE, "HYBRIDZOO_NA2D_CONFIGS", kind, block_d, itemsize)
+    return tuning.pick(TABLE, Key("na2d", kind, block_d, itemsize, shape), device)
+
+
+def candidates(key: Key, default: Config) -> list[Config]:
+    """What a tuning run tries for `key` beside `default`. Dense kernels take their blocks from elsewhere."""
+    return tuning.candidates(default, blocks="dense" not in key.kernel)

@@ -152,7 +152,8 @@ def _dense(
     kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, dilation: tuple[int, int], tokens: int
 ) -> Launch:
     batch, height, width, heads, _ = query.shape
-    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), tokens)
+    shape = f"{tokens} tokens, kernel {arguments['KERNEL_H']}x{arguments['KERNEL_W']}"
+    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), tokens, shape, query.device)
     groups = heads * min(dilation[0], height) * min(dilation[1], width)
     images = _images(groups, batch)
     programs = groups * math.ceil(batch / images)
@@ -162,8 +163,9 @@ def _dense(
 
 def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, dilation: tuple[int, int]) -> Launch:
     batch, height, width, heads, _ = query.shape
-    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size())
     members = [math.ceil(size / d) for size, d in zip((height, width), dilation, strict=True)]
+    shape = f"{members[0]}x{members[1]}, kernel {arguments['KERNEL_H']}x{arguments['KERNEL_W']}"
+    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), None, shape, query.device)
     tile = _tile(members[0], members[1], config.keys if kind == "backward_key" else config.queries)
     tiles = [math.ceil(n / t) for n, t in zip(members, tile, strict=True)]
     programs = heads * min(dilation[0], height) * min(dilation[1], width) * math.prod(tiles)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from hybridzoo.kernels import triton_common
-from hybridzoo.kernels.triton_common import Config, Table
+import torch
+
+from hybridzoo.kernels import tuning
+from hybridzoo.kernels.tuning import Config, Key, Table
 
 KERNELS = ("forward", "backward_query", "backward_key")
 KINDS = (*KERNELS, *(f"{kernel}_dense" for kernel in KERNELS))
@@ -55,6 +57,11 @@ TABLE: Table = {
 }
 
 
-def pick(kind: str, block_d: int, itemsize: int) -> Config:
-    """See `triton_common.pick`; the variable that names a tuning run's result is HYBRIDZOO_ROUTED_CONFIGS."""
-    return triton_common.pick(TABLE, "HYBRIDZOO_ROUTED_CONFIGS", kind, block_d, itemsize)
+def pick(kind: str, block_d: int, itemsize: int, shape: str = "", device: torch.device | None = None) -> Config:
+    """See `tuning.pick`. `shape` tells apart what is tuned apart: tokens of a region, regions, regions attended to."""
+    return tuning.pick(TABLE, Key("routed", kind, block_d, itemsize, shape), device)
+
+
+def candidates(key: Key, default: Config) -> list[Config]:
+    """What a tuning run tries for `key` beside `default`."""
+    return tuning.candidates(default)

@@ -158,7 +158,8 @@ def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, gri
     batch, _, _, heads, _ = query.shape
     own = "keys" if kind == "backward_key" else "queries"
     table_kind = f"{kind}_dense" if arguments["DENSE"] else kind
-    config = triton_configs.pick(table_kind, arguments["BLOCK_D"], query.element_size())
+    shape = f"{grid.regions} regions of {grid.tokens}, top {arguments['topk']}"
+    config = triton_configs.pick(table_kind, arguments["BLOCK_D"], query.element_size(), shape, query.device)
     groups, members = (1, grid.regions * grid.tokens) if arguments["DENSE"] else (grid.regions, grid.tokens)
     listed = members if arguments["DENSE"] else arguments["topk"] * members
     config = _fitted(config, members, listed, own)
