@@ -1,11 +1,16 @@
 """Published weights: cards that say what exists, and the maps from published names to ours."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hybridzoo.checkpoints.catalogue import Card, cards, model_args, timm_cfgs
-from hybridzoo.checkpoints.conversion import convert_file
-from hybridzoo.checkpoints.keymaps import convert
-from hybridzoo.checkpoints.markdown import markdown_table
-from hybridzoo.checkpoints.store import download
-from hybridzoo.checkpoints.verification import verify
+
+if TYPE_CHECKING:
+    from hybridzoo.checkpoints.conversion import convert_file
+    from hybridzoo.checkpoints.keymaps import convert
+    from hybridzoo.checkpoints.markdown import markdown_table
+    from hybridzoo.checkpoints.store import download
+    from hybridzoo.checkpoints.verification import verify
 
 __all__ = [
     "Card",
@@ -18,3 +23,18 @@ __all__ = [
     "timm_cfgs",
     "verify",
 ]
+
+# What reads files needs torch, whose import takes seconds.  The cards are data, which the command line asks at once.
+_FIRST_USE = {
+    "convert": "keymaps",
+    "convert_file": "conversion",
+    "download": "store",
+    "markdown_table": "markdown",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FIRST_USE[name]}"), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import functools
 import json
@@ -31,6 +32,8 @@ class Card:
         model_args: arguments of the network that these weights need and that the variant does not have by itself.
         params: number of parameters; for detectors and segmentors those of the classifier that has their backbone.
         gmacs: billions of multiply-accumulates at `input_size`; for these, of the model's first classifier.
+        strides, channels: of the model's feature maps as built by its name alone, finest first (timm's `feature_info`):
+            image pixels per map pixel, and width.
         top1, top5: ImageNet-1k accuracy in percent, as `source` reports it: the authors, or timm of its conversion.
         task: `classification`; other files are no tags of timm's, they are for `download`, `convert` and `--weights`.
         sha256, size: of the file, where known; size in bytes.
@@ -59,6 +62,8 @@ class Card:
     crop_mode: str = "center"
     num_classes: int = 1000
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    strides: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
     top1: float | None = None
     top5: float | None = None
     source: str = ""
@@ -83,7 +88,7 @@ def _all_cards() -> tuple[Card, ...]:
         parity = family.get("parity", {})  # model -> error; of another tag's network nothing was measured
         for entry in family["cards"]:
             measured = None if entry.get("model_args") else parity.get(entry["model"])
-            found.append(_card({**common, **entry, "parity": measured}))
+            found.append(_card({**common, **entry, **family["maps"][entry["model"]], "parity": measured}))
         costs = {card.model: dict(params=card.params, gmacs=card.gmacs) for card in reversed(found)}
         dense = family.get("dense", {"common": {}, "cards": []})  # files of detectors and segmentors
         found += [_card({**common, **costs[e["model"]], **dense["common"], **e}) for e in dense["cards"]]
@@ -105,6 +110,23 @@ def cards(pattern: str = "*", task: Task | None = "classification") -> list[Card
     """Cards whose model name or `model.tag` matches a shell pattern, in family order; `task=None` gives all tasks'."""
     found = [c for c in _all_cards() if fnmatch.fnmatch(c.model, pattern) or fnmatch.fnmatch(c.name, pattern)]
     return [card for card in found if task in (None, card.task)]
+
+
+def find(name: str) -> Card:
+    """The card of `model.tag`, or of a model's default weights.
+
+    Raises:
+        ValueError: no such card; the message has the nearest names.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name: {name!r} is no name of weights; hybridzoo checkpoints list has all")
+    for card in cards(task=None):
+        if name in (card.name, card.model):
+            return card
+    names = {other for card in cards(task=None) for other in (card.model, card.name)}
+    near = difflib.get_close_matches(name, sorted(names), n=3)
+    known = f"did you mean {', '.join(near)}?" if near else "hybridzoo checkpoints list has all"
+    raise ValueError(f"name: no weights are known as {name!r}; {known}")
 
 
 def model_args(model: str, tag: str | None) -> dict[str, Any]:

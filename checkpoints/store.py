@@ -16,7 +16,6 @@ Environment:
 from __future__ import annotations
 
 import datetime
-import difflib
 import logging
 import os
 import re
@@ -25,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
-from hybridzoo.checkpoints.catalogue import Card, cards
+from hybridzoo.checkpoints.catalogue import Card, cards, find
 from hybridzoo.checkpoints.containers import flaw
 from hybridzoo.checkpoints.files import NoteError, hash_of, read_record, write_note
 from hybridzoo.checkpoints.reading import CheckpointError, UnsafeError, read_checkpoint
@@ -37,23 +36,6 @@ _KINDS = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt", ".pkl")
 _SAYS_NOTHING = {"pytorch_model", "model", "content", "checkpoint", "weights"}  # names that many files have
 _TWINS = {"model.safetensors": "pytorch_model.bin", "pytorch_model.bin": "model.safetensors"}  # timm's on the hub
 _LOCAL = "give a file that you have: --weights FILE, or pretrained_cfg_overlay=dict(file=...)"
-
-
-def find(name: str) -> Card:
-    """The card of `model.tag`, or of a model's default weights.
-
-    Raises:
-        ValueError: no such card; the message has the nearest names.
-    """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name: {name!r} is no name of weights; hybridzoo checkpoints list has all")
-    for card in cards(task=None):
-        if name in (card.name, card.model):
-            return card
-    names = {other for card in cards(task=None) for other in (card.model, card.name)}
-    near = difflib.get_close_matches(name, sorted(names), n=3)
-    known = f"did you mean {', '.join(near)}?" if near else "hybridzoo checkpoints list has all"
-    raise ValueError(f"name: no weights are known as {name!r}; {known}")
 
 
 def download(name: str, *, cache_dir: str | Path | None = None, progress: bool = True) -> Path:

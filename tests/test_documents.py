@@ -46,7 +46,7 @@ def test_docstring_examples_run(name):
 
 
 def test_readme_names_configs_that_exist():
-    from hybridzoo.train.config import list_configs
+    from hybridzoo.train.names import list_configs
 
     named = set(re.findall(r"hybridzoo (?:train|test|predict) ([\w-]+)", README))
     assert len(named) >= 4

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from hybridzoo.checkpoints import cards
+from hybridzoo.checkpoints.catalogue import find
 from hybridzoo.train import tables
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.help import examples
@@ -34,12 +36,12 @@ def list_(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="A part of the name, or with * and ?.")] = "",
 ) -> None:
     """List the published weights: their links, licence, size, and whether they are on this machine."""
-    from hybridzoo.checkpoints import cards, store
-
     found = cards(pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*", task=None)
     if not found:
         with _user_errors():
-            store.find(pattern)
+            find(pattern)
+    from hybridzoo.checkpoints import store
+
     tables.show(tables.weights([(card, store.cached(card) if card.url else None) for card in found]))
 
 
@@ -51,10 +53,10 @@ def download(
 
     Interrupted, it goes on where it ended. A second call checks what is there.
     """
-    from hybridzoo.checkpoints import store
-
     with _user_errors():
-        found = [store.find(name) for name in names]  # a misspelled one is told before hours of work
+        found = [find(name) for name in names]  # a misspelt one is told before hours of work
+        from hybridzoo.checkpoints import store
+
         for card in found:
             print(store.download(card.name))
             if notice := store.licence_notice(card):
@@ -67,6 +69,7 @@ def verify(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="MODEL.TAG that the file should be.")] = None,
 ) -> None:
     """Check weights: their hash, that every tensor fits the network, that all numbers are finite."""
+    import hybridzoo.backbones  # noqa: F401 - registers the models with timm
     from hybridzoo.checkpoints import store
     from hybridzoo.checkpoints import verify as run_verification
 
@@ -113,6 +116,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Write weights as safetensors under other names, with a note of where they come from beside."""
+    import hybridzoo.backbones  # noqa: F401 - registers the models with timm
     from hybridzoo.checkpoints import convert_file
 
     with _user_errors(), tables.waiting(f"converting {file.name}"):

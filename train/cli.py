@@ -1,6 +1,7 @@
-"""The command line: `hybridzoo list | info | train | test | predict`.
+"""The command line: `hybridzoo list | info | train | test | predict | checkpoints ...`.
 
-Verbs import what they need when they run: `list` and `info` work where mmengine is missing.
+What this file imports at its top costs every `--help`, so that verbs import what they need when they run: torch, timm
+and mmengine take seconds. A verb looks at the names and paths it was given before that.
 """
 
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybridzoo.train import checkpoint_verbs, tables
+from hybridzoo.train import checkpoint_verbs, model_info, names, tables
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.help import examples
 
@@ -73,13 +74,9 @@ def list_(
 ) -> None:
     """List the models, or the training configs."""
     if configs:
-        from hybridzoo.train.model_info import find_configs
-
-        tables.show(tables.configs(find_configs(pattern)))
+        tables.show(tables.configs(model_info.find_configs(pattern)))
     else:
-        from hybridzoo.train.model_info import find_models, summarize
-
-        tables.show(tables.models([summarize(name) for name in find_models(pattern)]))
+        tables.show(tables.models([model_info.summarize(name) for name in model_info.find_models(pattern)]))
 
 
 @app.command(epilog=examples("info biformer_tiny"))
@@ -87,10 +84,8 @@ def info(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model, with or without .tag; timm's too.")],
 ) -> None:
     """Show a model's size and cost, feature maps, input, published accuracy and licence."""
-    from hybridzoo.train.model_info import facts
-
     with tables.waiting(f"counting {name}"):
-        found = facts(name)
+        found = model_info.facts(name)
     tables.show(tables.model(found))
 
 
@@ -116,9 +111,11 @@ def train(
     launcher: Processes = Launcher.none,
 ) -> None:
     """Train a classifier, detector or segmentor."""
+    if weights is not None:
+        names.check_weights(weights)
+    loaded = _load(config, cfg_options)
     from hybridzoo.train import engine
 
-    loaded = _load(config, cfg_options)
     if on_bad_image is not None:
         loaded.on_bad = on_bad_image.value
     scores = engine.train(
@@ -145,10 +142,11 @@ def evaluate(
     launcher: Processes = Launcher.none,
 ) -> None:
     """Measure a trained checkpoint on the validation data."""
+    _existing(checkpoint, "CHECKPOINT")
+    loaded = _load(config, cfg_options)
     from hybridzoo.train import engine
 
-    _existing(checkpoint, "CHECKPOINT")
-    scores = engine.test(_load(config, cfg_options), checkpoint, work_dir=work_dir, launcher=launcher.value, data=data)
+    scores = engine.test(loaded, checkpoint, work_dir=work_dir, launcher=launcher.value, data=data)
     _print_scores(scores)
 
 
@@ -167,12 +165,13 @@ def predict(
     ] = None,
 ) -> None:
     """Print and draw what a trained checkpoint sees in images."""
+    _existing(checkpoint, "CHECKPOINT")
+    _existing(source, "IMAGE_OR_FOLDER")
+    loaded = _load(config, cfg_options)
     from hybridzoo.train.predict import find_images
     from hybridzoo.train.predict import predict as run_prediction
 
-    _existing(checkpoint, "CHECKPOINT")
-    _existing(source, "IMAGE_OR_FOLDER")
-    predictions = run_prediction(_load(config, cfg_options), checkpoint, source, out, score=score, device=device)
+    predictions = run_prediction(loaded, checkpoint, source, out, score=score, device=device)
     tables.show(tables.predictions(predictions, source))
     skipped = len(find_images(source)) - len(predictions)
     drawn = f"{_counted(len(predictions), 'picture')} drawn in {out}"
@@ -232,7 +231,7 @@ def spread_options(argv: Sequence[str]) -> list[str]:
 
 
 def _load(name: str, options: Sequence[str] | None) -> "mmengine.Config":
-    import hybridzoo.backbones  # noqa: F401  registers the models that configs name
+    names.find_config(name)  # a misspelt one is told before mmengine is imported
     from hybridzoo.train.config import load_config
 
     return load_config(name, options or ())

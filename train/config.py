@@ -11,13 +11,11 @@ from typing import Any
 from mmengine import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 
-import hybridzoo.configs
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.names import TASKS, find_config
 
 # `mmseg::` bases: mmengine looks for a distribution called mmsegmentation, which may be onedl's.
 MODULE2PACKAGE["mmseg"] = "mmseg"
-
-TASKS = ("classification", "detection", "segmentation")
 
 # Top-level keys that mmengine's Runner or our engine reads although a config need not name them.
 _OPTIONAL_KEYS = {
@@ -40,30 +38,6 @@ _OPTIONAL_KEYS = {
     "visualizer",
     "work_dir",
 }
-
-
-def list_configs() -> dict[str, Path]:
-    """Short name (the file's stem) -> path of every config that comes with the package, by task, then name."""
-    root = Path(hybridzoo.configs.__path__[0])
-    return {path.stem: path for task in TASKS for path in sorted((root / task).glob("*.py")) if path.stem != "__init__"}
-
-
-def find_config(name_or_path: str | Path) -> Path:
-    """The file of a config given by short name (``biformer_tiny_digits``) or by path.
-
-    Raises:
-        UserError: neither; the message suggests the nearest names.
-    """
-    known = list_configs()
-    text = str(name_or_path)
-    if text.removesuffix(".py") in known:
-        return known[text.removesuffix(".py")]
-    path = Path(text).expanduser()
-    if path.is_file():
-        return path
-    near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list --configs` shows the known ones"
-    raise UserError(f"unknown config {text!r}: {hint}")
 
 
 def load_config(name_or_path: str | Path, options: Sequence[str] = ()) -> Config:

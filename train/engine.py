@@ -27,7 +27,7 @@ from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMRunner
 from torch import nn
 
-import hybridzoo  # noqa: F401 - registers the models with timm
+import hybridzoo.backbones  # noqa: F401 - registers the models with timm
 from hybridzoo.train import hooks, optim, progress, seeding
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.tracking import add_wandb

@@ -1,24 +1,17 @@
-"""What `hybridzoo list` and `hybridzoo info` know about models: timm's registry, our cards, a count of the network."""
+"""What `hybridzoo list` and `hybridzoo info` know about models: our cards; of timm's own, the network itself."""
 
 import ast
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-from timm.models import model_entrypoint, split_model_name_tag
-from timm.models._registry import get_arch_pretrained_cfgs
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-import hybridzoo.backbones  # noqa: F401  registers our models with timm
-from hybridzoo import checkpoints
-from hybridzoo.checkpoints import Card
+from hybridzoo.checkpoints import Card, cards
+from hybridzoo.train import names
 from hybridzoo.train.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -53,62 +46,78 @@ class Facts(Summary):
     notes: str | None
 
 
-def our_models() -> list[str]:
-    """Names that hybridzoo's backbones registered with timm, in timm's natural order."""
-    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("hybridzoo.")]
-
-
 def find_models(pattern: str = "") -> list[str]:
     """Our models that match a shell pattern; a pattern without wildcards matches anywhere in the name.
 
     Raises:
         UserError: nothing matches; the message has the nearest names.
     """
-    ours = our_models()
-    found = _matching(pattern, ours)
-    if not found:
-        raise UserError(f"no model matches {pattern!r}; {suggest(pattern, ours, 'type: hybridzoo list')}")
-    return found
+    return names.matching(pattern, names.our_models(), "model", "type: hybridzoo list")
 
 
 def summarize(name: str) -> Summary:
-    """The list's line for one of our models: its default card, or the network itself where there is no card."""
+    """The list's line for one of our models: what its default card says."""
     card = _card(name)
-    if card is not None:
-        return Summary(name, _family(name), card.params, tuple(card.input_size), card.top1, card.licence)
-    with torch.device("meta"):  # counting needs shapes, not memory
-        model: Any = timm.create_model(name)
-    return Summary(name, _family(name), _count(model), tuple(model.pretrained_cfg["input_size"]), None, None)
+    return Summary(name, card.family, card.params, card.input_size, card.top1, card.licence)
 
 
 def facts(name: str) -> Facts:
-    """Build one model (`name` or `name.tag`, ours or timm's own) and gather what is known about it.
-
-    MACs of ours are the card's, because an operator may do more arithmetic where that is faster; others are counted.
+    """Gather what is known about one model, `name` or `name.tag`: ours from its card, timm's own by building it.
 
     Raises:
-        UserError: timm knows no such model, or the model has no such tag.
+        UserError: there is no such model, or the model has no such tag.
     """
-    arch, tag = split_model_name_tag(name)
-    if not timm.is_model(arch):
-        near = suggest(arch, our_models(), "") or suggest(arch, timm.list_models(), "type: hybridzoo list")
-        raise UserError(f"unknown model {name!r}; {near}")
+    names.check_model(name)
+    arch, _, tag = name.partition(".")
+    if arch not in names.our_models():
+        return _timms_facts(name)
+    card = _card(arch, tag)
+    return Facts(
+        name=name,
+        family=card.family,
+        params=card.params,
+        input_size=card.input_size,
+        top1=card.top1,
+        licence=card.licence,
+        macs=round(card.gmacs * 1e9),
+        strides=card.strides,
+        channels=card.channels,
+        num_classes=card.num_classes,
+        mean=card.mean,
+        std=card.std,
+        interpolation=card.interpolation,
+        crop_pct=card.crop_pct,
+        top5=card.top5,
+        source=card.source,
+        paper=_papers(card.paper),
+        tags=tuple(other.tag for other in cards(arch) if other.model == arch and other.tag),
+        weights=f"{card.url} (link {card.status})" if card.url else None,
+        notes=card.notes,
+    )
+
+
+def _timms_facts(name: str) -> Facts:
+    import timm
+    from timm.models import model_entrypoint
+    from timm.models._registry import get_arch_pretrained_cfgs
+
+    arch, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:
         raise UserError(f"model {arch!r} has no tag {tag!r}; it has: {', '.join(tags) or 'none'}")
-    card = _card(arch, tag)
     model: Any = timm.create_model(name)
     given = model.pretrained_cfg
     input_size = tuple(given["input_size"])
     stages = list(getattr(model, "feature_info", []))
+    hub = given.get("hf_hub_id")
     return Facts(
         name=name,
-        family=_family(arch),
-        params=_count(model),
+        family=model_entrypoint(arch).__module__.rpartition(".")[2],
+        params=sum(parameter.numel() for parameter in model.parameters()),
         input_size=input_size,
-        top1=card.top1 if card else None,
-        licence=card.licence if card else given.get("license"),
-        macs=round(card.gmacs * 1e9) if card else count_macs(model, input_size),
+        top1=None,
+        licence=given.get("license"),
+        macs=count_macs(model, input_size),
         strides=tuple(stage["reduction"] for stage in stages),
         channels=tuple(stage["num_chs"] for stage in stages),
         num_classes=model.num_classes,
@@ -116,27 +125,24 @@ def facts(name: str) -> Facts:
         std=tuple(given["std"]),
         interpolation=given["interpolation"],
         crop_pct=given["crop_pct"],
-        top5=card.top5 if card else None,
-        source=card.source if card else given.get("origin_url"),
-        paper=_paper(given),
+        top5=None,
+        source=given.get("origin_url"),
+        paper=", ".join(filter(None, [given.get("paper_name"), _papers(given.get("paper_ids") or ())])) or None,
         tags=tuple(t for t in tags if t),
-        weights=_weights(card, given),
-        notes=card.notes if card else None,
+        weights=f"https://huggingface.co/{hub}" if hub else given.get("url") or None,
+        notes=None,
     )
 
 
-def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
+def count_macs(model: "nn.Module", input_size: Sequence[int]) -> int:
     """Multiply-accumulates in the convolutions and matrix products of one image (C, H, W), counted on the CPU."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.eval()(torch.zeros(1, *input_size))
     return counter.get_total_flops() // 2
-
-
-def suggest(word: str, names: Iterable[str], otherwise: str) -> str:
-    """A question that offers the nearest of `names`, or `otherwise` when none is near."""
-    near = difflib.get_close_matches(word.strip("*"), list(names), n=3, cutoff=0.6)
-    return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
 def find_configs(pattern: str = "") -> list[tuple[str, str, str]]:
@@ -147,19 +153,9 @@ def find_configs(pattern: str = "") -> list[tuple[str, str, str]]:
     Raises:
         UserError: nothing matches; the message has the nearest names.
     """
-    from hybridzoo.train.config import list_configs  # imports mmengine, which the list of models does without
-
-    known = list_configs()
-    found = _matching(pattern, known)
-    if not found:
-        near = suggest(pattern, known, "type: hybridzoo list --configs")
-        raise UserError(f"no config matches {pattern!r}; {near}")
+    known = names.list_configs()
+    found = names.matching(pattern, known, "config", "type: hybridzoo list --configs")
     return [(name, known[name].parent.name, _title(known[name])) for name in found]
-
-
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    wanted = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
-    return [name for name in names if fnmatchcase(name, wanted)]
 
 
 def _title(config: Path) -> str:
@@ -167,31 +163,11 @@ def _title(config: Path) -> str:
     return docstring.splitlines()[0] if docstring else ""
 
 
-def _card(arch: str, tag: str = "") -> Card | None:
-    """The card of `arch.tag`; without a tag the card of timm's default tag, which is the first one."""
-    found = {card.tag: card for card in checkpoints.cards(arch) if card.model == arch}
-    return found.get(tag) if tag else next(iter(found.values()), None)
+def _card(arch: str, tag: str = "") -> Card:
+    """The card of `arch.tag`; without a tag that of timm's default tag, which is the first one."""
+    return next(card for card in cards(arch) if card.model == arch and tag in ("", card.tag))
 
 
-def _family(arch: str) -> str:
-    """The file that defines the model: `biformer` for backbones/biformer.py."""
-    return model_entrypoint(arch).__module__.rpartition(".")[2]
-
-
-def _weights(card: Card | None, given: dict[str, Any]) -> str | None:
-    """Where published weights are, with the state of our card's link; a hub's repository or an address for timm's."""
-    if card is not None:
-        return f"{card.url} (link {card.status})" if card.url else None
-    hub = given.get("hf_hub_id")
-    return f"https://huggingface.co/{hub}" if hub else given.get("url") or None
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _paper(given: dict[str, Any]) -> str | None:
-    """Title and address of the paper that a timm config names; `paper_ids` is one "arXiv:2303.08810" or several."""
-    ids = given.get("paper_ids") or ()
-    links = [i.replace("arXiv:", "https://arxiv.org/abs/") for i in ((ids,) if isinstance(ids, str) else ids)]
-    return ", ".join(filter(None, [given.get("paper_name"), *links])) or None
+def _papers(ids: str | Sequence[str]) -> str:
+    """Addresses of papers, given as "arXiv:2303.08810" or as several such."""
+    return ", ".join(i.replace("arXiv:", "https://arxiv.org/abs/") for i in ((ids,) if isinstance(ids, str) else ids))

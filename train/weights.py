@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from hybridzoo.checkpoints import reading
 from hybridzoo.checkpoints.conversion import Parts, split
 from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.names import check_weights
 
 
 @contextlib.contextmanager
@@ -63,19 +63,11 @@ def find_weights(tag_or_file: str | Path, model: str = "") -> Path:
         UserError: neither a file nor a published name, another network's, or a download that failed.
     """
     path, name = Path(tag_or_file), str(tag_or_file)
-    if not name:
-        raise UserError("weights: is empty; name a file, or published weights (hybridzoo checkpoints list)")
-    if path.is_dir():
-        raise UserError(f"weights {name}: is a folder; name the file in it")
+    check_weights(name)
     if path.exists():
         return path
-    published = [card.name for card in checkpoints.cards(task=None) if card.url]
-    if name not in published and name not in {known.partition(".")[0] for known in published}:
-        near = difflib.get_close_matches(name, published, n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "type: hybridzoo checkpoints list"
-        raise UserError(f"weights {name}: no such file, and no published weights are called so; {hint}")
     if model and name.partition(".")[0] != model:
-        own = [known for known in published if known.partition(".")[0] == model]
+        own = [card.name for card in checkpoints.cards(task=None) if card.url and card.model == model]
         hint = f"choose {', '.join(own)}" if own else "none are published of it"
         raise UserError(f"weights {name}: are not of {model}, which the config trains; {hint}")
     from hybridzoo.checkpoints import store

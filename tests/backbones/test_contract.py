@@ -14,6 +14,7 @@ from timm.models import is_model_in_modules, model_entrypoint
 from timm.optim import param_groups_layer_decay
 
 import hybridzoo  # noqa: F401  (registers the models)
+from hybridzoo.checkpoints import cards
 
 MODELS = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("hybridzoo.")]
 
@@ -140,6 +141,16 @@ def test_classifier_can_be_reset_or_removed(shared, name):
         assert model(image()).shape == features.shape
         headless = timm.create_model(name, num_classes=0, global_pool="max", **size(name))
         assert headless.eval()(image()).shape == (2, headless.head_hidden_size)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_card_states_the_maps(name):
+    """`hybridzoo info` prints them without building the network."""
+    card = next(card for card in cards(name) if card.model == name)
+    with torch.device("meta"):
+        info = timm.create_model(name).feature_info
+    assert card.channels == tuple(level["num_chs"] for level in info)
+    assert card.strides == tuple(level["reduction"] for level in info)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -124,7 +124,7 @@ def test_every_published_state_dict_belongs_to_a_card(family: str):
 def test_the_files_of_a_family_hold_nothing_but_cards():
     for file in (resources.files("hybridzoo.checkpoints") / "published").iterdir():
         content = json.loads(file.read_text())
-        assert {"common", "cards"} <= content.keys() <= {"common", "cards", "parity", "dense"}
+        assert {"common", "maps", "cards"} <= content.keys() <= {"common", "maps", "cards", "parity", "dense"}
         assert set(content.get("parity", {})) <= {entry["model"] for entry in content["cards"]}
 
 

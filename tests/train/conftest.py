@@ -8,7 +8,8 @@ import pytest
 from mmengine import Config
 from PIL import Image
 
-from hybridzoo.train.config import find_config, load_config
+from hybridzoo.train.config import load_config
+from hybridzoo.train.names import find_config
 
 CLASSES = ("blue", "green", "red")
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridzoo.train.config import TASKS, find_config, list_configs, load_config
+from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.names import TASKS, find_config, list_configs
 
 
 def test_every_shipped_config_loads_and_says_how_to_run_it() -> None:

@@ -7,7 +7,8 @@ import timm
 import torch
 
 import hybridzoo  # noqa: F401  (registers the models)
-from hybridzoo.train.config import list_configs, load_config
+from hybridzoo.train.config import load_config
+from hybridzoo.train.names import list_configs
 
 OURS = [name for name in list_configs() if name.startswith(("efficientvit_msra_", "partialnet_"))]
 PARTIALNET = {  # drop path, weight decay, mixup, RandAugment's magnitude, largest gradient norm

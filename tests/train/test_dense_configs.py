@@ -11,8 +11,9 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 from mmengine.registry import MODELS, DefaultScope
 
-from hybridzoo.train.config import list_configs, load_config
+from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import prepare
+from hybridzoo.train.names import list_configs
 
 DENSE = {name: path for name, path in list_configs().items() if path.parent.name in ("detection", "segmentation")}
 PUBLISHED = sorted(name for name in DENSE if "_biformer_" in name and not name.endswith("_digits"))

@@ -10,7 +10,8 @@ import timm
 import torch
 
 import hybridzoo  # noqa: F401  (registers the models)
-from hybridzoo.train.config import list_configs, load_config
+from hybridzoo.train.config import load_config
+from hybridzoo.train.names import list_configs
 
 FINE_TUNED = {name for name in list_configs() if "dinat_" in name and "_in22k_ft_in1k" in name}
 OURS = {name for name in list_configs() if "nat_" in name or name.startswith("vitrpb_")} - FINE_TUNED

@@ -1,0 +1,128 @@
+"""The names that a command line may hold, models and configs, and what to say of a misspelt one.
+
+Nothing here imports torch, timm or mmengine, which take seconds: a name is right or wrong at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import hybridzoo.configs
+from hybridzoo.checkpoints import cards
+from hybridzoo.train.errors import UserError
+
+TASKS = ("classification", "detection", "segmentation")
+
+_TIMM_ENTRYPOINT = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
+
+
+def our_models() -> list[str]:
+    """The models that hybridzoo registers with timm, each of which has a card, in natural order."""
+    return sorted({card.model for card in cards()}, key=_natural)
+
+
+@functools.cache
+def timm_models() -> frozenset[str]:
+    """timm's own models, read from its source because importing it takes seconds."""
+    spec = importlib.util.find_spec("timm")
+    folders = spec.submodule_search_locations or () if spec is not None else ()
+    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
+    return frozenset(name for file in files for name in _TIMM_ENTRYPOINT.findall(file.read_text(encoding="utf-8")))
+
+
+def check_model(name: str) -> None:
+    """Say at once that neither hybridzoo nor timm has the model `name` (`MODEL` or `MODEL.TAG`).
+
+    Models that other packages register with timm are not known here.
+
+    Raises:
+        UserError: the message has the nearest names.
+    """
+    arch = name.partition(".")[0]
+    ours = our_models()
+    if arch in ours:
+        tags = [card.tag for card in cards(arch) if card.model == arch and card.tag]
+        tag = name.partition(".")[2]
+        if tag and tag not in tags:
+            raise UserError(f"model {arch!r} has no tag {tag!r}; it has: {', '.join(tags) or 'none'}")
+    elif arch not in timm_models():
+        near = suggest(arch, ours, "") or suggest(arch, timm_models(), "type: hybridzoo list")
+        raise UserError(f"unknown model {name!r}; {near}")
+
+
+def check_weights(name: str) -> None:
+    """Say at once that `name` is neither a file nor published weights (`MODEL.TAG`, or `MODEL` for its default).
+
+    Raises:
+        UserError: the message has the nearest names.
+    """
+    if not name:
+        raise UserError("weights: is empty; name a file, or published weights (hybridzoo checkpoints list)")
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"weights {name}: is a folder; name the file in it")
+    published = [card.name for card in cards(task=None) if card.url]
+    if not path.exists() and name not in published and name not in {known.partition(".")[0] for known in published}:
+        near = suggest(name, published, "type: hybridzoo checkpoints list")
+        raise UserError(f"weights {name}: no such file, and no published weights are called so; {near}")
+
+
+def list_configs() -> dict[str, Path]:
+    """Short name (the file's stem) -> path of every config that comes with the package, by task, then name."""
+    root = Path(hybridzoo.configs.__path__[0])
+    return {path.stem: path for task in TASKS for path in sorted((root / task).glob("*.py")) if path.stem != "__init__"}
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The file of a config given by short name (``biformer_tiny_digits``) or by path.
+
+    Raises:
+        UserError: neither; the message suggests the nearest names.
+    """
+    known = list_configs()
+    text = str(name_or_path)
+    if text.removesuffix(".py") in known:
+        return known[text.removesuffix(".py")]
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list --configs` shows the known ones"
+    raise UserError(f"unknown config {text!r}: {hint}")
+
+
+def matching(pattern: str, names: Iterable[str], what: str, otherwise: str) -> list[str]:
+    """The names that match a shell pattern; a pattern without wildcards matches anywhere in a name.
+
+    Args:
+        pattern: of names.
+        names: to look through.
+        what: the names are of, for the message.
+        otherwise: what to do where no name is near.
+
+    Raises:
+        UserError: nothing matches; the message has the nearest names.
+    """
+    known = list(names)
+    wanted = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
+    found = [name for name in known if fnmatchcase(name, wanted)]
+    if not found:
+        raise UserError(f"no {what} matches {pattern!r}; {suggest(pattern, known, otherwise)}")
+    return found
+
+
+def suggest(word: str, names: Iterable[str], otherwise: str) -> str:
+    """A question that offers the nearest of `names`, or `otherwise` when none is near."""
+    near = difflib.get_close_matches(word.strip("*"), list(names), n=3, cutoff=0.6)
+    return f"did you mean {', '.join(near)}?" if near else otherwise
+
+
+def _natural(name: str) -> list[str | int]:
+    """A sorting key that counts: "m2" before "m10"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
