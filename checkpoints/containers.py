@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import struct
 import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 HEAD = 512  # bytes that tell
 _PAGE = re.compile(rb"\s*<(?:!doctype|!--|html|head|body|\?xml)", re.IGNORECASE)
 _OPEN_PAGE = "it is a web page, not weights: open its address in a browser, which may ask to confirm or log in"
 _CUT = "it is cut short: download or copy it again"
+_CONTENTS = "its table of contents"
+_BLOCK = 1 << 20  # bytes read at a time
+_LONGEST_LIST = 100_000_000  # bytes of a safetensors file's list, as the format's own library has it
+_LARGEST = 1 << 62  # no size of a tensor is larger
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+# A zip archive's record (its name and further fields follow), its last bytes, and flags of a record
+_RECORD, _END = struct.Struct("<4sHHHHHIIIHH"), struct.Struct("<4sHHHHIIH")
+_ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800
 
 
 def is_web_page(head: bytes) -> bool:
@@ -23,11 +39,16 @@ def is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
-def flaw(path: Path) -> str:
+def flaw(path: Path, *, sums: bool = False) -> str:
     """Why a file cannot be a whole file of weights, in one line; empty where nothing speaks against it.
 
-    Zip archives (PyTorch's format since 1.6) and safetensors say how long they are. Older PyTorch's pickles do not:
-    whether they are whole only reading them tells.
+    Zip archives (PyTorch's format since 1.6) and safetensors say what lies where. All of it has to agree, so that no
+    two programs can read different things from the same file. Older PyTorch's pickles say nothing: whether they are
+    whole only reading them tells.
+
+    Args:
+        path: the file.
+        sums: also compare the content of a zip archive with its checksums, which reads the whole file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -37,7 +58,7 @@ def flaw(path: Path) -> str:
     if is_safetensors(head):
         return _flaw_of_safetensors(path, size)
     if head.startswith(b"PK"):
-        return _flaw_of_zip(path, size)
+        return _flaw_of_zip(path, size, sums)
     return "" if head.startswith(b"\x80") else _what_it_is(head)
 
 
@@ -46,31 +67,124 @@ def _flaw_of_safetensors(path: Path, size: int) -> str:
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
             return _CUT
+        if length > _LONGEST_LIST:
+            return f"its list of tensors has {length:,} bytes; at most {_LONGEST_LIST:,} are read"
         text = file.read(length)
+    broken = "it begins like safetensors, but its list of tensors is broken"
     try:
-        tensors = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
-        whole = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return "it begins like safetensors, but its list of tensors is broken"
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+        metadata = entries.pop("__metadata__", {})
+        spans = sorted(_span(entry) for entry in entries.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        return f"{broken} ({error})" if isinstance(error, _ListError) else broken
+    if not isinstance(metadata, dict):
+        return broken
+    begins = [0, *(end for _, end in spans)]
+    for (begin, _), expected in zip(spans, begins, strict=False):
+        if begin != expected:
+            return f"{broken} (tensors {'overlap' if begin < expected else 'leave a gap'} at byte {begin:,})"
+    whole = 8 + length + begins[-1]
     if whole != size:
         return _CUT if size < whole else f"it is {size - whole:,} bytes longer than its list of tensors says"
     return ""
 
 
-def _flaw_of_zip(path: Path, size: int) -> str:
-    if not zipfile.is_zipfile(path):
-        return _CUT
+class _ListError(ValueError):
+    """What is wrong with a list of tensors, in words."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _ListError("a name is there twice")
+    return found
+
+
+def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """First byte of a tensor, and the byte after its last."""
+    begin, end = entry["data_offsets"]
+    numbers = [begin, end, *entry["shape"]]
+    if any(type(number) is not int or not 0 <= number < _LARGEST for number in numbers) or begin > end:
+        raise _ListError("a size or place is no number of bytes")
+    width = _BITS.get(entry["dtype"])
+    if width is not None and math.prod(entry["shape"]) * width != 8 * (end - begin):
+        raise _ListError("a tensor's shape needs another number of bytes than it has")
+    return begin, end
+
+
+def _flaw_of_zip(path: Path, size: int, sums: bool) -> str:
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        return "its table of contents is broken: download or copy it again"
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                return _CUT
+            with zipfile.ZipFile(file) as archive:
+                return _flaw_of_archive(archive, file, size) or (_flaw_of_sums(archive, file) if sums else "")
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error, OverflowError, EOFError):
+        return f"{_CONTENTS} is broken: download or copy it again"
+
+
+def _flaw_of_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> str:
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     # PyTorch stores tensors as they are. What is compressed could fill the memory from a file of a few bytes, and so
     # could entries that lie on top of each other.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         return "it is a compressed zip archive, which PyTorch never writes: unpack it"
     if sum(entry.file_size for entry in entries) > size:
-        return "its table of contents promises more than the file holds"
+        return f"{_CONTENTS} promises more than the file holds"
+    file.seek(size - _END.size)
+    signature, _, _, _, count, _, begins, comment = _END.unpack(file.read(_END.size))
+    whole = signature == b"PK\x05\x06" and not comment
+    if not whole or count not in (len(entries), 0xFFFF) or begins not in (archive.start_dir, 0xFFFFFFFF):
+        return f"{_CONTENTS} is not where the file ends"
+    # PyTorch finds a record whatever the case of its name, below the first record's folder.
+    names = [entry.filename.lower() for entry in entries]
+    if twice := next((name for name, number in Counter(names).items() if number > 1), None):
+        return f"{_CONTENTS} names {twice!r} twice"
+    if len({name.partition("/")[0] for name in names}) > 1:
+        return f"{_CONTENTS} names more than one folder"
+    position = 0
+    for entry in entries:
+        file.seek(entry.header_offset)
+        head = _RECORD.unpack(file.read(_RECORD.size))
+        kind, _, flags, method, _, _, crc, packed, unpacked, name_length, extra_length = head
+        name = entry.orig_filename.encode("utf-8" if flags & _UTF8 else "cp437")
+        told = crc == entry.CRC and _agrees(packed, entry.compress_size) and _agrees(unpacked, entry.file_size)
+        later = bool(flags & _SIZES_FOLLOW) and (crc, packed, unpacked) in ((0, 0, 0), (0, 0xFFFFFFFF, 0xFFFFFFFF))
+        if not (
+            (kind, flags, method) == (b"PK\x03\x04", entry.flag_bits, entry.compress_type)
+            and file.read(name_length) == name
+            and entry.filename == entry.orig_filename
+            and entry.compress_size == entry.file_size
+            and not flags & _ENCRYPTED
+            and (told or later)
+            and (entry.header_offset >= position if position else entry.header_offset == 0)
+        ):
+            return f"{_CONTENTS} and its record {entry.filename!r} disagree"
+        position = entry.header_offset + _RECORD.size + name_length + extra_length + entry.file_size
+    return "" if position <= archive.start_dir else f"{_CONTENTS} lies inside a record"
+
+
+def _agrees(said: int, size: int) -> bool:
+    return said in (size, 0xFFFFFFFF)  # the latter: the size follows in a longer field
+
+
+def _flaw_of_sums(archive: zipfile.ZipFile, file: BinaryIO) -> str:
+    """The first record whose content is not what its checksum says.
+
+    PyTorch can be told to write no checksums (`torch.serialization.set_crc32_options`); all of them are 0 then.
+    """
+    entries = archive.infolist()
+    if not any(entry.CRC for entry in entries):
+        return ""
+    for entry in entries:
+        file.seek(entry.header_offset)
+        *_, name_length, extra_length = _RECORD.unpack(file.read(_RECORD.size))
+        file.seek(name_length + extra_length, os.SEEK_CUR)
+        left, crc = entry.file_size, 0
+        while left > 0 and (block := file.read(min(left, _BLOCK))):
+            left, crc = left - len(block), zlib.crc32(block, crc)
+        if left or crc != entry.CRC:
+            return f"its record {entry.filename!r} is damaged (wrong checksum): download or copy it again"
     return ""
 
 

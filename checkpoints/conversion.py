@@ -17,7 +17,7 @@ from hybridzoo.checkpoints.catalogue import Card, cards
 from hybridzoo.checkpoints.files import hash_of
 from hybridzoo.checkpoints.keymaps import convert
 from hybridzoo.checkpoints.keymaps.inverse import publish
-from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, strip_prefixes, unwrap
+from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, strip_prefixes, unwrap, wrong_numbers
 from hybridzoo.checkpoints.writing import place_for, write
 
 Layout = Literal["hybridzoo", "published", "timm"]
@@ -139,14 +139,15 @@ def _wanted(content: Mapping[str, Any], source: Path, ema: bool) -> tuple[str, b
     """The key of the weights asked for, empty where the card or a search says it; and whether they are an average."""
     if "ema_state_dict" in content:  # mmengine and we swap the two, unless the run measured its raw weights
         meta = content.get("meta")
-        raw = re.search(r"""evaluate['"]?\s*[=:]\s*['"]raw['"]""", str(meta.get("cfg", "") if meta else ""))
+        text = meta.get("cfg") if isinstance(meta, dict) else None
+        raw = re.search(r"""evaluate['"]?\s*[=:]\s*['"]raw['"]""", text if isinstance(text, str) else "")
         return ("state_dict" if ema != bool(raw) else "ema_state_dict"), ema
     if not ema:
         return "", False
     for key in _AVERAGES:
         if isinstance(content.get(key), dict):
             return key, True
-    raise CheckpointError(f"checkpoint {source}: holds no moving average (its keys: {', '.join(map(str, content))})")
+    raise CheckpointError(f"checkpoint {source}: holds no moving average (its keys: {_listed(map(str, content))})")
 
 
 def check(parts: Parts, model: str, source: Path) -> None:
@@ -168,13 +169,9 @@ def check(parts: Parts, model: str, source: Path) -> None:
     unexpected = [key for key in parts.network if key not in own]
     both = [(key, parts.network[key], own[key]) for key in own if key in parts.network]
     shapes = [f"{key} {tuple(v.shape)}, not {tuple(o.shape)}" for key, v, o in both if v.shape != o.shape]
-    mixed = [key for key, v, o in both if v.is_floating_point() != o.is_floating_point() or v.is_complex()]
     # Only what has the network's size is looked through: a file may claim any.
-    same = [(key, v, o) for key, v, o in both if v.shape == o.shape and key not in mixed]
-    endless = [key for key, v, o in same if not torch.isfinite(v.to(o.dtype)).all()]
-    kinds = [f"{key} {str(parts.network[key].dtype).removeprefix('torch.')}" for key in mixed]
-    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    found += [("of another kind of numbers", kinds), ("not finite", endless)]
+    same = {key: v for key, v, o in both if v.shape == o.shape}
+    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes), *wrong_numbers(same, own)]
     if wrong := [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in found if keys]:
         others = [o.name for o in cards(card.model) if o.model == card.model and o.model_args != card.model_args]
         hint = f" (other tags: {', '.join(others)})" if others and shapes and not missing else ""

@@ -35,7 +35,7 @@ def read_note(path: Path) -> dict[str, Any]:
     """A small JSON object, empty where there is none or it cannot be read."""
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 

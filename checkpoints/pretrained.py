@@ -15,7 +15,7 @@ from hybridzoo.checkpoints import store
 from hybridzoo.checkpoints.catalogue import Card, cards
 from hybridzoo.checkpoints.conversion import split
 from hybridzoo.checkpoints.keymaps import sizes
-from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, unwrap
+from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, unwrap, wrong_numbers
 
 _LOG = logging.getLogger(__name__)
 _told: set[str] = set()  # cards whose licence was mentioned
@@ -78,10 +78,12 @@ class Weights:
             for key in differing
             if key not in resized and not (features_only and key.startswith(forgiven))
         ]
-        lists = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
+        used = {key: found[key] for key in found if key in own and (key not in differing or key in resized)}
+        lists = [(missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape")]
+        lists += [(keys, what) for what, keys in wrong_numbers(used, own)]
         if wrong := "; ".join(f"{len(keys)} {what}, first {keys[0]}" for keys, what in lists if keys):
             raise CheckpointError(f"checkpoint {self.path}: does not fit {self.cfg['architecture']}; {wrong}")
-        return {key: found[key] for key in found if key in own and (key not in differing or key in resized)}
+        return used
 
     def _forgiven(self, found: dict[str, Tensor], network: Any, features_only: bool) -> tuple[str, ...]:
         """First words of the names that may be on one side only."""

@@ -116,7 +116,13 @@ def load_matching(
         missing, unexpected, reshaped = (
             [name for name in names if not _in_head(model, name)] for names in (missing, unexpected, reshaped)
         )
-    if missing or unexpected or reshaped:
+    fitting = {
+        name: value
+        for name, value in state.items()
+        if name in own and (value.shape == own[name].shape or name in resized)
+    }
+    wrong = reading.wrong_numbers(fitting, own)
+    if missing or unexpected or reshaped or wrong:
         parts = []
         if missing:
             parts.append(f"{len(missing)} missing, first {missing[0]!r}")
@@ -126,13 +132,9 @@ def load_matching(
             first = reshaped[0]
             shapes = f"{tuple(state[first].shape)}, the model has {tuple(own[first].shape)}"
             parts.append(f"{len(reshaped)} of another shape, first {first!r}: {shapes}")
+        parts += [f"{len(names)} {what}, first {names[0]!r}" for what, names in wrong]
         which = f"weights {source}:" if source else "the weights"
         raise UserError(f"{which} do not fit {_name(model)}: {'; '.join(parts)}")
-    fitting = {
-        name: value
-        for name, value in state.items()
-        if name in own and (value.shape == own[name].shape or name in resized)
-    }
     report = f"{len(fitting)} of {len(own)} tensors"
     if resized:
         first = resized[0]
