@@ -96,8 +96,9 @@ def routed_attention2d(
             end with the map.
         scale: factor on the scores, default `head_dim ** -0.5`. (BiFormer's weights want `(heads * head_dim) ** -0.5`.)
         impl: `"triton"` (CUDA; elsewhere only under `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`, which
-            takes Triton on CUDA where it supports the call, else torch. An explicit choice never falls back: where
-            Triton cannot run, in `torch.export` for one, it raises.
+            takes Triton on CUDA where it supports the call, unless dense attention with the routes as a bias is faster
+            (`Grid.crowded`), else torch. An explicit choice never falls back: where Triton cannot run, in
+            `torch.export` for one, it raises.
 
     Returns:
         `(batch, height, width, heads, head_dim)`, contiguous, in the dtype of `query`.
@@ -128,13 +129,25 @@ def routed_attention2d(
     if routes.dtype != torch.int64 or routes.device != query.device:
         raise ValueError(f"routes must be int64 region numbers, on {query.device}; got {routes.dtype}, {routes.device}")
     scale = arguments.factor("scale", scale, query.shape[4] ** -0.5)
-    impl = arguments.implementation(impl, query)
+    impl = _implementation(impl, query, routes, grid)
     if fill is not None and not any(grid.beyond(query)):
         fill = None  # nothing carries it
     if arguments.exporting():
         with full_precision(query):
             return torch_impl.forward(query, key, value, routes, fill, grid, scale)
     return operators.attend(query, key, value, routes, fill, list(grid), scale, impl)[0]
+
+
+def _implementation(impl: str, query: Tensor, routes: Tensor, grid: Grid) -> str:
+    """`"triton"` or `"torch"`. On a crowded map, listing regions one by one is not better than attending to all."""
+    chosen = arguments.implementation(impl, query)
+    if impl == "auto" and chosen == "triton" and torch_impl.prefers_dense(query, routes):
+        from hybridzoo.kernels.routed import triton_impl  # only when used: Triton is slow to import
+
+        topk = routes.shape[2]
+        if grid.crowded(topk) and not triton_impl.small(query, grid, topk):
+            return "torch"
+    return chosen
 
 
 def _region_grid(

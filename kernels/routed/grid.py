@@ -26,6 +26,13 @@ class Grid(NamedTuple):
         """Of a region, those beyond the map included."""
         return self.height * self.width
 
+    def crowded(self, topk: int) -> bool:
+        """Whether attending to `topk` regions makes as many products on a GPU as attending to all of the map.
+
+        A product there takes 16 queries at least, and one of the routes those of one region.
+        """
+        return topk * math.ceil(self.tokens / 16) * 16 > self.regions * self.tokens
+
     def beyond(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of tokens that the regions reach beyond the map `x`, at the bottom and on the right."""
         return self.rows * self.height - x.shape[1], self.columns * self.width - x.shape[2]

@@ -28,6 +28,7 @@ from hybridzoo.kernels.routed.grid import Grid
 DENSE_MAX_TOKENS = 1024  # the bias of the dense grouping is quadratic in tokens
 DENSE_MIN_SHARE = 0.25  # of all regions routed; below it the wasted arithmetic outweighs the gathering
 CHUNK_SCORES = 1 << 24  # scores held at once in the backward pass, per temporary
+BIAS_ALIGNMENT = 16  # elements
 CHUNK_DENSE = 1 << 18  # the same for the dense grouping on a CPU, per thread: what its cache holds
 
 
@@ -86,7 +87,7 @@ def dense_forward(
     """`forward` with the whole image as the group."""
     key, value = _filled(key, value, fill, grid)
     q, k, v = (_heads_first(t) for t in (query, key, value))
-    bias = _routing_bias(routes, query, key, grid).to(query.dtype)
+    bias = _routing_bias(routes, query, key, grid, query.dtype)
     out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     return out.transpose(1, 2).reshape(query.shape)
 
@@ -104,7 +105,7 @@ def dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`backward` with the whole image as the group."""
     key, value = _filled(key, value, fill, grid)
-    bias = _routing_bias(routes, query, key, grid)
+    bias = _routing_bias(routes, query, key, grid, torch.promote_types(query.dtype, torch.float32))
     maps = [torch.empty(t.shape, dtype=bias.dtype, device=t.device) for t in (query, key, value)]
     into = [_heads_first(t) for t in maps]
     tensors = [_heads_first(t) for t in (query, key, value, grad)]
@@ -252,13 +253,16 @@ def _flat_index(routes: Tensor) -> Tensor:
     return (routes + torch.arange(batch, device=routes.device).view(batch, 1, 1) * count).flatten(0, 1)
 
 
-def _routing_bias(routes: Tensor, query: Tensor, key: Tensor, grid: Grid) -> Tensor:
-    """`(B, 1, queries, keys)`: log of how many times the query's region lists the key's region, float32 or wider."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
+def _routing_bias(routes: Tensor, query: Tensor, key: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """`(B, 1, queries, keys)`: log of how many times the query's region lists the key's region."""
     listed = (routes.unsqueeze(-1) == torch.arange(grid.regions, device=routes.device)).sum(2)  # (B, regions, regions)
     of_query, of_key = (_region_of(x, grid) for x in (query, key))
+    keys = len(of_key)
+    if query.is_cuda:  # rows of memory that the fast kernels of PyTorch take as they are; others they would copy
+        of_key = F.pad(of_key, (0, -keys % BIAS_ALIGNMENT))
     # Keys first: the larger copy then goes by whole rows.
-    return listed.to(dtype).log().index_select(2, of_key).index_select(1, of_query).unsqueeze(1)
+    bias = listed.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
+    return bias.index_select(2, of_key).index_select(1, of_query).unsqueeze(1)[..., :keys]
 
 
 def _region_of(x: Tensor, grid: Grid) -> Tensor:

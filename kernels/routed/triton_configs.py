@@ -7,8 +7,7 @@ import torch
 from hybridzoo.kernels import tuning
 from hybridzoo.kernels.tuning import Config, Key, Table
 
-KERNELS = ("forward", "backward_query", "backward_key")
-KINDS = (*KERNELS, *(f"{kernel}_dense" for kernel in KERNELS))
+KINDS = ("forward", "backward_query", "backward_key", "forward_small", "backward_small")
 
 # The largest blocks; smaller regions take smaller ones, and fewer warps with them (see `triton_impl`).
 # NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
@@ -34,26 +33,10 @@ TABLE: Table = {
     ("backward_key", 32, 4): Config(32, 32, 4, 1),
     ("backward_key", 64, 4): Config(16, 32, 4, 1),
     ("backward_key", 128, 4): Config(16, 16, 8, 1),
-    ("forward_dense", 32, 2): Config(32, 32, 4, 1),
-    ("forward_dense", 64, 2): Config(32, 32, 4, 1),
-    ("forward_dense", 128, 2): Config(32, 32, 4, 1),
-    ("backward_query_dense", 32, 2): Config(32, 32, 4, 1),
-    ("backward_query_dense", 64, 2): Config(32, 32, 8, 1),
-    ("backward_query_dense", 128, 2): Config(16, 32, 4, 1),
-    ("backward_key_dense", 16, 2): Config(32, 32, 4, 1, 255),
-    ("backward_key_dense", 32, 2): Config(32, 32, 4, 1),
-    ("backward_key_dense", 64, 2): Config(32, 32, 4, 1),
-    ("backward_key_dense", 128, 2): Config(32, 32, 8, 1),
-    ("forward_dense", 16, 4): Config(32, 32, 4, 1, 255),
-    ("forward_dense", 32, 4): Config(32, 32, 4, 1),
-    ("forward_dense", 64, 4): Config(32, 32, 4, 1, 255),
-    ("forward_dense", 128, 4): Config(16, 16, 8, 1),
-    ("backward_query_dense", 32, 4): Config(32, 16, 4, 1),
-    ("backward_query_dense", 64, 4): Config(32, 16, 4, 1),
-    ("backward_query_dense", 128, 4): Config(16, 16, 8, 1),
-    ("backward_key_dense", 32, 4): Config(16, 32, 4, 1, 128),
-    ("backward_key_dense", 64, 4): Config(16, 32, 4, 1),
-    ("backward_key_dense", 128, 4): Config(16, 32, 8, 1),
+    ("forward_small", 32, 2): Config(64, 64, 4, 2),
+    ("forward_small", 64, 2): Config(64, 32, 4, 2),
+    ("backward_small", 32, 2): Config(256, 32, 8, 1),
+    ("backward_small", 64, 2): Config(256, 16, 8, 1),
 }
 
 
@@ -63,5 +46,21 @@ def pick(kind: str, block_d: int, itemsize: int, shape: str = "", device: torch.
 
 
 def candidates(key: Key, default: Config) -> list[Config]:
-    """What a tuning run tries for `key` beside `default`."""
-    return tuning.candidates(default)
+    """What a tuning run tries for `key` beside `default`. In `backward_small`, queries are those of the whole map."""
+    if key.kernel == "forward_small":
+        blocks = [
+            (64, 64, 4),
+            (64, 32, 4),
+            (32, 32, 2),
+            (32, 64, 2),
+            (32, 64, 4),
+            (128, 64, 8),
+            (128, 32, 8),
+            (64, 64, 8),
+        ]
+        found = [Config(*block, stages) for stages in (2, 3, 1) for block in blocks]
+    elif key.kernel == "backward_small":
+        found = [Config(256, keys, warps, stages) for keys in (64, 32, 16) for warps in (8, 16, 4) for stages in (1, 2)]
+    else:
+        found = tuning.candidates(default)
+    return [config for config in found if config != default]

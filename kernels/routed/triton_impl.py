@@ -1,8 +1,7 @@
 """Routed attention on the GPU: which kernels run, on which tiles, with which configuration.
 
-Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. Tiny regions leave most
-rows of the smallest block of queries empty. Where the routes then make as many products as attending to the whole map
-would, that is what the kernels do (the dense form, see `triton_regions`): every key is read once instead of many times.
+Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. What the two forms are,
+and what they cost, is said in `triton_kernels`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridzoo.kernels.routed import triton_backward, triton_configs, triton_forward, triton_regions
+from hybridzoo.kernels.routed import triton_configs, triton_kernels
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.kernels.triton_common import Config, Launch, launch, same_strides, sizes
 
 SMALLEST_BLOCK = 16  # what a product on tensor cores takes
-DENSE_MAX_TOKENS = 1024
+USUAL_SIDES = {1, 2, 4, 8, 16}  # of regions, in tokens
+INVERSION_BLOCK = 256  # routes looked at at once
+SMALL_MAX_TOKENS, SMALL_MAX_WIDTH, SMALL_ITEMSIZES = 256, 64, (2,)  # what fits into registers
 
 
 def forward(
@@ -76,9 +77,10 @@ def forward_launches(
     scale: float,
 ) -> list[Launch]:
     """The kernels of the forward pass in order."""
-    launches, common = _common(query, key, value, routes, fill, grid, scale)
-    common |= dict(out=out, lse=lse)
-    return [*launches, _tiled("forward", triton_forward.forward, common, query, grid)]
+    common = _common(query, key, value, routes, fill, grid, scale) | dict(out=out, lse=lse)
+    if small(query, grid, routes.shape[2]):
+        return [_small("forward_small", triton_kernels.forward_small, common, query, grid)]
+    return [_tiled("forward", triton_kernels.forward, common, query, grid)]
 
 
 def backward_launches(
@@ -97,75 +99,87 @@ def backward_launches(
     scale: float,
 ) -> tuple[list[Launch], Tensor | None]:
     """The kernels of the backward pass in order, and the parts, `(n, heads, 2, head_dim)`, of the fill's gradient."""
-    launches, common = _common(query, key, value, routes, fill, grid, scale)
-    common |= dict(grad=grad, out=out, lse=lse, delta=torch.empty_like(lse), dquery=dquery, dkey=dkey, dvalue=dvalue)
-    by_query = _tiled("backward_query", triton_backward.backward_query, common | dict(partial=lse), query, grid)
+    common = _common(query, key, value, routes, fill, grid, scale)
+    common |= dict(grad=grad, out=out, lse=lse, dquery=dquery, dkey=dkey, dvalue=dvalue, partial=lse)
+    if small(query, grid, routes.shape[2]):
+        first = _small("backward_small", triton_kernels.backward_small, common, query, grid)
+        launches = [first]
+    else:
+        inversion, listing, starts = inversion_launch(common["routes"])
+        common |= dict(delta=torch.empty_like(lse), listing=listing, starts=starts)
+        first = _tiled("backward_query", triton_kernels.backward_query, common, query, grid)
+        launches = [inversion, first, _tiled("backward_key", triton_kernels.backward_key, common, query, grid)]
     partial = None
     if fill is not None:
         heads, head_dim = query.shape[3:]
-        partial = lse.new_empty(by_query.programs // heads, heads, 2, head_dim)
-        by_query.arguments.update(partial=partial)
-    listing, starts = (routes, routes) if common["DENSE"] else invert(routes)
-    common |= dict(listing=listing, starts=starts)
-    return [*launches, by_query, _tiled("backward_key", triton_backward.backward_key, common, query, grid)], partial
+        partial = lse.new_empty(first.programs // heads, heads, 2, head_dim)
+        first.arguments.update(partial=partial)
+    return launches, partial
 
 
-def invert(routes: Tensor) -> tuple[Tensor, Tensor]:
-    """For every region, the regions that list it, once for each time, as an index in compressed rows, per image.
+def inversion_launch(routes: Tensor) -> tuple[Launch, Tensor, Tensor]:
+    """What makes, for every region, a list of the regions that list it, an index in compressed rows per image.
 
     `listing` `(batch, regions * topk)` and `starts` `(batch, regions + 1)`, both int32: region `r` is listed by
-    `listing[b, starts[b, r] : starts[b, r + 1]]`, in ascending order. Nothing waits for the GPU.
+    `listing[b, starts[b, r] : starts[b, r + 1]]`, in ascending order, once for each time.
     """
     batch, regions, topk = routes.shape
-    listed, order = torch.sort(routes.reshape(batch, -1), stable=True)
-    numbers = torch.arange(regions + 1, device=routes.device).expand(batch, -1).contiguous()
-    return (order // topk).int(), torch.searchsorted(listed, numbers, out_int32=True)
+    listing = torch.empty(batch, regions * topk, dtype=torch.int32, device=routes.device)
+    starts = torch.empty(batch, regions + 1, dtype=torch.int32, device=routes.device)
+    arguments = dict(routes=routes, listing=listing, starts=starts, regions=regions, topk=topk)
+    arguments |= dict(BLOCK=min(INVERSION_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(regions * topk))))
+    return launch(triton_kernels.invert_routes, batch * regions, arguments, Config(0, 0, 1, 1)), listing, starts
+
+
+def small(query: Tensor, grid: Grid, topk: int) -> bool:
+    """Whether the small form runs, which holds a bit for every region, and all queries of a head at once."""
+    narrow = triton.next_power_of_2(query.shape[4]) <= SMALL_MAX_WIDTH and query.element_size() in SMALL_ITEMSIZES
+    fits = grid.regions <= 64 and grid.regions * grid.tokens <= SMALL_MAX_TOKENS
+    return narrow and fits and grid.crowded(topk)
 
 
 def _common(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
-) -> tuple[list[Launch], dict[str, Any]]:
-    """Arguments of all kernels, and the launch that must come before any of them, where there is one."""
-    routes = routes.contiguous()
+) -> dict[str, Any]:
+    """Arguments of all kernels."""
     tensors = same_strides(query, key, value)
-    topk, dense = routes.shape[2], _dense(grid, routes.shape[2])
-    counts = beyond = query  # pointers that nobody reads
-    launches = []
-    if dense:
-        counts = torch.empty(query.shape[0], grid.regions, grid.regions, dtype=torch.float32, device=query.device)
-        arguments = dict(routes=routes, counts=counts, regions=grid.regions, topk=topk)
-        arguments |= dict(BLOCK=triton.next_power_of_2(grid.regions))
-        kernel, config = triton_regions.count_routes, Config(0, 0, 1, 1)
-        launches.append(launch(kernel, query.shape[0] * grid.regions, arguments, config))
-    if fill is not None:
-        beyond = (grid.tokens - grid.tokens_on(query)).float()[routes].sum(2)
-    arguments = tensors | dict(sizes(tensors["query"]), routes=routes, counts=counts, scale=scale, topk=topk)
-    arguments |= dict(fill=query if fill is None else fill.contiguous(), beyond=beyond, FILL=fill is not None)
-    arguments |= dict(
-        regions=grid.regions, columns=grid.columns, region_h=grid.height, region_w=grid.width, DENSE=dense
-    )
-    return launches, arguments
-
-
-def _dense(grid: Grid, topk: int) -> bool:
-    """Whether the routes, with the rows that their blocks leave empty, cost as many products as the whole map."""
-    rows = math.ceil(grid.tokens / SMALLEST_BLOCK) * SMALLEST_BLOCK
-    tokens = grid.regions * grid.tokens
-    return tokens <= DENSE_MAX_TOKENS and topk * rows > tokens
+    arguments = tensors | dict(sizes(tensors["query"]), routes=routes.contiguous(), scale=scale, topk=routes.shape[2])
+    return arguments | dict(fill=query if fill is None else fill.contiguous(), FILL=fill is not None)
 
 
 def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, grid: Grid) -> Launch:
     batch, _, _, heads, _ = query.shape
     own = "keys" if kind == "backward_key" else "queries"
-    table_kind = f"{kind}_dense" if arguments["DENSE"] else kind
     shape = f"{grid.regions} regions of {grid.tokens}, top {arguments['topk']}"
-    config = triton_configs.pick(table_kind, arguments["BLOCK_D"], query.element_size(), shape, query.device)
-    groups, members = (1, grid.regions * grid.tokens) if arguments["DENSE"] else (grid.regions, grid.tokens)
-    listed = members if arguments["DENSE"] else arguments["topk"] * members
-    config = _fitted(config, members, listed, own)
-    tiles = math.ceil(members / getattr(config, own))
-    arguments = arguments | dict(groups=groups, tiles=tiles, QUERIES=config.queries, KEYS=config.keys)
-    return launch(kernel, heads * tiles * groups * batch, arguments, config)
+    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), shape, query.device)
+    config = _fitted(config, grid.tokens, arguments["topk"] * grid.tokens, own)
+    tiles = math.ceil(grid.tokens / getattr(config, own))
+    # Where a region's sides are powers of two, as in networks at their usual sizes, they are constants of the kernel.
+    usual = {grid.height, grid.width} <= USUAL_SIDES
+    arguments = arguments | dict(
+        regions=grid.regions, columns=grid.columns, region_h=grid.height, region_w=grid.width, tiles=tiles,
+        REGION_H=grid.height if usual else 0, REGION_W=grid.width if usual else 0, EXACT=not any(grid.beyond(query)),
+        QUERIES=config.queries, KEYS=config.keys,
+    )  # fmt: skip
+    return launch(kernel, heads * tiles * grid.regions * batch, arguments, config)
+
+
+def _small(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, grid: Grid) -> Launch:
+    batch, _, _, heads, _ = query.shape
+    shape = f"{grid.regions} regions of {grid.tokens}, top {arguments['topk']}"
+    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), shape, query.device)
+    tokens = grid.regions * grid.tokens
+    all_tokens = max(SMALLEST_BLOCK, triton.next_power_of_2(tokens))
+    queries = all_tokens if kind == "backward_small" else min(config.queries, all_tokens)
+    tiles = math.ceil(tokens / queries)
+    keys = min(config.keys, all_tokens)
+    while keys > 32 and (grid.tokens - 1 + keys - 1) // grid.tokens > 31:  # a block may reach into 32 regions
+        keys //= 2
+    arguments = arguments | dict(
+        REGIONS=grid.regions, COLUMNS=grid.columns, REGION_H=grid.height, REGION_W=grid.width, tiles=tiles,
+        QUERIES=queries, KEYS=keys, EXACT=not any(grid.beyond(query)),
+    )  # fmt: skip
+    return launch(kernel, heads * tiles * batch, arguments, config)
 
 
 def _fitted(config: Config, members: int, listed: int, own: str) -> Config:

@@ -465,3 +465,16 @@ def test_autocast_leaves_the_inputs_precision_alone(grouping):
         out = routed_attention2d(*qkv, routes, 2)
     assert out.dtype == torch.float32
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_the_bias_of_a_gpu_has_rows_that_its_kernels_take_as_they_are(side, monkeypatch):
+    """Rows of memory are multiples of 16 elements, and the values those of a CPU."""
+    torch.manual_seed(0)
+    q, k, _ = maps(2, side, side, 1, 4)
+    routes, grid = torch.randint(0, 9, (2, 9, 4)), Grid.of(q, 3, 3)
+    plain = torch_impl._routing_bias(routes, q, k, grid, torch.float16)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    aligned = torch_impl._routing_bias(routes, q, k, grid, torch.float16)
+    assert torch.equal(aligned, plain)
+    assert aligned.stride(2) % 16 == 0

@@ -25,22 +25,32 @@ from triton_tests import (
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from hybridzoo.kernels import routed_attention2d, triton_common
-from hybridzoo.kernels.routed import operators, reference, triton_configs, triton_impl
+from hybridzoo.kernels.routed import api, operators, reference, triton_configs, triton_impl
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.kernels.triton_common import Config
 
-CASES = {  # batch, map, heads, head_dim, grid, topk, fill, dense form
+CASES = {  # batch, map, heads, head_dim, grid, topk, fill, small form
     "one token a region": (2, (4, 5), 2, 16, Grid(4, 5, 1, 1), 3, False, True),
-    "four tokens a region, dense": (2, (6, 6), 2, 32, Grid(3, 3, 2, 2), 4, False, True),
+    "four tokens a region, small": (2, (6, 6), 2, 32, Grid(3, 3, 2, 2), 4, False, True),
     "four tokens a region, listed": (1, (8, 8), 1, 16, Grid(4, 4, 2, 2), 2, False, False),
     "partial regions, duplicates": (1, (5, 7), 1, 24, Grid(3, 4, 2, 2), 14, False, True),
     "partial regions, head_dim no power of two": (1, (7, 11), 2, 40, Grid(2, 3, 4, 4), 2, False, False),
     "a region in two tiles": (1, (9, 17), 1, 16, Grid(1, 2, 9, 9), 1, False, False),
+    "a region of whole blocks": (1, (16, 8), 1, 16, Grid(2, 1, 8, 8), 1, False, False),
     "one region": (2, (3, 4), 1, 64, Grid(1, 1, 3, 4), 2, False, True),
     "filled, listed": (2, (7, 5), 1, 16, Grid(2, 2, 5, 3), 2, True, False),
-    "filled, dense, whole regions beyond": (1, (5, 3), 1, 16, Grid(3, 3, 2, 2), 3, True, True),
+    "filled, small, whole regions beyond": (1, (5, 3), 1, 16, Grid(3, 3, 2, 2), 3, True, True),
     "widest head": (1, (4, 5), 1, 128, Grid(1, 2, 4, 3), 1, False, False),
 }
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def _small_form_in_float32(monkeypatch):
+    """The interpreter has no registers to run out of, and is more exact in float32."""
+    monkeypatch.setattr(triton_impl, "SMALL_ITEMSIZES", (2, 4))
+    for kind, queries in (("forward_small", 32), ("backward_small", 0)):
+        for block_d in (32, 64):
+            monkeypatch.setitem(triton_configs.TABLE, (kind, block_d, 4), Config(queries, 16, 1, 1))
 
 
 def leaves(batch, size, heads, head_dim, fill, dtype):
@@ -70,14 +80,15 @@ def assert_as_good_as_the_definition(tensors, routes, grid, scale=0.3):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_values_and_gradients(case, dtype):
-    batch, size, heads, head_dim, grid, topk, fill, dense = CASES[case]
+    batch, size, heads, head_dim, grid, topk, fill, is_small = CASES[case]
     torch.manual_seed(0)
     tensors = leaves(batch, size, heads, head_dim, fill, dtype)
     if reason := triton_common.unsupported(tensors[0]):
         pytest.skip(reason)
     if INTERPRETED and dtype == torch.float16 and "filled" not in case:
         pytest.skip("slow to interpret; float32 covers the shape")
-    assert triton_impl._dense(grid, topk) == dense
+    if INTERPRETED or dtype != torch.float32:
+        assert triton_impl.small(tensors[0], grid, topk) == is_small
     assert_as_good_as_the_definition(tensors, random_routes(batch, grid, topk), grid)
 
 
@@ -132,7 +143,7 @@ def test_published_values_and_gradients(name):
 
 
 @computes
-@pytest.mark.parametrize("topk", [1, 5], ids=["listed", "dense"])
+@pytest.mark.parametrize("topk", [1, 5], ids=["listed", "small"])
 @pytest.mark.parametrize("filled", [False, True])
 def test_nothing_but_the_tensors_is_read_or_left_unwritten(topk, filled):
     """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
@@ -142,7 +153,8 @@ def test_nothing_but_the_tensors_is_read_or_left_unwritten(topk, filled):
     packed.copy_(torch.randn(packed.shape))
     inside = packed.detach().requires_grad_()
     grid = Grid(3, 4, 2, 2)
-    assert triton_impl._dense(grid, topk) == (topk == 5)
+    if INTERPRETED:
+        assert triton_impl.small(inside[..., 0, :, :], grid, topk) == (topk == 5)
     fill = torch.randn(2, 2, 24, device=DEVICE, requires_grad=True) if filled else None
     routes = random_routes(2, grid, topk)
     inputs = [t for t in (inside, fill) if t is not None]
@@ -197,7 +209,7 @@ def test_routes_out_of_range_read_nothing_outside_the_tensors(number):
     for t in inside:
         t.copy_(torch.randn(t.shape))
     routes = torch.full((1, 9, 1), number, device=DEVICE)
-    assert not triton_impl._dense(grid, 1)
+    assert not triton_impl.small(inside[0], grid, 1)
     out, lse = triton_impl.forward(*inside, routes, None, grid, 0.3)
     assert out.isfinite().all()
     query_grad, *_ = triton_impl.backward(torch.ones_like(out), *inside, routes, None, out, lse, grid, 0.3, False)
@@ -230,9 +242,13 @@ def test_a_region_that_nobody_lists_has_no_gradient_and_one_listed_twice_twice_t
         assert grad[:, :, 8:12].any()
 
 
-def test_inverted_routes():
-    routes = torch.tensor([[[2, 0], [2, 2], [0, 1]], [[1, 1], [1, 1], [1, 0]]])
-    listing, starts = triton_impl.invert(routes)
+@computes
+@pytest.mark.parametrize("block", [2, 256])
+def test_inverted_routes(monkeypatch, block):
+    routes = torch.tensor([[[2, 0], [2, 2], [0, 1]], [[1, 1], [1, 1], [1, 0]]], device=DEVICE)
+    monkeypatch.setattr(triton_impl, "INVERSION_BLOCK", block)
+    inversion, listing, starts = triton_impl.inversion_launch(routes)
+    inversion.run()
     assert starts.tolist() == [[0, 2, 3, 6], [0, 1, 6, 6]]
     assert listing.tolist() == [[0, 2, 2, 0, 1, 1], [2, 0, 0, 1, 1, 2]]
 
@@ -265,6 +281,29 @@ def test_what_the_kernels_cannot_take_is_said(change, reason):
     assert triton_common.unsupported(torch.empty(1, 9, 9, 2, 32, device="meta")) is None
 
 
+@pytest.mark.parametrize(
+    ("side", "heads", "head_dim", "regions", "topk", "dtype", "expected"),
+    [
+        (56, 2, 32, 7, 1, torch.bfloat16, "triton"),
+        (28, 4, 32, 7, 4, torch.bfloat16, "triton"),
+        (14, 8, 32, 7, 16, torch.bfloat16, "triton"),  # the small form
+        (14, 8, 32, 7, 16, torch.float32, "torch"),
+        (14, 2, 128, 7, 16, torch.bfloat16, "torch"),
+        (14, 8, 32, 7, 4, torch.float32, "triton"),  # the whole map makes more products
+        (28, 8, 32, 14, 60, torch.bfloat16, "torch"),  # more regions than a number has bits
+    ],
+)
+def test_what_auto_takes_on_a_gpu(monkeypatch, side, heads, head_dim, regions, topk, dtype, expected):
+    monkeypatch.undo()  # what the interpreter is given
+    monkeypatch.setattr(api.arguments, "implementation", lambda impl, query: "torch" if impl == "torch" else "triton")
+    query = torch.empty(1, side, side, heads, head_dim, dtype=dtype, device="meta")
+    routes = torch.empty(1, regions**2, topk, dtype=torch.int64, device="meta")
+    grid = Grid.of(query, regions, regions)
+    assert api._implementation("auto", query, routes, grid) == expected
+    assert api._implementation("triton", query, routes, grid) == "triton"
+    assert api._implementation("torch", query, routes, grid) == "torch"
+
+
 @not_interpreted
 def test_under_the_interpreter():
     run_interpreted(__file__, at_least=len(CASES) + 2 + 15)
@@ -292,7 +331,9 @@ STAGES = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # of BiFormer-T and -S: stride, he
 def test_what_biformer_runs_compiles(capability):
     """Half precision at 224 pixels; the second stage's kernels are the first one's with smaller blocks."""
     per_stage = [launches((224 // s,) * 2, heads, 32, (7, 7), topk, torch.bfloat16) for s, heads, topk in STAGES]
-    assert [sum("count" in launch.kernel.__name__ for launch in stage) for stage in per_stage] == [0, 0, 2]
+    listed = ["forward", "invert_routes", "backward_query", "backward_key"]
+    small = ["forward_small", "backward_small"]
+    assert [[launch.kernel.__name__ for launch in stage] for stage in per_stage] == [listed, listed, small]
     triton_builds.assert_builds(capability, [*per_stage[0], *per_stage[2]])
 
 
@@ -325,6 +366,7 @@ def test_the_limits_compile(capability, dtype, head_dim):
     for side in (223, 224) if (dtype, head_dim) in ((torch.bfloat16, 96), (torch.float32, 128)) else (223,):
         for stride, heads, topk in (STAGES[0], STAGES[2]):
             wanted += launches((side // stride,) * 2, heads, head_dim, (7, 7), topk, dtype)
-    forms = {(launch.kernel.__name__, launch.arguments.get("DENSE")) for launch in wanted}
-    assert forms >= {(kernel, dense) for kernel in triton_configs.KERNELS for dense in (True, False)}
+    assert {launch.kernel.__name__ for launch in wanted} >= {
+        kind for kind in triton_configs.KINDS if "small" not in kind
+    }
     triton_builds.assert_builds(capability, wanted)

@@ -1,0 +1,496 @@
+"""Routed attention in Triton: all kernels. Which of them run, on which blocks, is said in `triton_impl`.
+
+Tensors are `(batch, height, width, heads, head_dim)`. No atomics: every sum is taken by one program, in a fixed order.
+Backward passes recompute the weights from the log-sum-exp that the forward pass kept. Scores live in registers only.
+
+**Listed form** (`forward`, `backward_query`, `backward_key`). A program works for one head on a *tile* of the tokens of
+one region and goes through a *list* of regions, all of whose tokens follow one another in blocks, however few a region
+has. Keys and values are read where they lie. One backward pass goes by tiles of queries over the regions they list, the
+other by tiles of keys over the regions that list them, which an inverted index names (`invert_routes`).
+
+**Small form** (`forward_small`, `backward_small`), for maps of at most 64 regions and 256 tokens whose regions are
+tiny, as in BiFormer's third stage at 224 pixels: 14 x 14 tokens, 49 regions of 4, each routed to 16. Listing would fill
+blocks of 16 rows with 4. Here every query meets every key, in order of the regions, and a 64-bit number says which are
+its own: a bit for every region, tested by a shift by the key's region and an `and`. The program makes these numbers
+from the routes, without a table or a launch before it. A region that is listed twice counts twice: where a program
+finds one while it makes them, it weighs by how often, in a branch that others do not take. Backward, a program takes
+one head of an image, all of it: weights are computed once for all three gradients (5 products, where two passes take
+7), every map is read once.
+
+What these cost in BiFormer-S at 224 pixels, batch 128, 16 bits a number, on an H100 (3.0 TB/s; dense products at
+800 TFLOP/s; 132 processors with 16 exponentials and 128 other instructions a clock, 1.7 GHz). Microseconds, each as if
+it were alone; the parts overlap as far as several programs share a processor, so the largest is the floor:
+
+    stage  pass      bytes        products      exponentials  other instructions, about ten a score
+    1      forward   206 MB  69    3.3 GF   4     26 M    7     8
+    1      backward  411 MB 136   11.5 GF  14     51 M   14    16
+    2      forward   103 MB  34    1.6 GF   2     13 M    4     4
+    2      backward  206 MB  68    5.8 GF   7     26 M    7     8
+    3      forward    51 MB  17    8.6 GF  11     67 M   19    23   (all 256 x 256 scores of the padded map)
+    3      backward  103 MB  34   21.5 GF  27     67 M   19    23
+
+Stages 1 and 2 are limited by bytes: what matters is that a program asks for its tokens early, 16 bytes a thread, and
+that little arithmetic on indices stands before. So sizes of regions that are powers of two are constants of the
+compiled kernel, and a block of keys that lies in one region reads one number of the list. Launches: one forward; three
+backward (the index, queries, keys), one in the small form.
+
+Vectors longer than what there is to do repeat their last token, and a token beyond the map stands for the last one of
+its row or column, so that loads need no mask and never leave the tensor; neither is seen as a key or stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hybridzoo.kernels.triton_common import LOG2E, UNSEEN, load_tokens, store_tokens
+
+# Sizes differ between images of a multi-scale training run; a kernel compiled for each would never be reused.
+SIZES = ["heads", "height", "width", "regions", "columns", "region_h", "region_w", "topk", "tiles"]
+
+# ------------------------------------------------------------------------------------- where the tokens of a region lie
+
+
+@triton.jit
+def place(region, token, columns, region_h, region_w, height, width):
+    """Row and column of a region's token on the map, and whether it lies there."""
+    row = region // columns * region_h + token // region_w
+    column = region % columns * region_w + token % region_w
+    exists = (row < height) & (column < width)
+    # As unsigned numbers, so that negative ones are large: whatever a route says, nothing outside the tensor is read.
+    row, column = tl.minimum(row.to(tl.uint32), height - 1), tl.minimum(column.to(tl.uint32), width - 1)
+    return row.to(tl.int32), column.to(tl.int32), exists
+
+
+@triton.jit
+def beyond_of(region, columns, region_h, region_w, height, width):
+    """How many tokens of a region lie beyond the map."""
+    rows = tl.minimum(tl.maximum(height - region // columns * region_h, 0), region_h)
+    across = tl.minimum(tl.maximum(width - region % columns * region_w, 0), region_w)
+    return (region_h * region_w - rows * across).to(tl.float32)
+
+
+@triton.jit
+def fill_of(fill, head, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Key and value, `[1, BLOCK_D]` in float32, of the tokens beyond the map."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    key = tl.load(fill + head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
+    value = tl.load(fill + (heads + head) * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
+    return key.to(tl.float32), value.to(tl.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------- listed form
+
+
+@triton.jit
+def locate(program, heads, tiles, regions):
+    """Head, tile, region and image of a program. Heads come first: those of a token are neighbors in memory."""
+    head = program % heads
+    program = program // heads
+    tile = program % tiles
+    program = program // tiles
+    return head, tile, program % regions, tl.cast(program // regions, tl.int64)
+
+
+@triton.jit
+def tile_of(tile, region, columns, region_h, region_w, height, width, BLOCK: tl.constexpr):
+    """Rows and columns of the tokens of a region's tile, and which of them exist."""
+    index = tile * BLOCK + tl.arange(0, BLOCK)
+    some = index < region_h * region_w
+    index = tl.minimum(index, region_h * region_w - 1)
+    row, column, exists = place(region, index, columns, region_h, region_w, height, width)
+    return row, column, some & exists
+
+
+@triton.jit
+def listed(
+    entries, first, length, columns, region_h, region_w, height, width, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The same for tokens `first ... first + BLOCK - 1` of the regions that `entries`, `length` of them, points to.
+
+    WHOLE: a region is a whole number of blocks.
+    """
+    tokens = region_h * region_w
+    index = first + tl.arange(0, BLOCK)
+    if WHOLE:
+        region = tl.load(entries + first // tokens).to(tl.int32)
+        row, column, exists = place(region, index % tokens, columns, region_h, region_w, height, width)
+    else:
+        some = index < length * tokens
+        index = tl.minimum(index, length * tokens - 1)
+        region = tl.load(entries + index // tokens).to(tl.int32)
+        row, column, exists = place(region, index % tokens, columns, region_h, region_w, height, width)
+        exists = some & exists
+    return row, column, exists
+
+
+@triton.jit
+def only(scores, seen, EXACT: tl.constexpr, WHOLE: tl.constexpr):
+    """UNSEEN for keys that are not there. With EXACT, where regions end with the map, and WHOLE, all are."""
+    if not (EXACT and WHOLE):
+        scores = tl.where(seen, scores, UNSEEN)
+    return scores
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward(
+    query, key, value, routes, fill, out, lse, scale,
+    heads, height, width, regions, columns, region_h, region_w, topk, tiles,
+    stride_b, stride_h, stride_w, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of queries against all tokens of the regions listed for them, KEYS at a time."""
+    region_h = REGION_H if REGION_H else region_h  # constants where the kernel is compiled for this size
+    region_w = REGION_W if REGION_W else region_w
+    WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
+    head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
+    row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
+    start = image * stride_b + head * stride_n
+    q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    routes += (image * regions + region) * topk
+
+    if FILL:  # tokens beyond the map are all alike: one key with a multiplicity, seen before the others
+        number = 0.0
+        for slot in range(topk):
+            number += beyond_of(tl.load(routes + slot).to(tl.int32), columns, region_h, region_w, height, width)
+        fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
+        score = tl.sum(q.to(tl.float32) * fill_key, 1) * (scale * LOG2E)
+        largest = tl.where(number > 0, score, float("-inf"))
+        total = tl.zeros([QUERIES], tl.float32) + number
+        result = tl.zeros([QUERIES, BLOCK_D], tl.float32) + number * fill_value
+    else:
+        largest = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    for first in range(0, topk * region_h * region_w, KEYS):
+        key_row, key_column, seen = listed(routes, first, topk, columns, region_h, region_w, height, width, KEYS, WHOLE)
+        offsets = key_row * stride_h + key_column * stride_w
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        scores = only(scores, seen[None, :], EXACT, WHOLE)
+        # A row that has seen no key yet holds equal weights for UNSEEN ones; the first seen key scales them to 0.
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        shrink = tl.exp2(largest - larger)
+        weights = tl.exp2(scores - larger[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+
+    pixels = (row * width + column) * heads + head  # into contiguous (height, width, heads)
+    first_pixel = image * height * width * heads
+    store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result / total[:, None], HEAD_DIM, BLOCK_D)
+    tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_query(
+    grad, query, key, value, routes, fill, out, lse, dquery, delta, partial, scale,
+    heads, height, width, regions, columns, region_h, region_w, topk, tiles,
+    stride_b, stride_h, stride_w, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, its part of the fill's, and `delta = sum(grad * out)` of each query."""
+    region_h = REGION_H if REGION_H else region_h
+    region_w = REGION_W if REGION_W else region_w
+    WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
+    head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
+    row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
+    start = image * stride_b + head * stride_n
+    first_pixel = image * height * width * heads
+    pixels = (row * width + column) * heads + head
+    q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    norm = tl.load(lse + first_pixel + pixels) * LOG2E
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + first_pixel + pixels, d, mask=exists)
+    routes += (image * regions + region) * topk
+
+    dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    if FILL:
+        number = tl.zeros([QUERIES], tl.float32)
+        for slot in range(topk):
+            number += beyond_of(tl.load(routes + slot).to(tl.int32), columns, region_h, region_w, height, width)
+        number = tl.where(exists, number, 0.0)
+        dq_fill, dfill_key, dfill_value = backward_fill(
+            q, g, norm, d, number, fill, head, heads, scale, HEAD_DIM, BLOCK_D
+        )
+        dq += dq_fill
+        store_partial(partial, dfill_key, dfill_value, HEAD_DIM, BLOCK_D)
+    for first in range(0, topk * region_h * region_w, KEYS):
+        key_row, key_column, seen = listed(routes, first, topk, columns, region_h, region_w, height, width, KEYS, WHOLE)
+        offsets = key_row * stride_h + key_column * stride_w
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        scores = only(scores, seen[None, :], EXACT, WHOLE)
+        weights = tl.exp2(scores - norm[:, None])
+        dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def backward_fill(q, g, norm, d, number, fill, head, heads, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What queries that see `number` tokens beyond the map add to their gradient, and to that of the fill."""
+    fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
+    score = tl.sum(q.to(tl.float32) * fill_key, 1) * (scale * LOG2E)
+    weight = number * tl.exp2(tl.where(number > 0, score - norm, 0.0))  # else it might overflow, and not count
+    dscore = weight * (tl.sum(g.to(tl.float32) * fill_value, 1) - d)
+    dfill_key = tl.sum(dscore[:, None] * q.to(tl.float32), 0) * scale
+    return dscore[:, None] * fill_key, dfill_key, tl.sum(weight[:, None] * g.to(tl.float32), 0)
+
+
+@triton.jit
+def store_partial(partial, dfill_key, dfill_value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program's part of the fill's gradient."""
+    partial += tl.cast(tl.program_id(0), tl.int64) * 2 * HEAD_DIM
+    channel = tl.arange(0, BLOCK_D)
+    tl.store(partial + channel, dfill_key, mask=channel < HEAD_DIM)
+    tl.store(partial + HEAD_DIM + channel, dfill_value, mask=channel < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_key(
+    grad, query, key, value, listing, starts, lse, delta, dkey, dvalue, scale,
+    heads, height, width, regions, columns, region_h, region_w, topk, tiles,
+    stride_b, stride_h, stride_w, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values: a loop over the queries of the regions listing it, QUERIES at a time.
+
+    `listing[image, starts[image, r] : starts[image, r + 1]]` are the regions that list region `r`, once for each time.
+    Scores are held transposed, keys by queries, so that no product has to transpose them.
+    """
+    region_h = REGION_H if REGION_H else region_h
+    region_w = REGION_W if REGION_W else region_w
+    WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % QUERIES == 0
+    head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
+    row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, KEYS)
+    start = image * stride_b + head * stride_n
+    first_pixel = image * height * width * heads
+    k = load_tokens(key + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    v = load_tokens(value + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    starts += image * (regions + 1) + region
+    begin = tl.load(starts)
+    length = tl.load(starts + 1) - begin
+    listing += image * regions * topk + begin
+
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for first in range(0, length * region_h * region_w, QUERIES):
+        query_row, query_column, seen = listed(
+            listing, first, length, columns, region_h, region_w, height, width, QUERIES, WHOLE
+        )
+        pixels = (query_row * width + query_column) * heads + head
+        q = load_tokens(query + start, query_row * stride_h + query_column * stride_w, HEAD_DIM, BLOCK_D)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+        d = tl.load(delta + first_pixel + pixels)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        scores = only(scores, seen[None, :], EXACT, WHOLE)
+        weights = tl.exp2(scores - norm[None, :])
+        dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
+        dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    pixels = ((row * width + column) * heads + head) * HEAD_DIM
+    store_tokens(dvalue + first_pixel * HEAD_DIM, pixels, exists, dv, HEAD_DIM, BLOCK_D)
+    store_tokens(dkey + first_pixel * HEAD_DIM, pixels, exists, dk * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["regions", "topk"])
+def invert_routes(routes, listing, starts, regions, topk, BLOCK: tl.constexpr):
+    """For one region, the regions that list it, ascending, once for each time; they follow those of smaller regions."""
+    region = tl.program_id(0) % regions
+    image = tl.cast(tl.program_id(0) // regions, tl.int64)
+    total = regions * topk
+    routes += image * total
+    before = 0
+    for first in range(0, total, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        entry = tl.load(routes + index, mask=index < total, other=regions)
+        before += tl.sum((entry < region).to(tl.int32), 0)
+    starts += image * (regions + 1) + region
+    tl.store(starts, before)
+    end = before
+    for first in range(0, total, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        entry = tl.load(routes + index, mask=index < total, other=regions)
+        mine = (entry == region).to(tl.int32)
+        position = end + tl.cumsum(mine, 0) - mine
+        tl.store(listing + image * total + position, index // topk, mask=mine > 0)
+        end += tl.sum(mine, 0)
+    if region == regions - 1:
+        tl.store(starts + 1, end)
+
+
+# ----------------------------------------------------------------------------------------------------------- small form
+
+
+@triton.jit
+def tokens_of(first, height, width, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
+              REGIONS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Regions, rows and columns of tokens `first ... first + BLOCK - 1`, region by region, and which of them exist."""
+    index = first + tl.arange(0, BLOCK)
+    some = index < REGIONS * REGION_H * REGION_W
+    index = tl.minimum(index, REGIONS * REGION_H * REGION_W - 1)
+    region = index // (REGION_H * REGION_W)
+    token = index % (REGION_H * REGION_W)
+    row, column, exists = place(region, token, COLUMNS, REGION_H, REGION_W, height, width)
+    return region, row, column, some & exists
+
+
+@triton.jit
+def masks(routes, query_region, exists, height, width, topk, COLUMNS: tl.constexpr, REGION_H: tl.constexpr,
+          REGION_W: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
+    """Of every query: a bit for each region listed, how many listed tokens lie beyond the map; whether one is twice."""
+    mask = tl.zeros_like(query_region).to(tl.uint64)
+    again = mask
+    number = mask.to(tl.float32)
+    for slot in range(topk):
+        region = tl.load(routes + query_region * topk + slot).to(tl.int32)
+        bit = tl.full([1], 1, tl.uint64) << (region & 63).to(tl.uint64)
+        again |= mask & bit
+        mask |= bit
+        if FILL:
+            number += beyond_of(region, COLUMNS, REGION_H, REGION_W, height, width)
+    mask = tl.where(exists, mask, 0)
+    return mask, tl.where(exists, number, 0.0), tl.max((again != 0).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def chosen(mask, first, exists, TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr):
+    """Which of the keys `first ... first + KEYS - 1` each query is routed to, `[queries, KEYS]`.
+
+    Their regions are 32 at most, so that a 32-bit word of the mask holds them; no bit stands for what follows the last.
+    """
+    word = (mask >> tl.cast(first // TOKENS, tl.uint64)).to(tl.uint32)
+    region = (first % TOKENS + tl.arange(0, KEYS)) // TOKENS
+    bit = (word[:, None] >> region[None, :].to(tl.uint32)) & 1
+    if not EXACT:
+        bit &= exists[None, :].to(tl.uint32)
+    return bit != 0
+
+
+@triton.jit
+def times(weights, routes, query_region, first, topk, TOKENS: tl.constexpr, KEYS: tl.constexpr):
+    """Every weight as often as the query's region lists the key's."""
+    key_region = (first + tl.arange(0, KEYS)) // TOKENS
+    total = weights * 0.0
+    for slot in range(topk):
+        listed = tl.load(routes + query_region * topk + slot).to(tl.int32)
+        total += tl.where(listed[:, None] == key_region[None, :], weights, 0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_small(
+    query, key, value, routes, fill, out, lse, scale,
+    heads, height, width, topk, tiles, stride_b, stride_h, stride_w, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
+    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of queries against the whole map, KEYS at a time."""
+    TOKENS: tl.constexpr = REGION_H * REGION_W
+    program = tl.program_id(0)
+    head = program % heads
+    tile = program // heads % tiles
+    image = tl.cast(program // heads // tiles, tl.int64)
+    query_region, row, column, exists = tokens_of(
+        tile * QUERIES, height, width, COLUMNS, REGION_H, REGION_W, REGIONS, QUERIES
+    )
+    start = image * stride_b + head * stride_n
+    q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    routes += image * REGIONS * topk
+    mask, number, twice = masks(routes, query_region, exists, height, width, topk, COLUMNS, REGION_H, REGION_W, FILL)
+
+    if FILL:  # tokens beyond the map are all alike: one key with a multiplicity, seen before the others
+        fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
+        score = tl.sum(q.to(tl.float32) * fill_key, 1) * (scale * LOG2E)
+        largest = tl.where(number > 0, score, float("-inf"))
+        total = number
+        result = number[:, None] * fill_value
+    else:
+        largest = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    for first in range(0, REGIONS * TOKENS, KEYS):
+        _, key_row, key_column, key_exists = tokens_of(first, height, width, COLUMNS, REGION_H, REGION_W, REGIONS, KEYS)
+        offsets = key_row * stride_h + key_column * stride_w
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.where(chosen(mask, first, key_exists, TOKENS, KEYS, EXACT), scores, UNSEEN)
+        # A row that has seen no key yet holds equal weights for UNSEEN ones; the first seen key scales them to 0.
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        shrink = tl.exp2(largest - larger)
+        weights = tl.exp2(scores - larger[:, None])
+        if twice:
+            weights = times(weights, routes, query_region, first, topk, TOKENS, KEYS)
+        total = total * shrink + tl.sum(weights, 1)
+        result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+
+    pixels = (row * width + column) * heads + head  # into contiguous (height, width, heads)
+    first_pixel = image * height * width * heads
+    store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result / total[:, None], HEAD_DIM, BLOCK_D)
+    tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_small(
+    grad, query, key, value, routes, fill, out, lse, dquery, dkey, dvalue, partial, scale,
+    heads, height, width, topk, stride_b, stride_h, stride_w, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
+    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: all gradients of one head of an image. QUERIES are all of them; a loop over KEYS at a time."""
+    TOKENS: tl.constexpr = REGION_H * REGION_W
+    program = tl.program_id(0)
+    head = program % heads
+    image = tl.cast(program // heads, tl.int64)
+    query_region, row, column, exists = tokens_of(0, height, width, COLUMNS, REGION_H, REGION_W, REGIONS, QUERIES)
+    start = image * stride_b + head * stride_n
+    first_pixel = image * height * width * heads
+    pixels = (row * width + column) * heads + head
+    q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    norm = tl.load(lse + first_pixel + pixels) * LOG2E
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    routes += image * REGIONS * topk
+    # Rows that repeat the last query, or stand for one beyond the map, have an empty mask, so they add nothing.
+    mask, number, twice = masks(routes, query_region, exists, height, width, topk, COLUMNS, REGION_H, REGION_W, FILL)
+
+    dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    if FILL:
+        dq_fill, dfill_key, dfill_value = backward_fill(
+            q, g, norm, d, number, fill, head, heads, scale, HEAD_DIM, BLOCK_D
+        )
+        dq += dq_fill
+        store_partial(partial, dfill_key, dfill_value, HEAD_DIM, BLOCK_D)
+    for first in range(0, REGIONS * TOKENS, KEYS):
+        _, key_row, key_column, key_exists = tokens_of(first, height, width, COLUMNS, REGION_H, REGION_W, REGIONS, KEYS)
+        offsets = key_row * stride_h + key_column * stride_w
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        # What is not chosen may overflow; it is not taken.
+        weights = tl.where(chosen(mask, first, key_exists, TOKENS, KEYS, EXACT), tl.exp2(scores - norm[:, None]), 0.0)
+        if twice:
+            weights = times(weights, routes, query_region, first, topk, TOKENS, KEYS)
+        dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
+        dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        rounded = dscores.to(k.dtype)
+        dk = tl.dot(tl.trans(rounded), q, input_precision=PRECISION)
+        dq = tl.dot(rounded, k, dq, input_precision=PRECISION)
+        key_pixels = ((key_row * width + key_column) * heads + head) * HEAD_DIM
+        store_tokens(dvalue + first_pixel * HEAD_DIM, key_pixels, key_exists, dv, HEAD_DIM, BLOCK_D)
+        store_tokens(dkey + first_pixel * HEAD_DIM, key_pixels, key_exists, dk * scale, HEAD_DIM, BLOCK_D)
+    store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq * scale, HEAD_DIM, BLOCK_D)
