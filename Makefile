@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-fast lint types bench docs clean
+.PHONY: help setup demo test test-fast lint types bench gpu docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,10 @@ bench: setup  ## speed tables, ours beside what one would run otherwise
 	$(BIN)/python benchmarks/window_families.py --out benchmarks/window_families_cpu.md
 	$(BIN)/python benchmarks/convolutional_families.py --threads 2 --out benchmarks/convolutional_families_cpu.md
 	$(BIN)/python benchmarks/linear_attention_families.py --threads 2 --out benchmarks/linear_attention_families_cpu.md
+
+gpu: setup  ## prove, tune and measure the kernels and networks on this GPU in ten minutes; a dry run without one
+	$(BIN)/python -m benchmarks.gpu --minutes 9 --out work_dirs/gpu
+	$(BIN)/python -m benchmarks.gpu report work_dirs/gpu
 
 docs/models.md: $(wildcard checkpoints/published/*.json)  ## the tables of models, here and in the README, from the cards
 	$(BIN)/python -c "from hybridzoo.checkpoints import markdown; markdown.write()"

@@ -5,10 +5,10 @@ A tuned table is a JSON file, `kernels/tuned/<GPU name>.json` or, before it, wha
 
     {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0", "rows": [
         {"operator": "na2d", "kernel": "forward_tiled", "block_d": 32, "itemsize": 2, "shape": "56x56k7x7",
-         "config": [64, 32, 4, 3, null], "microseconds": 61.0, "default": 74.5}]}
+         "config": [64, 32, 4, 3, null], "time": 0.82}]}
 
-`config` is `queries, keys, warps, stages, registers` of `Config`; the last two numbers are the measured time of the
-pass with it and with the default. `shape` is the operator's own word for the shapes that share a row; an empty one
+`config` is `queries, keys, warps, stages, registers` of `Config`; `time` is that of the whole pass over its time with
+the default. `shape` is the operator's own word for the shapes that share a row; an empty one
 serves all shapes without a row. Nothing here imports Triton.
 """
 
@@ -179,7 +179,7 @@ def candidates(default: Config, blocks: bool = True) -> list[Config]:
                 fits = (
                     8 <= queries * keys / (32 * warps) <= 64 and min(queries, keys) >= 16 and max(queries, keys) <= 128
                 )
-                if 0 < steps <= 2 and (fits or not blocks):
+                if 0 < steps <= 2 and fits:
                     found.append((steps, Config(queries, keys, warps, stages)))
     if default.registers is not None:
         found.append((1, Config(d.queries, d.keys, d.warps, d.stages)))

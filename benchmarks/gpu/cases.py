@@ -1,0 +1,165 @@
+"""The operators at the paper's shapes: inputs, the forms that compute the same, and the least that must be done.
+
+Batch 128, bfloat16, head_dim 32, 224 pixels: DiNAT-T's four stages with their dilations (kernel 7, with a bias) and
+BiFormer-S's (7 x 7 regions). A dry run takes a small map and one image, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HEAD_DIM = 32
+NA2D = [(56, 2, 1), (56, 2, 8), (28, 4, 1), (28, 4, 4), (14, 8, 1), (14, 8, 2), (7, 16, 1)]  # side, heads, dilation
+ROUTED = [(56, 2, 1), (28, 4, 4), (14, 8, 16), (7, 16, 49)]  # side, heads, regions attended to
+DRY = {"na2d": [(5, 1, 1), (3, 1, 1)], "routed": [(4, 1, 1), (2, 1, 3)]}
+FORMS = ("ours", "auto", "torch", "gather", "sdpa, all tokens", "sdpa, same mask", "sdpa, same mask and bias")
+Function = Callable[..., Tensor]
+
+
+class Case(NamedTuple):
+    """One operator at one shape."""
+
+    op: str  # "na2d" or "routed"
+    shape: dict[str, int]
+    leaves: list[Tensor]  # packed projection, and the bias of na2d
+    call: Callable[[Function], Tensor]  # forward, with a form of the operator
+    grad: Tensor
+    forms: dict[str, Callable[[], Function]]  # by name; made when used, for that may take a compiler
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, self.leaves, self.grad)
+
+
+def shapes(op: str, dry: bool) -> list[dict[str, int]]:
+    names = ("side", "heads", "dilation" if op == "na2d" else "topk")
+    found = DRY[op] if dry else NA2D if op == "na2d" else ROUTED
+    return [dict(zip(names, numbers, strict=True)) for numbers in found]
+
+
+def label(op: str, shape: dict[str, int]) -> str:
+    last = f"dilation {shape['dilation']}" if op == "na2d" else f"top {shape['topk']}"
+    return f"{op} {shape['side']}x{shape['side']}, {shape['heads']} heads, {last}"
+
+
+def work(op: str, shape: dict[str, int], batch: int, itemsize: int, dry: bool) -> dict[str, tuple[int, int]]:
+    """Bytes and floating-point operations of a pass, by name; of both: every map once, no product twice.
+
+    Forward reads query, key and value and writes the result; backward reads those, the result and its gradient, and
+    writes three gradients. Of a bias, nothing counts.
+    """
+    side, heads = shape["side"], shape["heads"]
+    tokens = side * side
+    if op == "na2d":
+        kernel, d = (3, 1) if dry else (7, shape["dilation"])
+        members = [math.ceil((side - r) / d) for r in range(min(d, side))]
+        pairs = sum(n * min(n, kernel) for n in members) ** 2
+    else:
+        regions = (2 if dry else 7) ** 2
+        pairs = tokens * shape["topk"] * tokens // regions
+    one = batch * tokens * heads * HEAD_DIM * itemsize
+    products = 2 * batch * heads * pairs * HEAD_DIM
+    return {"forward": (4 * one, 2 * products), "both": (12 * one, 7 * products)}
+
+
+def make(op: str, shape: dict[str, int], batch: int, dry: bool, seed: int = 0) -> Case:
+    device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
+    torch.manual_seed(seed)
+    side, heads = shape["side"], shape["heads"]
+    packed = torch.randn(batch, side, side, 3, heads, HEAD_DIM, device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn(batch, side, side, heads, HEAD_DIM, device=device, dtype=dtype)
+    return (_na2d if op == "na2d" else _routed)(shape, packed, grad, dry)
+
+
+def _na2d(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> Case:
+    import neighborhood_attention as plain
+
+    from hybridzoo.kernels import na2d
+
+    kernel = 3 if dry else plain.KERNEL
+    table = 2 * kernel - 1
+    rpb = torch.randn(shape["heads"], table, table, device=packed.device, dtype=packed.dtype).requires_grad_()
+    where = plain.Shape(shape["side"], shape["side"], shape["heads"], shape["dilation"])
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
+        return na2d(q, k, v, kernel, shape["dilation"], rpb=rpb, impl="triton")
+
+    forms: dict[str, Any] = {"ours": lambda: ours}
+    if not dry:
+        forms["torch"] = lambda: plain.ours(where, "torch")
+        forms["gather"] = lambda: plain.gather(where, packed.device)
+        forms["sdpa, same mask and bias"] = lambda: plain.dense(where, packed.device)
+        forms["flex"] = lambda: plain.flex(where, packed.device)
+    return Case("na2d", shape, [packed, rpb], lambda f: f(*packed.unbind(3), rpb), grad, forms)
+
+
+def _routed(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> Case:
+    import biformer_plain
+
+    from hybridzoo.kernels import routed_attention2d
+    from hybridzoo.kernels.routed.grid import Grid
+
+    regions = 2 if dry else 7
+    grid = Grid.of(grad, regions, regions)
+    scale = (shape["heads"] * HEAD_DIM) ** -0.5
+    routes = torch.rand(len(grad), grid.regions, grid.regions, device=grad.device).topk(shape["topk"]).indices
+
+    def ours(impl: str) -> Function:
+        return lambda q, k, v: routed_attention2d(q, k, v, routes, regions, scale=scale, impl=impl)
+
+    def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return biformer_plain.routed_attention(q, k, v, None, routes, grid, scale)
+
+    def dense(mask: Tensor | None) -> Function:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            return out.transpose(1, 2).unflatten(1, grad.shape[1:3])
+
+        return attend
+
+    region = _region_of(grid, *grad.shape[1:3], grad.device)
+    seen = torch.zeros(len(grad), grid.regions, grid.regions, dtype=torch.bool, device=grad.device)
+    seen.scatter_(2, routes, True)
+    forms: dict[str, Any] = {"ours": lambda: ours("triton"), "auto": lambda: ours("auto")}
+    if not dry:
+        forms |= {"gather": lambda: gather, "sdpa, all tokens": lambda: dense(None)}
+        forms["sdpa, same mask"] = lambda: dense(seen[:, None, region[:, None], region[None]])
+        forms["flex"] = lambda: _flex(seen, region, scale, grad.shape[1:3])
+    return Case("routed", shape, [packed], lambda f: f(*packed.unbind(3)), grad, forms)
+
+
+def _region_of(grid: Any, height: int, width: int, device: torch.device) -> Tensor:
+    row = torch.arange(height, device=device) // grid.height
+    return (row[:, None] * grid.columns + torch.arange(width, device=device) // grid.width).flatten()
+
+
+def _flex(seen: Tensor, region: Tensor, scale: float, size: Any) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return seen[b, region[i], region[j]]
+
+    blocks = create_block_mask(mask, len(seen), None, len(region), len(region), device=str(seen.device), _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=blocks, scale=scale).transpose(1, 2).unflatten(1, size)
+
+    return attend
+
+
+def batches(op: str, dry: bool) -> int:
+    return 1 if dry else 128
+
+
+def walk(dry: bool) -> Iterator[tuple[str, dict[str, int]]]:
+    for op in ("na2d", "routed"):
+        for shape in shapes(op, dry):
+            yield op, shape

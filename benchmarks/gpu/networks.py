@@ -1,0 +1,215 @@
+"""Parts "networks" and "compiled": images a second of whole networks, ours beside timm's and beside plain forms.
+
+bfloat16 weights and channels-last images for inference; float32 weights under bfloat16 autocast for training, forward
+and backward without an optimizer. 224 pixels. "graph" replays a CUDA graph of the same step.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.gpu import operators, timing
+from benchmarks.gpu.importable import ROOT
+from benchmarks.gpu.rows import Row, Store, Task
+
+FIRST = ["dinat_tiny", "plain dinat_tiny", "biformer_small", "plain biformer_small"]
+TIMM = ["convnext_tiny", "swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224"]
+OTHERS = ["maxvit_tiny", "agent_swin_tiny", "inline_swin_tiny", "fastervit_0", "efficientvit_msra_m5"]
+OTHERS += ["efficientvit_mit_b2", "patnet_t2", "ascan_tiny"]
+PROFILED = ["dinat_tiny", "biformer_small", "agent_swin_tiny", "inline_swin_tiny", "swin_tiny_patch4_window7_224"]
+CODE = ("kernels", "layers", "backbones")
+BATCH, PIXELS = 64, 224
+
+
+def tasks(dry: bool, store: Store) -> list[Task]:
+    """Eager, which needs no preparation."""
+    if dry:
+        return [_task("eager", "biformer_tiny", None, True, ())]
+    return [_task("eager", name, None, False, _settings(store)) for name in FIRST + TIMM + OTHERS]
+
+
+def compiled_tasks(dry: bool, store: Store) -> list[Task]:
+    """What matters most first: as many as there are workers are prepared together, and what takes long is cut off."""
+    if dry:
+        return []
+    both = [(name, way) for name in FIRST + TIMM[:2] for way in ("training", "inference")]
+    rest = [(name, way) for way in ("inference", "training") for name in TIMM[2:] + OTHERS]
+    return [_task("compiled", name, way, False, _settings(store)) for name, way in both + rest]
+
+
+def _settings(store: Store) -> tuple[tuple[str, str], ...]:
+    table = operators.table_file(store)
+    return (("HYBRIDZOO_TUNED", str(table)),) if table.exists() else ()
+
+
+def _task(mode: str, name: str, way: str | None, dry: bool, settings: tuple[tuple[str, str], ...]) -> Task:
+    args: dict[str, Any] = dict(name=name, dry=dry) | (dict(way=way) if way else {})
+    title = f"networks/{name}" if mode == "eager" else f"compiled/{name}, {way}"
+    return Task(title, f"networks:{mode}", args, CODE, settings)
+
+
+def create(name: str, **arguments: Any) -> nn.Module:
+    """By timm's registry, ours or "plain" ones: ours with the formulation that people copy, weights and all."""
+    import timm
+
+    import hybridzoo  # noqa: F401
+
+    torch.manual_seed(0)
+    if not name.startswith("plain "):
+        return timm.create_model(name, **arguments)
+    name = name.removeprefix("plain ")
+    model = timm.create_model(name, **arguments)
+    if name.startswith("biformer"):
+        import biformer_plain
+
+        return biformer_plain.make_plain(model)
+    from plain_layers import use_plain_layers
+
+    for module in model.modules():
+        if type(module).__name__ == "NeighborhoodAttention2d":
+            module.__class__ = _plain_neighborhood()
+            module.attends = {}
+    return use_plain_layers(model)
+
+
+def _plain_neighborhood() -> type:
+    import neighborhood_attention as plain
+
+    from hybridzoo.layers import NeighborhoodAttention2d
+
+    class PlainNeighborhoodAttention2d(NeighborhoodAttention2d):
+        """Every query's neighbours gathered; the tables of their places are made once for a size."""
+
+        attends: dict[Any, Any]
+
+        def forward(self, x: Tensor) -> Tensor:
+            height, width = x.shape[1:3]
+            query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+            attend = self.attends.get((height, width))
+            if attend is None:
+                shape = plain.Shape(height, width, self.num_heads, self.dilation[0])
+                attend = self.attends[height, width] = plain.gather(shape, x.device)
+            return self.proj(attend(query, key, value, self.rpb.to(query.dtype)).flatten(3))
+
+    return PlainNeighborhoodAttention2d
+
+
+def step_of(name: str, way: str, dry: bool, compiled: bool) -> tuple[Callable[[], object], nn.Module]:
+    """One step on images that stay the same."""
+    device = timing.device_of(dry)
+    pixels, batch = (64, 1) if dry else (PIXELS, BATCH)
+    model = create(name, num_classes=1000).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, pixels, pixels, device=device).to(memory_format=torch.channels_last)
+    if compiled and name.startswith("plain "):
+        with torch.no_grad():
+            model(images[:1])  # makes tables of places, which compilers need not see
+    if way == "inference":
+        low = torch.float32 if dry else torch.bfloat16
+        model, images = model.eval().to(low), images.to(low)
+        call = torch.compile(model, dynamic=False) if compiled else model
+
+        def infer() -> object:
+            with torch.no_grad():
+                return call(images)
+
+        return infer, model
+    labels = torch.randint(0, 1000, (batch,), device=device)
+    model.train()
+    call = torch.compile(model, dynamic=False) if compiled else model
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def train() -> object:
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False, enabled=not dry):
+            loss = F.cross_entropy(call(images).float(), labels)
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    return train, model
+
+
+def eager(name: str, dry: bool) -> Iterator[Row | None]:
+    yield from _images_per_second(name, ("inference", "training"), "eager", dry)
+
+
+def compiled(name: str, way: str, dry: bool) -> Iterator[Row | None]:
+    yield from _images_per_second(name, (way,), "compiled", dry)
+
+
+def _images_per_second(name: str, ways: tuple[str, ...], mode: str, dry: bool) -> Iterator[Row | None]:
+    batch = 1 if dry else BATCH
+    steps = {way: step_of(name, way, dry, mode == "compiled")[0] for way in ways}
+    if mode == "compiled":
+        for step in steps.values():
+            _warm(step)
+    yield None
+    for way, step in steps.items():
+        for graph in (False,) if dry else (False, True):
+            row: Row = dict(op=name, way=way, mode=f"{mode}, graph" if graph else mode, batch=batch)
+            try:
+                if not graph and not dry:
+                    step()
+                    torch.cuda.reset_peak_memory_stats()
+                row |= timing.measure([step], dry, 0.4, graph)
+                row["images_per_s"] = batch / row["median_us"] * 1e6
+                if not graph and not dry:
+                    row["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:2000]
+                if not dry:
+                    torch.cuda.synchronize()
+            yield row
+            timing.release()
+    if mode == "eager" and name in PROFILED and not dry:
+        for way, step in steps.items():
+            yield dict(op=name, way=way, mode="profiler", batch=batch, **shares(step))
+
+
+def _warm(step: Callable[[], object]) -> None:
+    """Compile, beside others that do; where all of them take memory at once, later."""
+    for wait in (1, 3, 9, None):
+        try:
+            step()
+            break
+        except torch.cuda.OutOfMemoryError:
+            if wait is None:
+                raise
+        torch.cuda.empty_cache()
+        time.sleep(wait)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def shares(step: Callable[[], object]) -> Row:
+    """What the profiler says: the time that kernels run, attention's share of it, and the five that take most."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.key_averages() if e.device_type.name == "CUDA" and e.self_device_time_total > 0]
+    total = sum(e.self_device_time_total for e in events)
+    if not total:
+        return dict(kernel_us=0.0)
+    names = attention_kernels()
+    attention = sum(e.self_device_time_total for e in events if names.search(e.key))
+    largest = sorted(events, key=lambda e: -e.self_device_time_total)[:5]
+    return dict(
+        kernel_us=total,
+        kernels=sum(e.count for e in events),
+        attention_share=attention / total,
+        largest=[[e.key[:80], e.self_device_time_total / total] for e in largest],
+    )
+
+
+def attention_kernels() -> re.Pattern[str]:
+    """Names of the kernels of attention: ours, by their sources, and the libraries'."""
+    ours = set()
+    for file in (ROOT / "kernels").rglob("triton_*.py"):
+        if file.parent.name != "depthwise":
+            ours |= set(re.findall(r"^@triton\.jit.*?\ndef (\w+)", file.read_text(), re.MULTILINE))
+    return re.compile("^(" + "|".join(sorted(ours)) + r")\b|flash|fmha|sdpa|flex_attention|attention_kernel", re.I)

@@ -1,0 +1,36 @@
+"""What is measured, in order of worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.gpu import correctness, networks, operators, training, tuning
+from benchmarks.gpu.rows import Store, Task
+
+
+class Part(NamedTuple):
+    """Its share of the time that is left is its weight by the weights of the parts that are left."""
+
+    weight: float
+    tasks: Callable[[bool, Store], list[Task]]
+    quiet: bool  # times something: nothing else may run then
+    after: Callable[[Store], None] | None = None
+
+
+def ceiling_tasks(dry: bool, store: Store) -> list[Task]:
+    return [Task("ceilings/copy and product", "timing:ceilings", dict(dry=dry), ())]
+
+
+PARTS = {
+    "ceilings": Part(10, ceiling_tasks, True),
+    "correctness": Part(60, correctness.tasks, False),
+    "operators": Part(50, operators.tasks, True),
+    "flex": Part(70, operators.flex_tasks, True),
+    "compile": Part(100, tuning.compile_tasks, False),
+    "tuning": Part(80, tuning.tasks, True, tuning.write_table),
+    "tuned": Part(20, operators.tuned_tasks, True),
+    "networks": Part(55, networks.tasks, True),
+    "compiled": Part(130, networks.compiled_tasks, True),
+    "training": Part(30, training.tasks, False),
+}

@@ -1,0 +1,165 @@
+"""The command for a GPU, as far as the interpreter goes: rows, continuation, failures, time boxes and the report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def command(*arguments, check=True):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
+    environment |= dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not check or run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_the_whole_command(tmp_path):
+    """Every part, without a GPU; then again, when nothing is left to do; then the report."""
+    said = command("--minutes", 9, "--workers", 0, "--out", tmp_path).stdout
+    rows = rows_of(tmp_path)
+    assert not [row for row in rows if "error" in row or "cut" in row]
+    parts = importlib.import_module("benchmarks.gpu.parts").PARTS
+    assert list(dict.fromkeys(row["part"] for row in rows)) == [
+        part for part in parts if part not in ("flex", "compiled")
+    ]
+    assert all(row["dry"] and {"device", "torch", "triton", "version", "at", "task"} <= set(row) for row in rows)
+    timed = [row for row in rows if row["part"] in ("operators", "tuned") and not row.get("done")]
+    assert {row["op"] for row in timed} == {"na2d", "routed"}
+    assert all(row["q1_us"] <= row["median_us"] <= row["q3_us"] and row["bytes"] and row["flops"] for row in timed)
+    assert {row["op"] for row in rows if row.get("worst", 2) <= 1} == {"na2d", "routed", "depthwise"}
+    (table,) = tmp_path.glob("*.json")
+    tuning = importlib.import_module("hybridzoo.kernels.tuning")
+    assert {key.operator for key in tuning.read_table(table)} <= {"na2d", "routed"}
+    assert "== Networks" in said
+
+    command("--minutes", 1, "--workers", 0, "--out", tmp_path, "--parts", "ceilings", "correctness", "networks")
+    assert len(rows_of(tmp_path)) == len(rows)
+
+    command("report", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"## {title}" in text for title in ("Ceilings", "Correctness", "Operators", "Networks"))
+    assert "Failures" not in text
+    assert (tmp_path / "floors.png").stat().st_size > 1000
+
+
+def test_a_task_is_repeated_by_its_name(tmp_path):
+    assert "of what is allowed" in command("one", "correctness/depthwise (1, 4, 5, 24, True) float32", "--dry").stdout
+    unknown = command("one", "correctness/no such", "--dry", check=False)
+    assert unknown.returncode == 2
+    assert "no task is called 'correctness/no such'" in unknown.stderr
+
+
+# ------------------------------------------------------------------- the runner, with tasks that need nothing of ours
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs tasks of this module's functions in two worker processes."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    gpu_rows = importlib.import_module("benchmarks.gpu.rows")
+    runner = importlib.import_module("benchmarks.gpu.runner")
+    monkeypatch.setattr(runner, "PREPARING", 0.03)
+    store = gpu_rows.Store(tmp_path)
+    store.common = dict(device="none", torch="", triton="")
+    said = []
+    one = runner.Runner(store, True, 2, said.append)
+
+    def run_tasks(names, seconds, quiet=True):
+        tasks = [gpu_rows.Task(f"part/{n}", f"trial_tasks:{n.split()[0]}", {}, ()) for n in names]
+        one.part(tasks, time.monotonic() + seconds, quiet)
+        return store.rows
+
+    yield run_tasks
+    one.close()
+
+
+@pytest.mark.slow
+def test_what_fails_dies_or_hangs_does_not_end_the_run(run):
+    rows = run(["fails", "dies", "works", "hangs", "works again"], 400)
+    by_task = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    assert "ValueError: no good" in by_task["part/fails"][0]["error"]
+    assert "benchmarks.gpu one 'part/fails'" in by_task["part/fails"][0]["command"]
+    assert "the process ended while measuring (exit code 3)" in by_task["part/dies"][0]["error"]
+    assert by_task["part/works"][0]["value"] == by_task["part/works again"][0]["value"] == 1
+    assert by_task["part/hangs"][-1]["cut"] == "preparing"
+    assert all(rows[-1].get("done") for name, rows in by_task.items() if "hangs" not in name)
+
+
+# ------------------------------------------------------------------------------------------------------- smaller ones
+
+
+def test_rows_are_complete_and_unfinished_ones_are_done_again(tmp_path):
+    gpu_rows = importlib.import_module("benchmarks.gpu.rows")
+    task = gpu_rows.Task("part/one", "x:y", dict(a=1), ("kernels/tuning.py",), (("A", "b"),))
+    store = gpu_rows.Store(tmp_path)
+    store.common = dict(device="d", torch="t", triton="t")
+    store.add(dict(error="no"), task, task.version)
+    assert not store.done(task)
+    store.add(dict(done=True), task, task.version)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"part": "cut off')
+    again = gpu_rows.Store(tmp_path)
+    again.common = store.common
+    assert len(again.rows) == 2
+    assert again.rows[0]["command"] == "A=b python -m benchmarks.gpu one 'part/one'"
+    assert again.done(task)
+    assert not again.done(task._replace(args=dict(a=2)))
+    again.common = dict(store.common, device="other")
+    assert not again.done(task)
+
+
+def test_the_report_takes_a_task_s_last_whole_run():
+    report = importlib.import_module("benchmarks.gpu.report")
+    first = [dict(task="a", n=1), dict(task="a", done=True)]
+    rows = [
+        *first,
+        dict(task="a", n=2),
+        dict(task="a", done=True),
+        dict(task="a", n=3),
+        dict(task="a", cut="measuring"),
+    ]
+    assert [row.get("n") for row in report.newest(rows)] == [2, None]
+    assert [row.get("n") for row in report.newest([dict(task="b", n=4)])] == [4]
+
+
+def test_floors_follow_from_what_must_be_done():
+    cases = importlib.import_module("benchmarks.gpu.cases")
+    one = 128 * 56 * 56 * 2 * 32 * 2  # bytes of a map
+    work = cases.work("na2d", dict(side=56, heads=2, dilation=8), 128, 2, False)
+    assert work["forward"] == (4 * one, 2 * 2 * 128 * 2 * 32 * 56 * 56 * 49)
+    assert work["both"] == (12 * one, 7 * 2 * 128 * 2 * 32 * 56 * 56 * 49)
+    routed = cases.work("routed", dict(side=56, heads=2, topk=4), 128, 2, False)
+    assert routed["forward"] == (4 * one, 2 * 2 * 128 * 2 * 32 * 56 * 56 * 4 * 64)
+
+
+def test_the_training_extras_are_not_needed():
+    code = "import sys; sys.modules.update(dict.fromkeys(('mmengine', 'mmcv', 'mmdet', 'mmseg', 'wandb', 'typer')))\n"
+    code += "import benchmarks.gpu.importable as i; i.make_importable()\n"
+    code += "import benchmarks.gpu.parts, benchmarks.gpu.report, benchmarks.gpu.worker, hybridzoo.kernels\n"
+    code += "import neighborhood_attention, biformer_plain, plain_layers"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
