@@ -7,7 +7,7 @@ import torch
 from hybridzoo.kernels import tuning
 from hybridzoo.kernels.tuning import Config, Key, Table
 
-KINDS = ("forward", "backward_query", "backward_key", "forward_small", "backward_small")
+KINDS = ("forward", "backward_query", "backward_key", "backward_single", "forward_small", "backward_small")
 
 # The largest blocks; smaller regions take smaller ones, and fewer warps with them (see `triton_impl`).
 # NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
@@ -33,10 +33,11 @@ TABLE: Table = {
     ("backward_key", 32, 4): Config(32, 32, 4, 1),
     ("backward_key", 64, 4): Config(16, 32, 4, 1),
     ("backward_key", 128, 4): Config(16, 16, 8, 1),
+    ("backward_single", 16, 2): Config(64, 64, 4, 1, 168),
+    ("backward_single", 32, 2): Config(64, 64, 4, 1),
+    ("backward_single", 64, 2): Config(32, 64, 4, 1),
     ("forward_small", 32, 2): Config(64, 64, 4, 2),
-    ("forward_small", 64, 2): Config(64, 32, 4, 2),
     ("backward_small", 32, 2): Config(256, 32, 8, 1),
-    ("backward_small", 64, 2): Config(256, 16, 8, 1),
 }
 
 
@@ -59,6 +60,8 @@ def candidates(key: Key, default: Config) -> list[Config]:
             (64, 64, 8),
         ]
         found = [Config(*block, stages) for stages in (2, 3, 1) for block in blocks]
+    elif key.kernel == "backward_single":  # keys are those of a region
+        found = [Config(queries, 64, warps, n) for queries in (64, 32) for warps in (4, 8, 2) for n in (1, 2)]
     elif key.kernel == "backward_small":
         found = [Config(256, keys, warps, stages) for keys in (64, 32, 16) for warps in (8, 16, 4) for stages in (1, 2)]
     else:

@@ -21,7 +21,8 @@ from hybridzoo.kernels.triton_common import Config, Launch, launch, same_strides
 SMALLEST_BLOCK = 16  # what a product on tensor cores takes
 USUAL_SIDES = {1, 2, 4, 8, 16}  # of regions, in tokens
 INVERSION_BLOCK = 256  # routes looked at at once
-SMALL_MAX_TOKENS, SMALL_MAX_WIDTH, SMALL_ITEMSIZES = 256, 64, (2,)  # what fits into registers
+# What fits into registers: tokens, padded head_dim, bytes of a number.
+SMALL_MAX_TOKENS, SMALL_MAX_WIDTH, SINGLE_MAX_TOKENS, SINGLE_MAX_WIDTH, ITEMSIZES = 256, 32, 64, 64, (2,)
 
 
 def forward(
@@ -104,6 +105,16 @@ def backward_launches(
     if small(query, grid, routes.shape[2]):
         first = _small("backward_small", triton_kernels.backward_small, common, query, grid)
         launches = [first]
+    elif single(query, fill, grid, routes.shape[2]):
+        inversion, listing, starts = inversion_launch(common["routes"])
+        first = _tiled(
+            "backward_single",
+            triton_kernels.backward_single,
+            common | dict(listing=listing, starts=starts),
+            query,
+            grid,
+        )
+        launches = [inversion, first]
     else:
         inversion, listing, starts = inversion_launch(common["routes"])
         common |= dict(delta=torch.empty_like(lse), listing=listing, starts=starts)
@@ -133,9 +144,15 @@ def inversion_launch(routes: Tensor) -> tuple[Launch, Tensor, Tensor]:
 
 def small(query: Tensor, grid: Grid, topk: int) -> bool:
     """Whether the small form runs, which holds a bit for every region, and all queries of a head at once."""
-    narrow = triton.next_power_of_2(query.shape[4]) <= SMALL_MAX_WIDTH and query.element_size() in SMALL_ITEMSIZES
+    narrow = triton.next_power_of_2(query.shape[4]) <= SMALL_MAX_WIDTH and query.element_size() in ITEMSIZES
     fits = grid.regions <= 64 and grid.regions * grid.tokens <= SMALL_MAX_TOKENS
     return narrow and fits and grid.crowded(topk)
+
+
+def single(query: Tensor, fill: Tensor | None, grid: Grid, topk: int) -> bool:
+    """Whether one pass backward serves the listed form, with all keys of a region at once."""
+    narrow = triton.next_power_of_2(query.shape[4]) <= SINGLE_MAX_WIDTH and query.element_size() in ITEMSIZES
+    return narrow and topk == 1 and fill is None and grid.tokens <= SINGLE_MAX_TOKENS
 
 
 def _common(
@@ -149,10 +166,14 @@ def _common(
 
 def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, grid: Grid) -> Launch:
     batch, _, _, heads, _ = query.shape
-    own = "keys" if kind == "backward_key" else "queries"
+    own = "queries" if kind in ("forward", "backward_query") else "keys"
     shape = f"{grid.regions} regions of {grid.tokens}, top {arguments['topk']}"
     config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), shape, query.device)
-    config = _fitted(config, grid.tokens, arguments["topk"] * grid.tokens, own)
+    if kind == "backward_single":
+        config = replace(config, keys=max(SMALLEST_BLOCK, triton.next_power_of_2(grid.tokens)))
+        config = replace(config, queries=min(config.queries, config.keys))
+    else:
+        config = _fitted(config, grid.tokens, arguments["topk"] * grid.tokens, own)
     tiles = math.ceil(grid.tokens / getattr(config, own))
     # Where a region's sides are powers of two, as in networks at their usual sizes, they are constants of the kernel.
     usual = {grid.height, grid.width} <= USUAL_SIDES

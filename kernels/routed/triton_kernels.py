@@ -6,7 +6,10 @@ Backward passes recompute the weights from the log-sum-exp that the forward pass
 **Listed form** (`forward`, `backward_query`, `backward_key`). A program works for one head on a *tile* of the tokens of
 one region and goes through a *list* of regions, all of whose tokens follow one another in blocks, however few a region
 has. Keys and values are read where they lie. One backward pass goes by tiles of queries over the regions they list, the
-other by tiles of keys over the regions that list them, which an inverted index names (`invert_routes`).
+other by tiles of keys over the regions that list them, which an inverted index names (`invert_routes`). Where every
+region is routed to one only, a single pass serves (`backward_single`): a query's gradient is then the work of one
+program. With more routes it would be a sum over programs, `topk` parts in float32 to write and to read: bytes of 4 topk
+maps of 16-bit numbers, where the second pass reads 4 maps again (query, key, value, grad).
 
 **Small form** (`forward_small`, `backward_small`), for maps of at most 64 regions and 256 tokens whose regions are
 tiny, as in BiFormer's third stage at 224 pixels: 14 x 14 tokens, 49 regions of 4, each routed to 16. Listing would fill
@@ -32,7 +35,7 @@ it were alone; the parts overlap as far as several programs share a processor, s
 Stages 1 and 2 are limited by bytes: what matters is that a program asks for its tokens early, 16 bytes a thread, and
 that little arithmetic on indices stands before. So sizes of regions that are powers of two are constants of the
 compiled kernel, and a block of keys that lies in one region reads one number of the list. Launches: one forward; three
-backward (the index, queries, keys), one in the small form.
+backward (the index, queries, keys), two in a single pass, one in the small form.
 
 Vectors longer than what there is to do repeat their last token, and a token beyond the map stands for the last one of
 its row or column, so that loads need no mask and never leave the tensor; neither is seen as a key or stored.
@@ -297,6 +300,61 @@ def backward_key(
         dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
         dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    pixels = ((row * width + column) * heads + head) * HEAD_DIM
+    store_tokens(dvalue + first_pixel * HEAD_DIM, pixels, exists, dv, HEAD_DIM, BLOCK_D)
+    store_tokens(dkey + first_pixel * HEAD_DIM, pixels, exists, dk * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_single(
+    grad, query, key, value, listing, starts, out, lse, dquery, dkey, dvalue, scale,
+    heads, height, width, regions, columns, region_h, region_w, topk,
+    stride_b, stride_h, stride_w, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients, where a region is routed to one only: then its queries meet no keys but those of one program.
+
+    A program takes all tokens of a key region and goes through the queries of the regions that list it.
+    """
+    region_h = REGION_H if REGION_H else region_h
+    region_w = REGION_W if REGION_W else region_w
+    WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % QUERIES == 0
+    head, _, region, image = locate(tl.program_id(0), heads, 1, regions)
+    row, column, exists = tile_of(0, region, columns, region_h, region_w, height, width, KEYS)
+    start = image * stride_b + head * stride_n
+    first_pixel = image * height * width * heads
+    k = load_tokens(key + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    v = load_tokens(value + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    starts += image * (regions + 1) + region
+    begin = tl.load(starts)
+    length = tl.load(starts + 1) - begin
+    listing += image * regions * topk + begin
+
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for first in range(0, length * region_h * region_w, QUERIES):
+        query_row, query_column, seen = listed(
+            listing, first, length, columns, region_h, region_w, height, width, QUERIES, WHOLE
+        )
+        pixels = (query_row * width + query_column) * heads + head
+        q = load_tokens(query + start, query_row * stride_h + query_column * stride_w, HEAD_DIM, BLOCK_D)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+        d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        weights = tl.exp2(scores - norm[:, None])
+        if not (EXACT and REGION_H * REGION_W == KEYS):  # else every key is there
+            weights = tl.where(exists[None, :], weights, 0.0)
+        if not (EXACT and WHOLE):
+            weights = tl.where(seen[:, None], weights, 0.0)
+        dv = tl.dot(tl.trans(weights.to(g.dtype)), g, dv, input_precision=PRECISION)
+        dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        rounded = dscores.to(k.dtype)
+        dk = tl.dot(tl.trans(rounded), q, dk, input_precision=PRECISION)
+        dq = tl.dot(rounded, k, input_precision=PRECISION)
+        store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, seen, dq * scale, HEAD_DIM, BLOCK_D)
     pixels = ((row * width + column) * heads + head) * HEAD_DIM
     store_tokens(dvalue + first_pixel * HEAD_DIM, pixels, exists, dv, HEAD_DIM, BLOCK_D)
     store_tokens(dkey + first_pixel * HEAD_DIM, pixels, exists, dk * scale, HEAD_DIM, BLOCK_D)
