@@ -17,7 +17,7 @@ TABLE: Table = {
     ("forward", 32, 2): Config(64, 64, 4, 2),
     ("forward", 64, 2): Config(64, 64, 4, 2),
     ("forward", 128, 2): Config(64, 32, 4, 2),
-    ("backward_query", 32, 2): Config(64, 32, 4, 2),
+    ("backward_query", 32, 2): Config(64, 64, 4, 2),
     ("backward_query", 64, 2): Config(64, 32, 4, 2),
     ("backward_query", 128, 2): Config(32, 16, 8, 1),
     ("backward_key", 16, 2): Config(32, 64, 4, 2, 168),

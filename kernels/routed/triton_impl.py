@@ -179,7 +179,8 @@ def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, gri
     usual = {grid.height, grid.width} <= USUAL_SIDES
     arguments = arguments | dict(
         regions=grid.regions, columns=grid.columns, region_h=grid.height, region_w=grid.width, tiles=tiles,
-        REGION_H=grid.height if usual else 0, REGION_W=grid.width if usual else 0, EXACT=not any(grid.beyond(query)),
+        REGION_H=grid.height if usual else 0, REGION_W=grid.width if usual else 0,
+        TOPK=arguments["topk"] if usual else 0, EXACT=not any(grid.beyond(query)),
         QUERIES=config.queries, KEYS=config.keys,
     )  # fmt: skip
     return launch(kernel, heads * tiles * grid.regions * batch, arguments, config)
@@ -214,6 +215,8 @@ def _fitted(config: Config, members: int, listed: int, own: str) -> Config:
     sizes = [size for size in (128, 64, 32, 16) if size <= blocks[own]]
     blocks[own] = min(sizes, key=lambda size: math.ceil(members / size) * (size + SMALLEST_BLOCK))
     # No longer than the list, and with a small tile no more than twice as long: it takes registers, and few threads.
-    blocks[other] = min(blocks[other], 2 * blocks[own], max(SMALLEST_BLOCK, triton.next_power_of_2(listed)))
+    all_listed = max(SMALLEST_BLOCK, triton.next_power_of_2(listed))
+    most = 4 if own == "queries" and all_listed <= 4 * blocks[own] else 2  # a list in one block needs no loop
+    blocks[other] = min(blocks[other], most * blocks[own], all_listed)
     share = config.queries * config.keys // (blocks["queries"] * blocks["keys"])
     return replace(config, **blocks, warps=max(2, config.warps // share))

@@ -127,26 +127,21 @@ def listed(
     return row, column, exists
 
 
-@triton.jit
-def only(scores, seen, EXACT: tl.constexpr, WHOLE: tl.constexpr):
-    """UNSEEN for keys that are not there. With EXACT, where regions end with the map, and WHOLE, all are."""
-    if not (EXACT and WHOLE):
-        scores = tl.where(seen, scores, UNSEEN)
-    return scores
-
-
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     query, key, value, routes, fill, out, lse, scale,
     heads, height, width, regions, columns, region_h, region_w, topk, tiles,
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr,
+    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of queries against all tokens of the regions listed for them, KEYS at a time."""
-    region_h = REGION_H if REGION_H else region_h  # constants where the kernel is compiled for this size
+    region_h = REGION_H if REGION_H else region_h  # constants where the kernel is compiled for these sizes
     region_w = REGION_W if REGION_W else region_w
+    topk = TOPK if TOPK else topk
     WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
+    ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # every key is there
     head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
     start = image * stride_b + head * stride_n
@@ -172,7 +167,8 @@ def forward(
         k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = only(scores, seen[None, :], EXACT, WHOLE)
+        if not ALL:
+            scores = tl.where(seen[None, :], scores, UNSEEN)
         # A row that has seen no key yet holds equal weights for UNSEEN ones; the first seen key scales them to 0.
         larger = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp2(largest - larger)
@@ -193,12 +189,15 @@ def backward_query(
     heads, height, width, regions, columns, region_h, region_w, topk, tiles,
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr,
+    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, its part of the fill's, and `delta = sum(grad * out)` of each query."""
     region_h = REGION_H if REGION_H else region_h
     region_w = REGION_W if REGION_W else region_w
+    topk = TOPK if TOPK else topk
     WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
+    ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # every key is there
     head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
     start = image * stride_b + head * stride_n
@@ -229,7 +228,8 @@ def backward_query(
         k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = only(scores, seen[None, :], EXACT, WHOLE)
+        if not ALL:
+            scores = tl.where(seen[None, :], scores, UNSEEN)
         weights = tl.exp2(scores - norm[:, None])
         dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -295,7 +295,8 @@ def backward_key(
         norm = tl.load(lse + first_pixel + pixels) * LOG2E
         d = tl.load(delta + first_pixel + pixels)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        scores = only(scores, seen[None, :], EXACT, WHOLE)
+        if not (EXACT and WHOLE):
+            scores = tl.where(seen[None, :], scores, UNSEEN)
         weights = tl.exp2(scores - norm[None, :])
         dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
         dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
