@@ -32,6 +32,26 @@ class Launch(NamedTuple):
         self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
+class Recipe(NamedTuple):
+    """A launch without its tensors, which are all that changes between calls of a shape."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    tensors: tuple[str, ...]  # the kernel's other arguments
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> Recipe:
+        """Of `arguments`, a kernel is passed those it has; the tensors are the rest of what it has."""
+        known = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        return cls(kernel, programs, known, tuple(n for n in kernel.arg_names if n not in known), config.options)
+
+    def launch(self, tensors: dict[str, Tensor]) -> Launch:
+        arguments = self.arguments | {name: tensors[name] for name in self.tensors}
+        return Launch(self.kernel, self.programs, arguments, self.options)
+
+
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> Launch:
     """Of `arguments`, a kernel is passed those it has; their union is simpler to build than each one's own set."""
     return Launch(

@@ -1,30 +1,44 @@
-"""Block sizes, warps and pipeline stages of the Triton kernels, by what they must hold in registers."""
+"""Block sizes, warps and pipeline stages of the Triton kernels, and how a map is cut into tiles for them.
+
+A block of scores is `QUERIES x KEYS`. The "whole" kernels hold one block of a tile: all its queries against all keys
+that any of them sees (keys' gradients: all its keys against all queries that see any of them). Which block that is
+depends on the map, so there is a rule; the others, which go through the keys block by block, have a table.
+"""
 
 from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from typing import NamedTuple
 
 import torch
 
 from hybridzoo.kernels import tuning
 from hybridzoo.kernels.tuning import Config, Key, Table
 
-KINDS = ("forward_dense", "forward_tiled", "backward_dense", "backward_query", "backward_key", "backward_bias")
+WHOLE = ("forward_whole", "backward_dense", "backward_query_whole", "backward_key_whole")
+TILED = ("forward_tiled", "backward_query", "backward_key", "backward_bias")
+KINDS = WHOLE + TILED
 
+OWN, OTHER = (16, 64), (16, 32, 64, 128, 256)  # sides of a whole kernel's block; 64 rows are what Hopper multiplies
+# Largest blocks (own side, scores) that were seen to stay in registers, by the padded head_dim.
+HELD = {
+    "forward_whole": {16: (64, 8192), 32: (64, 8192), 64: (64, 4096), 128: (64, 4096)},
+    "backward_query_whole": {32: (64, 4096), 64: (16, 2048)},
+    "backward_key_whole": {16: (64, 4096), 32: (64, 4096), 64: (64, 4096)},
+}
+MAX_OTHER = {"forward_whole": 256, "backward_query_whole": 128, "backward_key_whole": 128}
+MAX_SHARED = 65536  # bytes of the two maps that a program loads most of, in one stage
+DENSE_MAX_BYTES = 8192  # of a block of float32 tokens, whose products take no tensor cores: it stays in registers
 
 # NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
-# The dense kernels take their block from the dilation group, not from here; one of at most 32 tokens takes the row
-# "..._small" where there is one. Numbers of registers are there where the compiler, left to itself, spilled.
+# Numbers of registers are there where the compiler, left to itself, spilled.
 TABLE: Table = {
-    ("forward_dense", 16, 2): Config(64, 64, 4, 2, 128),
-    ("forward_dense_small", 32, 2): Config(32, 32, 4, 2, 104),
-    ("forward_dense", 32, 2): Config(64, 64, 4, 2),
-    ("forward_dense", 64, 2): Config(64, 64, 4, 2, 168),
-    ("forward_dense", 128, 2): Config(64, 64, 4, 1),
     ("forward_tiled", 32, 2): Config(64, 32, 4, 3),
     ("forward_tiled", 64, 2): Config(64, 32, 4, 3),
     ("forward_tiled", 128, 2): Config(64, 16, 4, 2),
-    ("backward_dense", 32, 2): Config(64, 64, 4, 2),
-    ("backward_dense", 64, 2): Config(64, 64, 8, 1),
-    ("backward_dense", 128, 2): Config(64, 64, 8, 1),
     ("backward_query", 32, 2): Config(64, 32, 4, 2),
     ("backward_query", 64, 2): Config(64, 32, 4, 2),
     ("backward_query", 128, 2): Config(64, 16, 4, 1),
@@ -35,15 +49,9 @@ TABLE: Table = {
     ("backward_bias", 32, 2): Config(64, 32, 4, 2),
     ("backward_bias", 64, 2): Config(32, 16, 4, 2),
     ("backward_bias", 128, 2): Config(16, 32, 4, 1),
-    ("forward_dense", 32, 4): Config(64, 64, 8, 1),
-    ("forward_dense", 64, 4): Config(64, 64, 8, 1),
-    ("forward_dense", 128, 4): Config(64, 64, 8, 1),
     ("forward_tiled", 32, 4): Config(32, 32, 4, 2),
     ("forward_tiled", 64, 4): Config(32, 32, 4, 2),
     ("forward_tiled", 128, 4): Config(32, 16, 8, 1),
-    ("backward_dense", 32, 4): Config(64, 64, 8, 1),
-    ("backward_dense", 64, 4): Config(64, 64, 8, 1),
-    ("backward_dense", 128, 4): Config(64, 64, 8, 1),
     ("backward_query", 32, 4): Config(32, 16, 4, 1, 144),
     ("backward_query", 64, 4): Config(32, 16, 4, 1),
     ("backward_query", 128, 4): Config(16, 16, 8, 1),
@@ -56,20 +64,180 @@ TABLE: Table = {
 }
 
 
-def pick(
-    kind: str,
-    block_d: int,
-    itemsize: int,
-    tokens: int | None = None,
-    shape: str = "",
-    device: torch.device | None = None,
-) -> Config:
-    """See `tuning.pick`. `tokens` is the block of a dense kernel; `shape` tells apart what is tuned apart."""
-    if tokens is not None and tokens <= 32 and (f"{kind}_small", block_d, itemsize) in TABLE:
-        kind = f"{kind}_small"
-    return tuning.pick(TABLE, Key("na2d", kind, block_d, itemsize, shape), device)
+class Axis(NamedTuple):
+    """One axis of a map: the sizes of its dilation groups, of which there are one or two, and the window."""
+
+    members: tuple[int, ...]
+    kernel: int
+
+    @classmethod
+    def of(cls, length: int, kernel: int, dilation: int) -> Axis:
+        sizes = math.ceil(length / dilation), length // dilation
+        return cls(tuple(sorted({n for n in sizes if n}, reverse=True)), kernel)
+
+    @property
+    def dense(self) -> bool:
+        """Whether every group is one window."""
+        return self.members[0] <= self.kernel
+
+
+class Cut(NamedTuple):
+    """Tiles of a dilation group, and how the kernel that works on them is configured."""
+
+    tile: tuple[int, int]
+    tiles: tuple[int, int]
+    config: Config
+
+
+def whole(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, device: torch.device) -> Cut | None:
+    """How the whole kernel `kind` cuts a map; None where no block of it holds a tile."""
+    if kind == "backward_dense" and not _holds_all(rows, columns, block_d, itemsize, capability(device)):
+        return None
+    default = _whole_block(kind, rows, columns, block_d, itemsize)
+    if default is None:
+        return None
+    config = tuning.pick({(kind, block_d, itemsize): default}, _key(kind, rows, columns, block_d, itemsize), device)
+    return _cut_whole(kind, rows, columns, config)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; elsewhere that of the chip that the defaults are for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _holds_all(rows: Axis, columns: Axis, block_d: int, itemsize: int, chip: tuple[int, int]) -> bool:
+    """Whether one kernel has registers for all gradients of a dense group.
+
+    Of 64 tokens only where tensor cores read shared memory, from compute capability 9.0 on.
+    """
+    tokens = rows.members[0] * columns.members[0]
+    return tokens <= 32 or itemsize == 4 or (block_d == 32 and chip >= (9, 0))
+
+
+def tiled(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, device: torch.device) -> Cut:
+    """How the kernel `kind`, which goes through its other side block by block, cuts a map."""
+    config = tuning.pick(TABLE, _key(kind, rows, columns, block_d, itemsize), device)
+    block = config.keys if kind == "backward_key" else config.queries
+    side = 1 << ((block.bit_length() - 1) // 2)  # about square, all tiles of a group about equal
+    tile_h = _even(rows.members[0], side)
+    tile = tile_h, _even(columns.members[0], block // tile_h)
+    return _of_tile(rows, columns, tile, config)
 
 
 def candidates(key: Key, default: Config) -> list[Config]:
-    """What a tuning run tries for `key` beside `default`. Dense kernels take their blocks from elsewhere."""
-    return tuning.candidates(default, blocks="dense" not in key.kernel)
+    """What a tuning run tries for `key` beside `default`."""
+    if key.kernel not in WHOLE:
+        return tuning.candidates(default)
+    numbers = [int(n) for n in re.findall(r"\d+", key.shape)]
+    *members, kernel_h, kernel_w = numbers
+    half = len(members) // 2
+    rows, columns = Axis(tuple(members[:half]), kernel_h), Axis(tuple(members[half:]), kernel_w)
+    found = []
+    for _, own, other in _blocks(key.kernel, rows, columns, key.block_d, key.itemsize):
+        queries, keys = (other, own) if key.kernel == "backward_key_whole" else (own, other)
+        for warps, stages in itertools.product((1, 2, 4, 8), (1, 2, 3)):
+            if 8 <= own * other / (32 * warps) <= 80:
+                found.append(Config(queries, keys, warps, stages))
+    near = default.queries * default.keys
+    found.sort(key=lambda c: (abs(math.log2(c.queries * c.keys / near)), abs(math.log2(c.warps / default.warps))))
+    return [config for config in found if config != default]
+
+
+def _key(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -> Key:
+    sides = "+".join(map(str, rows.members)), "+".join(map(str, columns.members))
+    return Key("na2d", kind, block_d, itemsize, f"{sides[0]} x {sides[1]}, kernel {rows.kernel} x {columns.kernel}")
+
+
+def _whole_block(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -> Config | None:
+    """The cheapest block by a count of what it computes and loads; as many warps as its registers take."""
+    blocks = _blocks(kind, rows, columns, block_d, itemsize)
+    if not blocks:
+        return None
+    _, own, other = min(blocks)
+    warps = 8 if itemsize == 4 else 1 if own * other <= 512 and block_d <= 64 else 4
+    stages = 1 if itemsize == 4 or block_d > 64 else 3 if kind == "backward_dense" else 2
+    queries, keys = (other, own) if kind == "backward_key_whole" else (own, other)
+    return Config(queries, keys, warps, stages)
+
+
+def _blocks(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -> list[tuple[float, int, int]]:
+    """Cost, about cycles of a multiprocessor for an image, and blocks `(own side, other side)` that hold a tile."""
+    found = []
+    if kind == "backward_dense" or itemsize == 4:
+        tokens = max(16, _power_of_two(rows.members[0] * columns.members[0]))
+        fits = tokens <= 64 and (itemsize == 2 or tokens * block_d * itemsize <= DENSE_MAX_BYTES)
+        return [(0.0, tokens, tokens)] if rows.dense and columns.dense and fits else []
+    most, scores = HELD[kind].get(block_d, (0, 0))
+    for own, other in itertools.product(OWN, OTHER):
+        if own > min(other, most) or own * other > scores or other > MAX_OTHER[kind]:
+            continue
+        if 2 * other * block_d * itemsize > MAX_SHARED or (block_d == 16 and other == 256):
+            continue
+        fit = _fit(kind, rows, columns, own, other)
+        if fit is not None:
+            # An exponential is 1/16 of a cycle, the rest of a score about as much; 64 bytes arrive in one.
+            tiles, seen = fit[0]
+            found.append((tiles * (0.1 * own * other + seen * 2 * block_d * itemsize / 64 + 50), own, other))
+    return found
+
+
+def _cut_whole(kind: str, rows: Axis, columns: Axis, config: Config) -> Cut:
+    queries, keys = config.queries, config.keys
+    fit = _fit(kind, rows, columns, *((keys, queries) if kind == "backward_key_whole" else (queries, keys)))
+    if fit is None:
+        raise ValueError(f"{kind}: no tile of {rows} by {columns} fits into {config}")
+    return _of_tile(rows, columns, fit[1], config)
+
+
+def _of_tile(rows: Axis, columns: Axis, tile: tuple[int, int], config: Config) -> Cut:
+    tiles = math.ceil(rows.members[0] / tile[0]), math.ceil(columns.members[0] / tile[1])
+    return Cut(tile, tiles, config)
+
+
+@functools.lru_cache(maxsize=2048)
+def _fit(kind: str, rows: Axis, columns: Axis, own: int, other: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The tile of at most `own` tokens that is cheapest, if it and the `other` tokens it meets fit: least tiles, least
+    tokens met. `((tiles, tokens met), tile)`."""
+    found = []
+    for count in range(1, rows.members[0] + 1):
+        tile_h = math.ceil(rows.members[0] / count)
+        met_h = _met(kind, rows, tile_h)
+        if tile_h > own or met_h > other:
+            continue
+        for tile_w in range(min(own // tile_h, columns.members[0]), 0, -1):
+            met_w = _met(kind, columns, tile_w)
+            if met_h * met_w <= other:
+                tile_w = _even(columns.members[0], tile_w)
+                tiles = math.ceil(rows.members[0] / tile_h) * math.ceil(columns.members[0] / tile_w)
+                found.append(((tiles, met_h * _met(kind, columns, tile_w)), (tile_h, tile_w)))
+                break
+        if tile_h == 1:
+            break
+    return min(found) if found else None
+
+
+@functools.lru_cache(maxsize=2048)
+def _met(kind: str, axis: Axis, tile: int) -> int:
+    """Most keys that any tile of queries sees along an axis, or queries that see any tile of keys."""
+    most, kernel = 0, axis.kernel
+    for members in axis.members:
+        for first in range(0, members, tile):
+            last = min(first + tile, members) - 1
+            if kind == "backward_key_whole":
+                start = 0 if first < kernel else first - kernel // 2
+                end = members if last >= members - kernel else last + kernel // 2 + 1
+            else:
+                start, end = (max(min(place - kernel // 2, members - kernel), 0) for place in (first, last))
+                end = min(end + kernel, members)
+            most = max(most, end - start)
+    return most
+
+
+def _even(members: int, tile: int) -> int:
+    """The smallest tile that cuts `members` into no more tiles than `tile` does."""
+    return math.ceil(members / math.ceil(members / tile))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

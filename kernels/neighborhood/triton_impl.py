@@ -1,24 +1,25 @@
 """Neighborhood attention on the GPU: which kernels run, on which tiles, with which configuration.
 
-Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`.
+Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. What does not depend on
+the tensors' memory is worked out once for every shape, dtype and strides, and kept.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from hybridzoo.kernels.neighborhood import triton_backward, triton_bias, triton_configs, triton_forward
-from hybridzoo.kernels.triton_common import Launch, launch, same_strides, sizes
+from hybridzoo.kernels import tuning
+from hybridzoo.kernels.neighborhood import triton_configs, triton_kernels
+from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
+from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
 
-DENSE_MAX_TOKENS = 64  # per group, and
-DENSE_MAX_BYTES = 8192  # per group and tensor: all of it stays in registers, with the scores
-PROGRAMS = 2048  # enough to keep a large GPU busy; beyond it, a program takes several images
-MAX_IMAGES = 16
+PROGRAMS = 1024  # enough to keep a large GPU busy; beyond it, a program takes several images
+MAX_IMAGES = 32
 
 
 def forward(
@@ -81,10 +82,8 @@ def forward_launch(
     scale: float,
 ) -> Launch:
     tensors = dict(same_strides(query, key, value), rpb=_table(rpb, query), out=out, lse=lse)
-    common = dict(_common(tensors["query"], rpb, kernel, dilation), scale=scale)
-    if (tokens := _dense_tokens(query, kernel, dilation)) is not None:
-        return _dense("forward_dense", triton_forward.forward_dense, tensors | common, query, dilation, tokens)
-    return _tiled("forward_tiled", triton_forward.forward_tiled, tensors | common, query, dilation)
+    call = _call(tensors["query"], kernel, dilation, scale, rpb is not None)
+    return _forward_recipe(call).launch(tensors)
 
 
 def backward_launches(
@@ -104,89 +103,116 @@ def backward_launches(
     want_rpb: bool = True,
     grad_lse: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor | None]:
-    """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that the last one fills."""
-    inputs = dict(same_strides(query, key, value), grad=grad, rpb=_table(rpb, query), lse=lse)
-    common = inputs | dict(_common(inputs["query"], rpb, kernel, dilation), scale=scale, delta=torch.empty_like(lse))
-    common |= dict(grad_lse=lse if grad_lse is None else grad_lse, GRAD_LSE=grad_lse is not None)
-    if (tokens := _dense_tokens(query, kernel, dilation)) is not None:
-        arguments = common | dict(out=out, dquery=dquery, dkey=dkey, dvalue=dvalue)
-        launches = [_dense("backward_dense", triton_backward.backward_dense, arguments, query, dilation, tokens)]
-    else:
-        arguments = common | dict(out=out, dquery=dquery)
-        launches = [_tiled("backward_query", triton_backward.backward_query, arguments, query, dilation)]
-        arguments = common | dict(dkey=dkey, dvalue=dvalue)
-        launches.append(_tiled("backward_key", triton_backward.backward_key, arguments, query, dilation))
-    if rpb is None or not want_rpb:
-        return launches, None
-    last = _tiled("backward_bias", triton_bias.backward_bias, common, query, dilation)
-    entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
-    heads = query.shape[3]
-    partial = torch.empty(last.programs // heads, heads, entries, dtype=torch.float32, device=query.device)
-    columns = min(64, triton.next_power_of_2(entries))  # the kernel holds its table as a matrix, padded
-    rows = triton.next_power_of_2(math.ceil(entries / columns))
-    last.arguments.update(partial=partial, COLUMNS=columns, ROWS=rows)
-    return [*launches, last], partial
+    """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that one of them fills."""
+    tensors = dict(same_strides(query, key, value), grad=grad, rpb=_table(rpb, query), out=out, lse=lse)
+    call = _call(tensors["query"], kernel, dilation, scale, rpb is not None)
+    recipes, tables = _backward_recipes(call, rpb is not None and want_rpb, grad_lse is not None)
+    partial = None
+    if tables:
+        heads, entries = query.shape[3], (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
+        partial = torch.empty(tables, heads, entries, dtype=torch.float32, device=query.device)
+    tensors |= dict(
+        dquery=dquery, dkey=dkey, dvalue=dvalue, grad_lse=lse if grad_lse is None else grad_lse,
+        delta=torch.empty_like(lse) if len(recipes) > 1 else lse, partial=lse if partial is None else partial,
+    )  # fmt: skip
+    return [recipe.launch(tensors) for recipe in recipes], partial
 
 
 def _table(rpb: Tensor | None, query: Tensor) -> Tensor:
     return query if rpb is None else rpb.contiguous()  # without one, a pointer that nobody reads
 
 
-def _common(query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int]) -> dict[str, Any]:
-    """Arguments of all kernels: sizes, strides, and what is fixed when compiling."""
-    return sizes(query) | dict(
-        dilation_h=dilation[0], dilation_w=dilation[1], KERNEL_H=kernel[0], KERNEL_W=kernel[1], BIAS=rpb is not None
+class _Call(NamedTuple):
+    """What the launches of a call depend on."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    device: torch.device
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+    scale: float
+    bias: bool
+    precision: str
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        rows, columns = map(Axis.of, self.shape[1:3], self.kernel, self.dilation)
+        return rows, columns
+
+    @property
+    def groups(self) -> int:
+        """Dilation groups of all heads."""
+        return self.shape[3] * math.prod(min(d, size) for d, size in zip(self.dilation, self.shape[1:3], strict=True))
+
+
+def _call(query: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], scale: float, bias: bool) -> _Call:
+    shape, strides = tuple(query.shape), query.stride()
+    return _Call(shape, strides, query.element_size(), query.device, kernel, dilation, scale, bias, precision(query))
+
+
+@tuning.plan
+def _forward_recipe(call: _Call) -> Recipe:
+    cut = _whole("forward_whole", call)
+    return (
+        _recipe("forward_tiled", call, _tiled("forward_tiled", call))
+        if cut is None
+        else _recipe("forward_whole", call, cut)
     )
 
 
-def _dense_tokens(query: Tensor, kernel: tuple[int, int], dilation: tuple[int, int]) -> int | None:
-    """Block for a whole dilation group, where the window of every query is its group and the block is small."""
-    members = [math.ceil(size / d) for size, d in zip(query.shape[1:3], dilation, strict=True)]
-    tokens = max(16, triton.next_power_of_2(math.prod(members)))
-    size = tokens * triton.next_power_of_2(query.shape[4]) * query.element_size()
-    dense = all(n <= k for n, k in zip(members, kernel, strict=True))
-    return tokens if dense and tokens <= DENSE_MAX_TOKENS and size <= DENSE_MAX_BYTES else None
-
-
-def _dense(
-    kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, dilation: tuple[int, int], tokens: int
-) -> Launch:
-    batch, height, width, heads, _ = query.shape
-    shape = f"{tokens} tokens, kernel {arguments['KERNEL_H']}x{arguments['KERNEL_W']}"
-    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), tokens, shape, query.device)
-    groups = heads * min(dilation[0], height) * min(dilation[1], width)
-    images = _images(groups, batch)
-    programs = groups * math.ceil(batch / images)
-    arguments = arguments | dict(batch=batch, images=images, TOKENS=tokens)
-    return launch(kernel, programs, arguments, config)
-
-
-def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, dilation: tuple[int, int]) -> Launch:
-    batch, height, width, heads, _ = query.shape
-    members = [math.ceil(size / d) for size, d in zip((height, width), dilation, strict=True)]
-    shape = f"{members[0]}x{members[1]}, kernel {arguments['KERNEL_H']}x{arguments['KERNEL_W']}"
-    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), None, shape, query.device)
-    tile = _tile(members[0], members[1], config.keys if kind == "backward_key" else config.queries)
-    tiles = [math.ceil(n / t) for n, t in zip(members, tile, strict=True)]
-    programs = heads * min(dilation[0], height) * min(dilation[1], width) * math.prod(tiles)
-    arguments = arguments | dict(
-        tile_h=tile[0], tile_w=tile[1], tiles_h=tiles[0], tiles_w=tiles[1], QUERIES=config.queries, KEYS=config.keys
-    )
-    if kind == "backward_bias":
-        images = _images(programs, batch)
-        arguments |= dict(batch=batch, images=images)
-        programs *= math.ceil(batch / images)
+@tuning.plan
+def _backward_recipes(call: _Call, want_bias: bool, grad_lse: bool) -> tuple[list[Recipe], int]:
+    """The kernels in order, and how many tables of the bias's gradient each head gets (0 where it is not wanted)."""
+    fixed: dict[str, Any] = dict(GRAD_LSE=grad_lse, WANT_BIAS=want_bias)
+    entries = (2 * call.kernel[0] - 1) * (2 * call.kernel[1] - 1)
+    columns = min(64, triton.next_power_of_2(entries))  # a kernel holds its table as a matrix, padded
+    fixed |= dict(COLUMNS=columns, ROWS=triton.next_power_of_2(math.ceil(entries / columns)))
+    dense, whole = _whole("backward_dense", call), _whole("backward_query_whole", call)
+    if dense is not None:
+        recipes = [_recipe("backward_dense", call, dense, fixed | dict(TOKENS=dense.config.queries))]
+    elif whole is not None:
+        recipes = [_recipe("backward_query_whole", call, whole, fixed)]
     else:
-        programs *= batch
-    return launch(kernel, programs, arguments, config)
+        recipes = [_recipe("backward_query", call, _tiled("backward_query", call), fixed)]
+    tables = recipes[0].programs
+    if dense is None:
+        by_key = _whole("backward_key_whole", call)
+        if by_key is None:
+            recipes.append(_recipe("backward_key", call, _tiled("backward_key", call)))
+        else:
+            recipes.append(_recipe("backward_key_whole", call, by_key))
+    if want_bias and dense is None and whole is None:
+        recipes.append(_recipe("backward_bias", call, _tiled("backward_bias", call), fixed))
+        tables = recipes[-1].programs
+    return recipes, tables // call.shape[3] if want_bias else 0
 
 
-def _tile(members_h: int, members_w: int, block: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most `block` tokens, about square, all tiles of a group about equal."""
-    side = 1 << ((block.bit_length() - 1) // 2)
-    tile_h = math.ceil(members_h / math.ceil(members_h / side))
-    side = block // tile_h
-    return tile_h, math.ceil(members_w / math.ceil(members_w / side))
+def _whole(kind: str, call: _Call) -> Cut | None:
+    block_d = triton.next_power_of_2(call.shape[4])
+    return triton_configs.whole(kind, *call.axes, block_d, call.itemsize, call.device)
+
+
+def _tiled(kind: str, call: _Call) -> Cut:
+    block_d = triton.next_power_of_2(call.shape[4])
+    return triton_configs.tiled(kind, *call.axes, block_d, call.itemsize, call.device)
+
+
+def _recipe(kind: str, call: _Call, cut: Cut, more: dict[str, Any] | None = None) -> Recipe:
+    batch, height, width, heads, head_dim = call.shape
+    programs = call.groups * math.prod(cut.tiles)
+    images = 1
+    if kind in triton_configs.WHOLE or kind == "backward_bias":
+        images = _images(programs, batch)
+    arguments = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False)) | dict(
+        scale=call.scale, batch=batch, heads=heads, height=height, width=width, images=images,
+        dilation_h=call.dilation[0], dilation_w=call.dilation[1],
+        tile_h=cut.tile[0], tile_w=cut.tile[1], tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
+        KERNEL_H=call.kernel[0], KERNEL_W=call.kernel[1], HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+        QUERIES=cut.config.queries, KEYS=cut.config.keys, BIAS=call.bias, PRECISION=call.precision,
+    )  # fmt: skip
+    kernel = getattr(triton_kernels, kind)
+    return Recipe.of(kernel, programs * math.ceil(batch / images), arguments | (more or {}), cut.config)
 
 
 def _images(programs: int, batch: int) -> int:

@@ -23,7 +23,7 @@ from triton_tests import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from hybridzoo.kernels import na2d, triton_common
+from hybridzoo.kernels import na2d, triton_common, tuning
 from hybridzoo.kernels.neighborhood import operators, reference, triton_configs, triton_impl
 
 CASES = {  # batch, height, width, heads, head_dim, kernel, dilation, bias
@@ -37,6 +37,14 @@ CASES = {  # batch, height, width, heads, head_dim, kernel, dilation, bias
     "a group is a window, no bias": (1, 6, 6, 1, 16, (3, 3), (2, 2), False),
     "dilated": (1, 11, 8, 1, 16, (3, 3), (2, 1), True),
 }
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans():
+    """What a test changes of the tables, or of the chip, is not kept for others."""
+    tuning.forget()
+    yield
+    tuning.forget()
 
 
 def leaves(batch, height, width, heads, head_dim, kernel, bias, dtype):
@@ -68,26 +76,33 @@ def test_values_and_gradients(case, dtype):
     assert_as_good_as_the_definition(tensors, kernel, dilation)
 
 
-@computes
-@pytest.mark.parametrize("seed", range(100) if DEVICE == "cuda" else (0, 6, 7, 79, 82))  # some leave a query one key
-def test_any_shape(seed, monkeypatch):
-    """With the smallest blocks, so that small maps have many tiles and many blocks of keys."""
+def smallest_blocks(monkeypatch):
     smallest = dict.fromkeys(triton_configs.TABLE, triton_configs.Config(16, 16, 1, 1))
     monkeypatch.setattr(triton_configs, "TABLE", smallest)
+    monkeypatch.setattr(triton_configs, "OWN", (16,))
+
+
+@computes
+@pytest.mark.parametrize("seed", range(100) if DEVICE == "cuda" else (0, 6, 7, 79, 82))  # some leave a query one key
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)  # whole kernels, and tiled ones
+def test_any_shape(seed, dtype, monkeypatch):
+    """With the smallest blocks, so that small maps have many tiles and many blocks of keys."""
+    smallest_blocks(monkeypatch)
     draw = random.Random(seed)
     torch.manual_seed(seed)
     kernel = draw.choice([3, 3, 5, 7]), draw.choice([3, 3, 5, 7])
     dilation = draw.choice([1, 1, 2]), draw.choice([1, 2, 3])
     height, width = draw.randint(1, 12), draw.randint(1, 12)
-    tensors = leaves(1, height, width, 1, 16, kernel, True, torch.float32)
+    tensors = leaves(1, height, width, 1, 32, kernel, True, dtype)
     assert_as_good_as_the_definition(tensors, kernel, dilation)
 
 
 @computes
 def test_a_class_may_have_no_token_in_its_last_tile(monkeypatch):
-    smallest = dict.fromkeys(triton_configs.TABLE, triton_configs.Config(16, 16, 1, 1))
-    monkeypatch.setattr(triton_configs, "TABLE", smallest)
-    assert triton_impl._tile(13, 2, 16) == (4, 2)  # 13 members in tiles of 4, 4, 4, 1; the other class has 12
+    smallest_blocks(monkeypatch)
+    axes = triton_configs.Axis.of(25, 3, 2), triton_configs.Axis.of(2, 3, 1)
+    cut = triton_configs.tiled("forward_tiled", *axes, 16, 4, torch.device("cpu"))
+    assert cut.tile == (4, 2)  # 13 members in tiles of 4, 4, 4, 1; the other class has 12
     torch.manual_seed(0)
     assert_as_good_as_the_definition(leaves(1, 25, 2, 1, 16, (3, 3), True, torch.float32), (3, 3), (2, 1))
 
@@ -158,11 +173,12 @@ def test_a_frozen_bias_costs_no_kernel():
     *inputs, grad = (torch.empty(1, 9, 9, 2, 32, device="meta") for _ in range(5))
     lse, rpb = torch.empty(1, 9, 9, 2, device="meta"), torch.empty(2, 5, 5, device="meta")
     arguments = (grad, *inputs[:3], rpb, inputs[3], lse, grad, grad, grad, (3, 3), (1, 1), 0.3)
-    kernels = [
-        [launch.kernel.__name__ for launch in triton_impl.backward_launches(*arguments, want_rpb)[0]]
-        for want_rpb in (False, True)
-    ]
-    assert kernels[1] == [*kernels[0], "backward_bias"]
+    frozen, trained = (triton_impl.backward_launches(*arguments, want_rpb)[0] for want_rpb in (False, True))
+    assert [n.kernel.__name__ for n in trained] == [*(n.kernel.__name__ for n in frozen), "backward_bias"]
+    half = [t.half() if t.ndim == 5 else t for t in arguments[:10]]
+    launches, partial = triton_impl.backward_launches(*half, *arguments[10:], False)
+    assert partial is None
+    assert not any(n.arguments.get("WANT_BIAS") for n in launches)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +217,8 @@ def test_a_batch_is_summed_whole_whatever_a_program_takes(monkeypatch):
     monkeypatch.setattr(triton_impl, "PROGRAMS", 4)
     torch.manual_seed(0)
     assert triton_impl._images(2, 5) == 2
-    for width in (3, 4):  # dense, tiled
-        assert_as_good_as_the_definition(leaves(5, 3, width, 2, 16, (3, 3), True, torch.float32), (3, 3), (1, 1))
+    for width, dtype in ((3, torch.float32), (4, torch.float32), (4, torch.float16)):  # dense, tiled, whole
+        assert_as_good_as_the_definition(leaves(5, 3, width, 2, 32, (3, 3), True, dtype), (3, 3), (1, 1))
 
 
 @computes
@@ -254,25 +270,23 @@ def launches(height, heads, head_dim, kernel, dilation, dtype, bias=True, fill=F
     return [forward, *backward]
 
 
-def dense_launches(head_dim, dtype, bias):
-    """Of the largest group that the dense kernels take whole."""
-    for side in (7, 5, 3):
-        found = [n for n in launches(side, 2, head_dim, side, 1, dtype, bias) if "dense" in n.kernel.__name__]
-        if found:
-            return found
-    raise AssertionError("the dense kernels take no group")
+def pretend(capability, monkeypatch):
+    """That the chip were of this capability, for what is cut differently by it."""
+    monkeypatch.setattr(triton_configs, "capability", lambda device: divmod(capability, 10))
 
 
 @compiles
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
-def test_what_dinat_runs_compiles(capability):
+def test_what_dinat_runs_compiles(capability, monkeypatch):
     """Half precision, head_dim 32, kernel 7; at 224 pixels the first stage alternates dilation 1 and 8."""
+    pretend(capability, monkeypatch)
     tiled, dense = (launches(56, 2, 32, 7, dilation, torch.bfloat16) for dilation in (1, 8))
-    assert {launch.kernel.__name__ for launch in tiled + dense} == set(triton_configs.KINDS)
-    triton_builds.assert_builds(capability, [*tiled, *(n for n in dense if "dense" in n.kernel.__name__)])
+    expected = {"forward_whole", "backward_query_whole", "backward_key_whole"}
+    assert {launch.kernel.__name__ for launch in tiled} == expected
+    triton_builds.assert_builds(capability, [*tiled, *dense, *launches(14, 8, 32, 7, 1, torch.bfloat16)])
     filled = [n for dilation in (1, 8) for n in launches(56, 2, 32, 7, dilation, torch.bfloat16, fill=True)]
     changed = [n for n in filled if n.arguments.get("GRAD_LSE")]
-    assert {launch.kernel.__name__ for launch in changed} == {"backward_query", "backward_dense"}
+    assert len(changed) == 2
     triton_builds.assert_builds(capability, changed)
 
 
@@ -289,10 +303,11 @@ WITHOUT_BIAS = [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 128)
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "head_dim"), [(t, d) for t, row in LIMITS.items() for d in row], ids=str)
-def test_the_limits_compile(capability, dtype, head_dim):
+def test_the_limits_compile(capability, dtype, head_dim, monkeypatch):
+    pretend(capability, monkeypatch)
     wanted = []
     for bias in (True, False) if (dtype, head_dim) in WITHOUT_BIAS else (True,):
         wanted += launches(56, 2, head_dim, LIMITS[dtype][head_dim], 1, dtype, bias)
-        wanted += dense_launches(head_dim, dtype, bias)
-    assert {launch.kernel.__name__ for launch in wanted} == set(triton_configs.KINDS)
+        for side in (7, 5, 3):  # groups that are a window
+            wanted += launches(side, 2, head_dim, side, 1, dtype, bias)
     triton_builds.assert_builds(capability, wanted)

@@ -1,0 +1,592 @@
+"""Neighborhood attention in Triton: the kernels.
+
+A program works on one tile of one dilation group of one head. Inside a group, tokens are named by their *place* (row,
+column), so that the group is an ordinary map with dilation 1: place `p` of residue class `g` is token
+`g + p * dilation`. Places are vectors, shaped `[n, 1]` or `[1, n]` where two of them meet in a matrix of scores. Vectors
+longer than what there is to do repeat their last valid place, so that loads need no mask and never leave the tensor;
+such repeats count as unseen keys, and are not stored as queries.
+
+Two sets of kernels. The *whole* ones hold all scores of a tile in one block, `[queries, keys they see]`. Its bias and
+mask depend on the tile alone, so a program gathers them once, keeps them in registers and goes through many images; per
+score remain a multiply-add, an exponential and the sums. The gradient of the bias is summed over those images in a
+block beside it, and picked out of that sum once per entry of the table. The others go through the keys block by block,
+and through the bias and the mask in every block; they serve what does not fit: float32, wide heads, large windows.
+
+No atomics: every sum is taken by one program in a fixed order. Of the bias's gradient, each program writes a table of
+its own, and PyTorch adds the tables. Weights are recomputed from the log-sum-exp that the forward pass keeps; nothing
+the size of the scores is stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hybridzoo.kernels.triton_common import LOG2E, UNSEEN, load_tokens, store_tokens
+
+# Sizes differ between images of a multi-scale training run; a kernel compiled for each would never be reused.
+SIZES = [
+    "batch", "heads", "height", "width", "dilation_h", "dilation_w", "images", "tile_h", "tile_w", "tiles_h", "tiles_w",
+]  # fmt: skip
+
+
+@triton.jit
+def locate(program, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w):
+    """Head, tile, residue class and the rest (image or chunk of images) of a program, and the members of its class.
+
+    Heads come first, because the heads of a token are neighbors in memory.
+    """
+    head = program % heads
+    program = program // heads
+    tile_w = program % tiles_w
+    program = program // tiles_w
+    tile_h = program % tiles_h
+    program = program // tiles_h
+    classes_w = tl.minimum(dilation_w, width)
+    classes_h = tl.minimum(dilation_h, height)
+    class_w = program % classes_w
+    program = program // classes_w
+    class_h = program % classes_h
+    rest = program // classes_h
+    members_h = (height - class_h + dilation_h - 1) // dilation_h
+    members_w = (width - class_w + dilation_w - 1) // dilation_w
+    return head, tile_h, tile_w, class_h, class_w, rest, members_h, members_w
+
+
+@triton.jit
+def window_start(place, members, KERNEL: tl.constexpr):
+    """First place that the query at `place` sees; the window is shifted inward at both ends."""
+    return tl.maximum(tl.minimum(place - KERNEL // 2, members - KERNEL), 0)
+
+
+@triton.jit
+def keys_of(first, count, members, KERNEL: tl.constexpr):
+    """First place and number of places seen by any of the queries `first ... first + count - 1`."""
+    start = window_start(first, members, KERNEL)
+    last = tl.minimum(first + count, members) - 1
+    end = tl.minimum(window_start(last, members, KERNEL) + KERNEL, members)
+    return start, tl.maximum(end - start, 0)
+
+
+@triton.jit
+def queries_of(first, count, members, KERNEL: tl.constexpr):
+    """First place and number of places that see any of the keys `first ... first + count - 1`.
+
+    The window of the first KERNEL keys is clamped for some of its queries: they see everything from place 0 on; the
+    same at the other end.
+    """
+    start = tl.where(first < KERNEL, 0, first - KERNEL // 2)
+    last = tl.minimum(first + count, members) - 1
+    end = tl.where(last >= members - KERNEL, members, last + KERNEL // 2 + 1)
+    return start, tl.maximum(end - start, 0)
+
+
+@triton.jit
+def places(first, BLOCK: tl.constexpr, start_h, start_w, extent_h, extent_w):
+    """Rows and columns of the places `first ... first + BLOCK - 1` of a rectangle, row by row, and which exist."""
+    index = first + tl.arange(0, BLOCK)
+    count = extent_h * extent_w
+    exists = index < count
+    index = tl.maximum(tl.minimum(index, count - 1), 0)
+    return start_h + index // tl.maximum(extent_w, 1), start_w + index % tl.maximum(extent_w, 1), exists
+
+
+@triton.jit
+def sees(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
+    start_h = window_start(query_h, members_h, KERNEL_H)
+    start_w = window_start(query_w, members_w, KERNEL_W)
+    rows = (key_h >= start_h) & (key_h < start_h + KERNEL_H)
+    return rows & (key_w >= start_w) & (key_w < start_w + KERNEL_W)
+
+
+@triton.jit
+def bias_of(
+    rpb, query_h, query_w, key_h, key_w, seen, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BIAS: tl.constexpr
+):
+    """What to add to scores in base 2: the bias between queries and keys, UNSEEN where a key is not seen."""
+    if BIAS:
+        columns: tl.constexpr = 2 * KERNEL_W - 1
+        middle: tl.constexpr = (KERNEL_H - 1) * columns + KERNEL_W - 1
+        index = (key_h * columns + key_w + middle) - (query_h * columns + query_w)
+        # `other` is a float32 of the table's dtype: bfloat16 holds 1e30, float16 does not, so the choice comes after.
+        bias = tl.load(rpb + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
+        bias = tl.where(seen, bias, UNSEEN)
+    else:
+        bias = tl.where(seen, 0.0, UNSEEN)
+    return bias
+
+
+@triton.jit
+def delta_of(g, o, grad_lse, GRAD_LSE: tl.constexpr):
+    """What d(scores) = weights * (d(weights) - delta) subtracts: sum(grad * out) of every query, less the gradient of
+    its log-sum-exp where something depends on that."""
+    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse)
+    return delta
+
+
+@triton.jit
+def add_by_offset(
+    table, dscores, query_h, query_w, exists, first, start_h, start_w, extent_h, extent_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+):  # fmt: skip
+    """Add `dscores [queries, keys]` to `table [rows, columns]`, which flattens the bias table and pads its end.
+
+    Keys are those of `places(first, ..., start_h, start_w, extent_h, extent_w)`. For every entry of the table each
+    query has at most one key; pick it, and sum over queries.
+    """
+    rows: tl.constexpr = table.shape[0]
+    columns: tl.constexpr = table.shape[1]
+    width: tl.constexpr = 2 * KERNEL_W - 1
+    size: tl.constexpr = (2 * KERNEL_H - 1) * width
+    for row in range((size + columns - 1) // columns):
+        entry = row * columns + tl.arange(0, columns)
+        h = query_h[:, None] + (entry // width - (KERNEL_H - 1))[None, :] - start_h
+        w = query_w[:, None] + (entry % width - (KERNEL_W - 1))[None, :] - start_w
+        index = h * extent_w + w - first
+        hit = exists[:, None] & (h >= 0) & (h < extent_h) & (w >= 0) & (w < extent_w)
+        hit = hit & (index >= 0) & (index < dscores.shape[1]) & (entry < size)[None, :]
+        picked = tl.gather(dscores, tl.where(hit, index, 0), 1)
+        total = tl.sum(tl.where(hit, picked, 0.0), 0)
+        table += tl.where(tl.arange(0, rows)[:, None] == row, total[None, :], 0.0)
+    return table
+
+
+@triton.jit
+def store_table(partial, table, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
+    size: tl.constexpr = (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    entry = tl.arange(0, table.shape[0])[:, None] * table.shape[1] + tl.arange(0, table.shape[1])[None, :]
+    tl.store(partial + tl.program_id(0).to(tl.int64) * size + entry, table, mask=entry < size)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_whole(
+    query, key, value, rpb, out, lse, scale, batch, heads, height, width, dilation_h, dilation_w, images,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries against all keys that any of them sees, in `images` images."""
+    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+        return
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    key_h, key_w, some = places(0, KEYS, start_h, start_w, extent_h, extent_w)
+    seen = some[None, :] & sees(
+        query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], members_h, members_w, KERNEL_H, KERNEL_W
+    )
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    bias = bias_of(
+        rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
+    )
+
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    query_offsets = row * stride_h + column * stride_w
+    pixels = (row * width + column) * heads + head  # into contiguous (height, width, heads)
+    key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
+    for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
+        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+        first_pixel = tl.cast(image, tl.int64) * height * width * heads
+        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        largest = tl.max(scores, 1)
+        weights = tl.exp2(scores - largest[:, None])
+        total = tl.sum(weights, 1)
+        result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
+        tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_dense(
+    grad, grad_lse, query, key, value, rpb, lse, dquery, dkey, dvalue, partial, scale,
+    batch, heads, height, width, dilation_h, dilation_w, images, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, WANT_BIAS: tl.constexpr,
+    GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients from a group of at most TOKENS tokens, which all see each other, in `images` images."""
+    head, _, _, class_h, class_w, chunk, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, 1, 1
+    )
+    h, w, exists = places(0, TOKENS, 0, 0, members_h, members_w)
+    seen = exists[:, None] & exists[None, :]  # repeats are no queries here: they would reach dkey and dvalue
+    bias = bias_of(
+        rpb + head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1),
+        h[:, None], w[:, None], h[None, :], w[None, :], seen, KERNEL_H, KERNEL_W, BIAS,
+    )  # fmt: skip
+    row, column = class_h + h * dilation_h, class_w + w * dilation_w
+    offsets = row * stride_h + column * stride_w
+    pixels = (row * width + column) * heads + head
+    dbias = tl.zeros([TOKENS, TOKENS], tl.float32)
+    for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
+        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+        first_pixel = tl.cast(image, tl.int64) * height * width * heads
+        q = load_tokens(query + start, offsets, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+        # Each gradient is stored before the next is computed: threads hold four matrices of scores as it is.
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        weights = tl.exp2(scores - norm[:, None])
+        dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
+        store_tokens(dvalue + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dv, HEAD_DIM, BLOCK_D)
+        dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        d = tl.sum(weights * dweights, 1)  # as `delta_of`, without the result: all keys are here
+        if GRAD_LSE:
+            d -= tl.load(grad_lse + first_pixel + pixels)
+        dscores = weights * (dweights - d[:, None])
+        if WANT_BIAS:
+            dbias += dscores
+        low = dscores.to(q.dtype)
+        dk = tl.dot(tl.trans(low), q, input_precision=PRECISION) * scale
+        store_tokens(dkey + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dk, HEAD_DIM, BLOCK_D)
+        dq = tl.dot(low, k, input_precision=PRECISION) * scale
+        store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
+    if WANT_BIAS:
+        table = add_by_offset(
+            tl.zeros([ROWS, COLUMNS], tl.float32), dbias, h, w, exists, 0, 0, 0, members_h, members_w,
+            KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        store_table(partial, table, KERNEL_H, KERNEL_W)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_query_whole(
+    grad, grad_lse, query, key, value, rpb, lse, dquery, delta, partial, scale,
+    batch, heads, height, width, dilation_h, dilation_w, images,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    WANT_BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of queries and of the bias, in `images` images, and `delta` (see `delta_of`) of each."""
+    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    key_h, key_w, some = places(0, KEYS, start_h, start_w, extent_h, extent_w)
+    seen = exists[:, None] & some[None, :] & sees(  # repeated queries would reach the bias
+        query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], members_h, members_w, KERNEL_H, KERNEL_W
+    )  # fmt: skip
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    bias = bias_of(
+        rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
+    )
+
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    query_offsets = row * stride_h + column * stride_w
+    pixels = (row * width + column) * heads + head
+    key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
+    dbias = tl.zeros([QUERIES, KEYS], tl.float32)
+    # A class may be one member short of its last tile, which then has nothing to do but to write a table of zeros.
+    stop = tl.where((size_h > 0) & (size_w > 0), tl.minimum((chunk + 1) * images, batch), 0)
+    for image in range(chunk * images, stop):
+        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+        first_pixel = tl.cast(image, tl.int64) * height * width * heads
+        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        weights = tl.exp2(scores - norm[:, None])
+        dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        d = tl.sum(weights * dweights, 1)  # as `delta_of`, without the result: all keys are here
+        if GRAD_LSE:
+            d -= tl.load(grad_lse + first_pixel + pixels)
+        tl.store(delta + first_pixel + pixels, d, mask=exists)
+        dscores = weights * (dweights - d[:, None])
+        if WANT_BIAS:
+            dbias += dscores
+        dq = tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION) * scale
+        store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
+    if WANT_BIAS:
+        table = add_by_offset(
+            tl.zeros([ROWS, COLUMNS], tl.float32), dbias, query_h, query_w, exists, 0,
+            start_h, start_w, extent_h, extent_w, KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        store_table(partial, table, KERNEL_H, KERNEL_W)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_key_whole(
+    grad, query, key, value, rpb, lse, delta, dkey, dvalue, scale,
+    batch, heads, height, width, dilation_h, dilation_w, images,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values from all queries that see any of them, in `images` images.
+
+    Scores are held transposed, keys by queries, so that no product has to transpose them.
+    """
+    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):
+        return
+    key_h, key_w, exists = places(0, KEYS, first_h, first_w, size_h, size_w)
+    start_h, extent_h = queries_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = queries_of(first_w, size_w, members_w, KERNEL_W)
+    query_h, query_w, some = places(0, QUERIES, start_h, start_w, extent_h, extent_w)
+    seen = some[None, :] & sees(
+        query_h[None, :], query_w[None, :], key_h[:, None], key_w[:, None], members_h, members_w, KERNEL_H, KERNEL_W
+    )
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    bias = bias_of(
+        rpb, query_h[None, :], query_w[None, :], key_h[:, None], key_w[:, None], seen, KERNEL_H, KERNEL_W, BIAS
+    )
+
+    row, column = class_h + key_h * dilation_h, class_w + key_w * dilation_w
+    key_offsets = row * stride_h + column * stride_w
+    key_pixels = ((row * width + column) * heads + head) * HEAD_DIM
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    query_offsets = row * stride_h + column * stride_w
+    pixels = (row * width + column) * heads + head
+    for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
+        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+        first_pixel = tl.cast(image, tl.int64) * height * width * heads
+        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D)
+        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+        d = tl.load(delta + first_pixel + pixels)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
+        weights = tl.exp2(scores - norm[None, :])
+        dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
+        dv = tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+        dk = tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION) * scale
+        store_tokens(dvalue + first_pixel * HEAD_DIM, key_pixels, exists, dv, HEAD_DIM, BLOCK_D)
+        store_tokens(dkey + first_pixel * HEAD_DIM, key_pixels, exists, dk, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_tiled(
+    query, key, value, rpb, out, lse, scale, heads, height, width, dilation_h, dilation_w,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of tile_h x tile_w <= QUERIES queries against the keys any of them sees, KEYS at a time."""
+    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+        return
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+
+    start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    pixels = (row * width + column) * heads + head
+    q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    for first in range(0, extent_h * extent_w, KEYS):
+        key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
+        offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+        seen = some[None, :] & sees(
+            query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :],
+            members_h, members_w, KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        bias = bias_of(
+            rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        # A row that has seen no key yet holds equal weights for UNSEEN ones; the first seen key scales them to 0.
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        shrink = tl.exp2(largest - larger)
+        weights = tl.exp2(scores - larger[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+
+    first_pixel = tl.cast(image, tl.int64) * height * width * heads
+    result = result / total[:, None]
+    store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
+    tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_query(
+    grad, grad_lse, query, key, value, rpb, out, lse, dquery, delta, scale, heads, height, width,
+    dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, and `delta` (see `delta_of`) of each, which the other two passes read."""
+    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+        return
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+
+    start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+    first_pixel = tl.cast(image, tl.int64) * height * width * heads
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    pixels = (row * width + column) * heads + head
+    q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    norm = tl.load(lse + first_pixel + pixels) * LOG2E
+    d = delta_of(g, o, grad_lse + first_pixel + pixels, GRAD_LSE)
+    tl.store(delta + first_pixel + pixels, d, mask=exists)
+
+    dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    for first in range(0, extent_h * extent_w, KEYS):
+        key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
+        offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+        seen = some[None, :] & sees(
+            query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :],
+            members_h, members_w, KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        bias = bias_of(
+            rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        weights = tl.exp2(scores - norm[:, None])
+        dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_key(
+    grad, query, key, value, rpb, lse, delta, dkey, dvalue, scale, heads, height, width, dilation_h, dilation_w,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values: a loop over the queries that see any of them, QUERIES at a time.
+
+    Scores are held transposed, keys by queries, so that no product has to transpose them.
+    """
+    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):
+        return
+    key_h, key_w, exists = places(0, KEYS, first_h, first_w, size_h, size_w)
+    start_h, extent_h = queries_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = queries_of(first_w, size_w, members_w, KERNEL_W)
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+
+    start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+    first_pixel = tl.cast(image, tl.int64) * height * width * heads
+    row, column = class_h + key_h * dilation_h, class_w + key_w * dilation_w
+    k = load_tokens(key + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    v = load_tokens(value + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for first in range(0, extent_h * extent_w, QUERIES):
+        query_h, query_w, some = places(first, QUERIES, start_h, start_w, extent_h, extent_w)
+        query_row, query_column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+        pixels = (query_row * width + query_column) * heads + head
+        q = load_tokens(query + start, query_row * stride_h + query_column * stride_w, HEAD_DIM, BLOCK_D)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+        d = tl.load(delta + first_pixel + pixels)
+        seen = some[None, :] & sees(
+            query_h[None, :], query_w[None, :], key_h[:, None], key_w[:, None],
+            members_h, members_w, KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        bias = bias_of(
+            rpb, query_h[None, :], query_w[None, :], key_h[:, None], key_w[:, None], seen, KERNEL_H, KERNEL_W, BIAS
+        )
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
+        weights = tl.exp2(scores - norm[None, :])
+        dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
+        dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    pixels = ((row * width + column) * heads + head) * HEAD_DIM
+    store_tokens(dvalue + first_pixel * HEAD_DIM, pixels, exists, dv, HEAD_DIM, BLOCK_D)
+    store_tokens(dkey + first_pixel * HEAD_DIM, pixels, exists, dk * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_bias(
+    grad, query, key, value, rpb, lse, delta, partial, scale, batch, heads, height, width, dilation_h, dilation_w,
+    images, tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the bias from a tile of queries of `images` images."""
+    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    # No early return: an empty tile has a table of zeros to write.
+    extent_h = tl.where((size_h > 0) & (size_w > 0), extent_h, 0)
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    pixels = (row * width + column) * heads + head
+
+    table = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, extent_h * extent_w, KEYS):
+        key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
+        offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
+        seen = some[None, :] & sees(
+            query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :],
+            members_h, members_w, KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        bias = bias_of(
+            rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, True
+        )
+        total = tl.zeros([QUERIES, KEYS], tl.float32)
+        for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
+            start = tl.cast(image, tl.int64) * stride_b + head * stride_n
+            first_pixel = tl.cast(image, tl.int64) * height * width * heads
+            q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+            g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
+            v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
+            norm = tl.load(lse + first_pixel + pixels) * LOG2E
+            d = tl.load(delta + first_pixel + pixels)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+            weights = tl.exp2(scores - norm[:, None])
+            total += weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        table = add_by_offset(
+            table, total, query_h, query_w, exists, first, start_h, start_w, extent_h, extent_w, KERNEL_H, KERNEL_W
+        )
+    store_table(partial, table, KERNEL_H, KERNEL_W)
