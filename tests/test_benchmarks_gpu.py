@@ -53,7 +53,7 @@ def test_the_whole_command(tmp_path):
     (table,) = tmp_path.glob("*.json")
     tuning = importlib.import_module("hybridzoo.kernels.tuning")
     assert {key.operator for key in tuning.read_table(table)} <= {"na2d", "routed"}
-    assert "== Networks" in said
+    assert "== At a glance (8)" in said
 
     command("--minutes", 1, "--workers", 0, "--out", tmp_path, "--parts", "ceilings", "correctness", "networks")
     assert len(rows_of(tmp_path)) == len(rows)

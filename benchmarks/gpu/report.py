@@ -9,6 +9,16 @@ from benchmarks.gpu.rows import Row, read
 
 Table = tuple[list[str], list[list[str]]]
 OURS = ("ours", "auto")
+SHOWN = (
+    "Not measured",
+    "Failures",
+    "A training step of every family",
+    "Tuning",
+    "Networks",
+    "Correctness",
+    "At a glance",
+)
+SHOWN += ("Ceilings",)
 
 
 def write(folder: Path) -> Path:
@@ -34,6 +44,7 @@ def sections(rows: list[Row]) -> Iterable[tuple[str, str, Table]]:
     note = "Microseconds, median; floor: the time for the bytes and products at the ceilings, and its share of ours."
     yield "Operators", note, operators(latest, ("operators", "flex"))
     yield "Operators, tuned", note, operators(latest, ("tuned",))
+    yield "At a glance", "Microseconds; the floor is the least that the bytes and products take.", glance(latest)
     yield "Tuning", "What was best, and the pass's microseconds with it and with the default.", tuning(latest)
     yield "Networks", "Images a second.", networks(latest)
     yield "A training step of every family", "float32 weights, bfloat16 autocast.", training(latest)
@@ -101,6 +112,24 @@ def operators(rows: list[Row], parts: tuple[str, ...]) -> Table:
     return ["operator", "shape", "way", "form", "us (quartiles)", "floor (share)", "times ours", "Python us"], body
 
 
+def glance(rows: list[Row]) -> Table:
+    """One line for a shape and way, a column for a form."""
+    found = [r for r in rows if r["part"] in ("operators", "flex", "tuned") and "median_us" in r]
+    title = lambda r: "tuned" if r["part"] == "tuned" else r["form"]  # noqa: E731
+    forms = list(dict.fromkeys(title(r) for r in found))
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in found:
+        name = f"{row['op']} {', '.join(f'{k} {v}' for k, v in row['shape'].items())}"
+        groups.setdefault((name, row["way"]), []).append(row)
+    body = []
+    for (name, way), group in groups.items():
+        times = {title(r): r["median_us"] for r in group}
+        floor = floor_us(group[0], rows)
+        cells = [f"{floor:.0f}" if floor else "", *(f"{times[f]:.0f}" if f in times else "" for f in forms)]
+        body.append([name, way, *cells])
+    return ["", "way", "floor", *forms], body
+
+
 def tuning(rows: list[Row]) -> Table:
     found = [r for r in rows if r["part"] == "tuning" and "best" in r]
     body = [
@@ -163,17 +192,18 @@ def summary(rows: list[Row]) -> str:
     """For the end of a terminal, within some ten thousand characters; what matters most comes last."""
     latest = newest(rows)
     texts = []
-    for title, _, table in reversed(list(sections(latest))):
-        head, body = table
+    for title in SHOWN:
+        head, body = next(table for name, _, table in sections(latest) if name == title)
         if not body:
             continue
         if title == "Not measured":
             texts.append(f"== {title}: {len(body)}: " + "; ".join(cells[0] for cells in body[:12]))
             continue
-        shown = [[cell[:60] for cell in cells] for cells in (head, *body[:60])]
+        most = 12 if title == "Failures" else 40
+        shown = [[cell[:60] for cell in cells] for cells in (head, *body[:most])]
         widths = [max(len(cells[i]) for cells in shown) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in shown]
-        texts.append("\n".join([f"== {title}", *lines]))
+        texts.append("\n".join([f"== {title} ({len(body)})", *lines]))
     return "\n".join(texts)
 
 

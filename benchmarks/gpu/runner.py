@@ -56,7 +56,9 @@ class Worker:
 
 class Runner:
     def __init__(self, store: Store, dry: bool, workers: int, say: Say) -> None:
-        self.store, self.dry, self.say = store, dry, say
+        began = time.monotonic()
+        self.store, self.dry = store, dry
+        self.say: Say = lambda line: say(f"{time.monotonic() - began:4.0f}  {line}")
         self.versions: dict[str, str] = {}
         # Compiling in each process by itself: there are as many processes as cores.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -131,7 +133,7 @@ class Runner:
             for one in self.workers:
                 if quiet and one.state == "preparing" and time.monotonic() > late:
                     self.cut(one, "preparing")
-                elif one.state == "measuring" and time.monotonic() - one.since > TASK_LIMIT:
+                elif quiet and one.state == "measuring" and time.monotonic() - one.since > TASK_LIMIT:
                     self.cut(one, "measuring")
             ready = [w for w in self.workers if w.state == "ready"]
             busy = [w for w in self.workers if w.state in ("preparing", "measuring")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ def graphed(steps: Sequence[Step]) -> Callable[[], None]:
     torch.cuda.empty_cache()  # the graph has memory of its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
+        gc.disable()  # what it would free meanwhile would end the capture
         graph.capture_begin()
         try:
             for step in steps:
@@ -42,6 +44,8 @@ def graphed(steps: Sequence[Step]) -> Callable[[], None]:
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
             raise
+        finally:
+            gc.enable()
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
