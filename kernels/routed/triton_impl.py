@@ -216,7 +216,7 @@ def _fitted(config: Config, members: int, listed: int, own: str) -> Config:
     blocks[own] = min(sizes, key=lambda size: math.ceil(members / size) * (size + SMALLEST_BLOCK))
     # No longer than the list, and with a small tile no more than twice as long: it takes registers, and few threads.
     all_listed = max(SMALLEST_BLOCK, triton.next_power_of_2(listed))
-    most = 4 if own == "queries" and all_listed <= 4 * blocks[own] else 2  # a list in one block needs no loop
+    most = 4 if all_listed <= 4 * blocks[own] else 2  # a list in one block needs no loop
     blocks[other] = min(blocks[other], most * blocks[own], all_listed)
     share = config.queries * config.keys // (blocks["queries"] * blocks["keys"])
     return replace(config, **blocks, warps=max(2, config.warps // share))

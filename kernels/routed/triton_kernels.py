@@ -267,7 +267,6 @@ def backward_key(
     """Gradients of a tile of keys and values: a loop over the queries of the regions listing it, QUERIES at a time.
 
     `listing[image, starts[image, r] : starts[image, r + 1]]` are the regions that list region `r`, once for each time.
-    Scores are held transposed, keys by queries, so that no product has to transpose them.
     """
     region_h = REGION_H if REGION_H else region_h
     region_w = REGION_W if REGION_W else region_w
@@ -294,13 +293,13 @@ def backward_key(
         g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
         norm = tl.load(lse + first_pixel + pixels) * LOG2E
         d = tl.load(delta + first_pixel + pixels)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        weights = tl.exp2(scores - norm[:, None])
         if not (EXACT and WHOLE):
-            scores = tl.where(seen[None, :], scores, UNSEEN)
-        weights = tl.exp2(scores - norm[None, :])
-        dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
-        dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+            weights = tl.where(seen[:, None], weights, 0.0)
+        dv = tl.dot(tl.trans(weights.to(g.dtype)), g, dv, input_precision=PRECISION)
+        dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision=PRECISION)
     pixels = ((row * width + column) * heads + head) * HEAD_DIM
     store_tokens(dvalue + first_pixel * HEAD_DIM, pixels, exists, dv, HEAD_DIM, BLOCK_D)
     store_tokens(dkey + first_pixel * HEAD_DIM, pixels, exists, dk * scale, HEAD_DIM, BLOCK_D)
