@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-fast lint types bench gpu docs clean
+.PHONY: help setup demo test test-all test-fast lint types bench gpu docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,11 +25,14 @@ demo: setup  ## fine-tune one backbone on three tasks on the embedded data, show
 	@echo "== training on handwritten digits: three tasks, about a quarter of an hour on two cores"
 	$(BIN)/python -m hybridzoo.train.demo --out demo
 
-test: setup  ## every test
+test: setup  ## the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
+test-all: setup  ## with those that try more of the same kind: kernels compiled for every chip, at every width
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m ""
+
 test-fast: setup  ## without the slow ones
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not exhaustive"
 
 lint: setup  ## style
 	$(BIN)/ruff check .

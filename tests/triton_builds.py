@@ -2,24 +2,31 @@
 
 The arguments are those of a launch, tensors on any device (`meta` is enough): they are specialised as Triton would
 specialise them at run time, so that what is compiled here is what a user's GPU would run.
+
+What a compiled kernel takes is kept in `.pytest_cache`, by its source, arguments, options and Triton's version, so that
+a second run compiles only what changed. What does not compile is not kept.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = [90, *(pytest.param(chip, marks=pytest.mark.exhaustive) for chip in (80, 100))]
+KEPT = Path(__file__).parent.parent / ".pytest_cache" / "triton_builds"
 # Shared memory one block may use, in bytes: compute capability 8.0, 9.0 and 10.0 (CUDA programming guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
@@ -49,28 +56,17 @@ def require_compiler(capability: int) -> None:
             pytest.skip(f"{tool}, which compiling for sm_{capability} takes, is neither in Triton nor on the path")
 
 
-_fine: set[tuple[object, ...]] = set()  # what this process has compiled already, without a complaint
-
-
 def assert_builds(capability: int, launches: Iterable[Any]) -> None:
-    """Every kernel compiles without spilling, within the chip's shared memory, and adds without atomics.
-
-    What is compiled alike is compiled once in a process. (All sizes that differ here are unspecialised, so that no
-    other number of a launch makes another kernel.)
-    """
+    """Every kernel compiles without spilling, within the chip's shared memory, and adds without atomics."""
     require_compiler(capability)
     for launch in launches:
         constants = {name: value for name, value in launch.arguments.items() if name.isupper()}
         types = [str(value.dtype) for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
-        key = (capability, launch.kernel.__name__, str(constants), str(types), str(launch.options))
-        if key in _fine:
-            continue
         built = build(launch.kernel, launch.arguments, capability, **launch.options)
         name = f"{launch.kernel.__name__} {constants} {types[0]} {launch.options} on sm_{capability}: {built}"
         assert built.local == 0, name
         assert built.shared <= SHARED_LIMIT[capability], name
         assert not built.atomics, name
-        _fine.add(key)
 
 
 def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: Any) -> Build:
@@ -78,6 +74,7 @@ def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: An
 
     Raises RuntimeError when the compiled code does not say what it takes.
     """
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -95,13 +92,22 @@ def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: An
         if isinstance(value, torch.Tensor) or (specialise and isinstance(value, int) and value % 16 == 0):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    # One thread compiles, and nothing is cached: a warm cache would hide an error of the compiler.
+    this = (triton.__version__, kernel.cache_key, capability, signature, constants, attributes, sorted(options.items()))
+    kept = KEPT / (hashlib.sha256(repr(this).encode()).hexdigest() + ".json")
+    if kept.exists():
+        return Build(**json.loads(kept.read_text()))
+    # Triton's own cache stays out of it: a warm one would hide an error of the compiler.
     with tempfile.TemporaryDirectory() as folder, _uncached(folder):
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         registers, local = _resources(compiled.asm["cubin"])
         # PTX: `atom` returns the old value, `red` does not. Either makes the order of a sum depend on the moment.
         atomics = re.search(r"\b(atom|red)\.(\w+\.)*global", compiled.asm["ptx"]) is not None
-        return Build(compiled.metadata.shared, registers, local, atomics)
+        built = Build(compiled.metadata.shared, registers, local, atomics)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(asdict(built)))
+    part.replace(kept)  # several processes may write it
+    return built
 
 
 def _type(value: Any) -> str:

@@ -181,26 +181,26 @@ def test_a_frozen_bias_costs_no_kernel():
     assert not any(n.arguments.get("WANT_BIAS") for n in launches)
 
 
-@pytest.mark.parametrize(
-    ("allow", "expected"),
-    [
-        ("pass", "ieee"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
-        ("torch.set_float32_matmul_precision('high')", "tf32"),
-    ],
-)
-def test_float32_products_are_taken_as_pytorch_takes_its_own(allow, expected):
-    """In a process of its own: once one way to allow TF32 was used, PyTorch refuses others."""
-    program = f"""
-import torch
+def test_float32_products_are_taken_as_pytorch_takes_its_own():
+    """In a process for each way: once one way to allow TF32 was used, PyTorch refuses others."""
+    program = """
+import os, torch
 from hybridzoo.kernels.triton_common import precision
-{allow}
-print(precision(torch.empty(1)), precision(torch.empty(1, dtype=torch.float16)))
+for allow in (
+    "pass",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.set_float32_matmul_precision('high')",
+):
+    if os.fork() == 0:
+        exec(allow)
+        print(precision(torch.empty(1)), precision(torch.empty(1, dtype=torch.float16)), flush=True)
+        os._exit(0)
+    os.wait()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [expected, "ieee"]
+    assert run.stdout.splitlines() == ["ieee ieee", *["tf32 ieee"] * 4]
 
 
 @computes
@@ -300,7 +300,7 @@ WITHOUT_BIAS = [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 128)
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "head_dim"), [(t, d) for t, row in LIMITS.items() for d in row], ids=str)
 def test_the_limits_compile(capability, dtype, head_dim, monkeypatch):
