@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.backbones.dinat import HEAD_DIM, PatchStem
 from hybridzoo.backbones.dinat_dilations import Dilations, block_dilations
+from hybridzoo.kernels import arguments
 from hybridzoo.layers import NeighborhoodAttention2d, RelativePositionBias, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.linear import Linear
@@ -67,7 +67,7 @@ class FullAttention(nn.Module):
         else:
             window = (max(size[0], PUBLISHED_MAP), max(size[1], PUBLISHED_MAP))
             bias = gather_bias(resize_table(self.bias.table, window, "bicubic"), (size[0], size[1]))
-        if torch.compiler.is_exporting() and not self.training:
+        if arguments.exporting() and not self.training:
             # A bias that wants a gradient makes SDPA trace in one memory layout and decompose (for ONNX) in another.
             bias = bias.detach()
         query, key, value = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)

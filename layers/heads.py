@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hybridzoo.kernels import arguments
+
 BESIDES_CUDNN = {
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
     SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
@@ -24,7 +26,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """`(batch, heads, tokens, head_dim)` -> `(batch, tokens, dim)`; no copy of what fused attention returns."""
     x = x.transpose(1, 2)
-    if torch.compiler.is_exporting():
+    if arguments.exporting():
         # ONNX takes fused attention apart, whose result then lies differently in memory: a view recorded here would not
         # fit it.
         x = x.clone(memory_format=torch.contiguous_format)
