@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import timm
 from mmengine.registry import MODELS
@@ -16,6 +17,82 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import fitting_out_norms, load_matching, read_parts, tell
+
+
+class Level(NamedTuple):
+    """One map of a pyramid: level `index` of the model, its stride doubled `doublings` times (halved, if negative)."""
+
+    index: int
+    stride: int
+    width: int
+    doublings: int = 0
+
+
+def pyramid(feature_info: Sequence[Mapping[str, Any]], strides: Sequence[int]) -> list[Level]:
+    """A level per stride: the model's last one of that stride, or one made from the nearest, see `PyramidBackbone`.
+
+    Args:
+        feature_info: the model's, a mapping with `num_chs` and `reduction` per level.
+        strides: powers of two times a stride of the model.
+
+    Raises:
+        UserError: a stride that no level can be brought to.
+    """
+    levels = []
+    for stride in strides:
+        steps = [round(math.log2(stride / level["reduction"])) for level in feature_info]
+        nearest = min(range(len(steps)), key=lambda i: (abs(steps[i]), -i))
+        level, doublings = feature_info[nearest], steps[nearest]
+        if level["reduction"] * 2.0**doublings != stride:
+            raise UserError(
+                f"backbone strides={tuple(strides)}: {stride} is no power of two times {level['reduction']}"
+            )
+        width = level["num_chs"] if doublings >= 0 else max(1, level["num_chs"] >> -doublings)
+        levels.append(Level(nearest, stride, width, doublings))
+    return levels
+
+
+def _rescale(width: int, doublings: int) -> nn.Module:
+    """Halve or double the stride of a map (B, width, H, W) `doublings` times."""
+    if doublings >= 0:
+        return nn.Sequential(*(nn.MaxPool2d(2, ceil_mode=True) for _ in range(doublings)))
+    steps: list[nn.Module] = []
+    for _ in range(-doublings):
+        if steps:
+            steps += [LayerNorm2d(width), nn.GELU()]
+        steps.append(nn.ConvTranspose2d(width, max(1, width // 2), kernel_size=2, stride=2))
+        width = max(1, width // 2)
+    return nn.Sequential(*steps)
+
+
+def freeze(model: nn.Module, stages: int, groups: Mapping[str, int] | None = None) -> list[nn.Module]:
+    """Take the gradients of a timm model's stem (0), or of its stem and first k stages (k); -1 freezes nothing.
+
+    Args:
+        groups: parameter name -> stage, default the model's `group_matcher(coarse=True)`.
+
+    Returns:
+        The modules whose parameters are all frozen, to be kept in evaluation mode.
+
+    Raises:
+        UserError: the model has no stages to count, or `stages` leaves nothing to train.
+    """
+    if stages < 0 and groups is None:
+        return []
+    if groups is None:
+        if not hasattr(model, "group_matcher"):
+            raise UserError(f"freeze {stages}: {type(model).__name__} does not say what its stages are")
+        groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    most = max(groups.values())
+    if stages > most:
+        raise UserError(f"freeze {stages}: the model has the stages 0 to {most}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and groups[name] > stages)
+    return [
+        module
+        for module in model.modules()
+        if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own)
+    ]
 
 
 @MODELS.register_module()
@@ -29,7 +106,7 @@ class PyramidBackbone(nn.Module):
     Args:
         name: a model registered with timm, ours or timm's own.
         out_indices: which levels to return, as timm counts them (`feature_info`): four-stage nets usually have levels
-            0-3 at strides 4-32, ResNets a level 0 at stride 2 before those.
+            0-3 at strides 4-32, ResNets a level 0 at stride 2 before those. Default 0-3.
         out_norm: a fresh norm per level, on the output only (the trunk goes on without it): "LN" over channels,
             "BN" BatchNorm, or None.
         out_norm_eps: of "LN"; default that of the model's first LayerNorm, which published detectors have too (DiNAT
@@ -37,6 +114,9 @@ class PyramidBackbone(nn.Module):
         frozen_stages: no gradient and no changing statistics in the stem (0), the stem and the first k stages (k); -1
             freezes nothing. Stages are the model's own `group_matcher(coarse=True)`.
         norm_eval: keep BatchNorms at their running statistics while training; their weights still learn.
+        strides: instead of `out_indices`, the strides to return, e.g. (4, 8, 16, 32). A stride that the model has no
+            level for is made from the nearest level, as ViTDet does (Li et al., arXiv 2203.16527, section 3): halved
+            by 2 x 2 transposed convolutions that also halve the width, doubled by 2 x 2 max-pooling.
         with_cp: recompute activations in backward to save memory, where the model can.
         weights: checkpoint to start training from (safetensors or .pth): of a classifier, whose head is ignored, or of
             a detector or segmentor, published or ours, whose backbone and output norms are taken. Read by
@@ -54,13 +134,14 @@ class PyramidBackbone(nn.Module):
     def __init__(
         self,
         name: str,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | None = None,
         out_norm: Literal["LN", "BN"] | None = None,
         out_norm_eps: float | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
         weights: str | Path | None = None,
+        strides: Sequence[int] | None = None,
         **model_args: Any,
     ) -> None:
         super().__init__()
@@ -73,15 +154,22 @@ class PyramidBackbone(nn.Module):
         self.model = self._create()
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"backbone name={name!r}: this timm model cannot return intermediate maps")
-        levels = len(self.model.feature_info)
-        if bad := [i for i in out_indices if not 0 <= i < levels]:
-            raise UserError(
-                f"backbone out_indices={tuple(out_indices)}: {name} has levels 0 to {levels - 1}, not {bad[0]}"
-            )
-        self.out_indices = tuple(out_indices)
-        info = [self.model.feature_info[i] for i in self.out_indices]
-        self.channels = [level["num_chs"] for level in info]
-        self.strides = [level["reduction"] for level in info]
+        info = list(self.model.feature_info)
+        if strides is not None and out_indices is not None:
+            raise UserError("backbone: give strides or out_indices, not both")
+        if strides is None:
+            out_indices = (0, 1, 2, 3) if out_indices is None else out_indices
+            if bad := [i for i in out_indices if not 0 <= i < len(info)]:
+                raise UserError(
+                    f"backbone out_indices={tuple(out_indices)}: {name} has levels 0 to {len(info) - 1}, not {bad[0]}"
+                )
+            levels = [Level(index, info[index]["reduction"], info[index]["num_chs"]) for index in out_indices]
+        else:
+            levels = pyramid(info, strides)
+        self.out_indices = tuple(sorted({level.index for level in levels}))
+        self.sources = [self.out_indices.index(level.index) for level in levels]
+        self.channels = [level.width for level in levels]
+        self.strides = [level.stride for level in levels]
         self._groups = {coarse: self._group(coarse) for coarse in (False, True)}
         # The head and final norm never see a gradient here, and DDP stops at parameters that have none.
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
@@ -91,6 +179,10 @@ class PyramidBackbone(nn.Module):
         norm: dict[str | None, Any] = {None: nn.Identity, "LN": partial(LayerNorm2d, eps=eps), "BN": nn.BatchNorm2d}
         if out_norm not in norm:
             raise UserError(f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None")
+        if any(level.doublings for level in levels):
+            self.rescale = nn.ModuleList(_rescale(info[level.index]["num_chs"], level.doublings) for level in levels)
+        else:  # the levels are the model's own: nothing to learn, and no names in the state dict
+            self.rescale = None
         self.out_norms = nn.ModuleList(norm[out_norm](width) for width in self.channels)
         self._freeze(frozen_stages)
 
@@ -105,14 +197,7 @@ class PyramidBackbone(nn.Module):
         return group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
 
     def _freeze(self, stages: int) -> None:
-        groups = self._groups[True]
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and groups[name] > stages)
-        self.frozen = [
-            module
-            for module in self.model.modules()
-            if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own)
-        ]
+        self.frozen = freeze(self.model, stages, self._groups[True])
 
     def init_weights(self) -> None:
         """Load `weights`, if given. mmengine calls this once before training, not before testing or resuming."""
@@ -157,6 +242,9 @@ class PyramidBackbone(nn.Module):
         maps = self.model.forward_intermediates(
             x, indices=list(self.out_indices), output_fmt="NCHW", intermediates_only=True
         )
+        maps = [maps[source] for source in self.sources]
+        if self.rescale is not None:
+            maps = [rescale(level) for rescale, level in zip(self.rescale, maps, strict=True)]
         return tuple(norm(level) for norm, level in zip(self.out_norms, maps, strict=True))
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:

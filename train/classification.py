@@ -17,6 +17,7 @@ from timm.data import Mixup, create_dataset, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from hybridzoo.train.backbone import freeze
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import load_matching, read_parts, tell
 
@@ -31,6 +32,7 @@ class ImageClassifier(BaseModel):
         pretrained: load timm's weights for the name.
         mixup: arguments of ``timm.data.Mixup`` (``mixup_alpha``, ``cutmix_alpha``, ``switch_prob``, ...), or None.
         label_smoothing: in [0, 1).
+        frozen_stages: the stem (0), or the stem and the first k stages (k), neither learn nor change their statistics.
         binary: binary cross-entropy over the classes instead of softmax.
         data_preprocessor: mmengine's; the default moves the batch to the device.
         **model_args: passed to ``timm.create_model`` (``drop_path_rate``, ``img_size``, ...).
@@ -47,6 +49,7 @@ class ImageClassifier(BaseModel):
         mixup: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         binary: bool = False,
+        frozen_stages: int = -1,
         data_preprocessor: dict[str, Any] | nn.Module | None = None,
         **model_args: Any,
     ) -> None:
@@ -58,6 +61,7 @@ class ImageClassifier(BaseModel):
             self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
         except TypeError as error:  # an argument of another family's, left in the config
             raise UserError(f"model {name}: {error}; leave it out, e.g. by model.<argument>=none") from error
+        self.frozen = freeze(self.model, frozen_stages)
         self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.loss: nn.Module
         if binary:
@@ -66,6 +70,12 @@ class ImageClassifier(BaseModel):
             self.loss = SoftTargetCrossEntropy()
         else:
             self.loss = LabelSmoothingCrossEntropy(label_smoothing)
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def init_weights(self) -> None:
         """Nothing: timm initialised the model, and mmengine's default would do it again over loaded weights."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,6 +48,9 @@ class OnBadImage(str, Enum):
 
 
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A name from `list --configs`, or a file.")]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A name from `list --recipes`, a file, or a model to fine-tune.")
+]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file that `train` wrote.")]
 CfgOptions = Annotated[
     list[str] | None,
@@ -91,29 +94,52 @@ def info(
 
 @app.command(
     epilog=examples(
-        "train biformer_tiny_digits --work-dir runs/digits",
+        "train maxvit_tiny --data photographs",
+        "train mask-rcnn --model dinat_mini --data scenes --epochs 12",
         "train biformer_tiny_digits --cfg-options train_cfg.max_epochs=1",
     )
 )
 def train(
-    config: ConfigName,
-    cfg_options: CfgOptions = None,
+    recipe: Recipe,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The network: of ours, or any of timm's.")] = None,
     data: Data = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Length of the run; its schedule follows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Training images per step and process.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Highest learning rate.")] = None,
+    img_size: Annotated[int | None, typer.Option(metavar="N", help="Side of the training images in pixels.")] = None,
+    freeze: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep the stem (0), or stem and N stages, as they are.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that load images.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any.")
+    ] = None,
+    cfg_options: CfgOptions = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="TAG_OR_FILE", help="Start from published weights or from a file.")
+        str | None, typer.Option(metavar="TAG_OR_FILE", help="Start from published weights, a file, or none.")
     ] = None,
     work_dir: WorkDir = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision.")] = False,
+    amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="Mixed precision.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of all randomness.")] = None,
     on_bad_image: Annotated[OnBadImage | None, typer.Option(help="At an image that cannot be read.")] = None,
     no_wandb: Annotated[bool, typer.Option("--no-wandb", help="Do not log to Weights & Biases.")] = False,
     launcher: Processes = Launcher.none,
 ) -> None:
-    """Train a classifier, detector or segmentor."""
-    if weights is not None:
+    """Train a classifier, detector or segmentor: a recipe, a network, your data."""
+    if weights is not None and weights != "none":
         names.check_weights(weights)
-    loaded = _load(config, cfg_options)
+    loaded = _load(
+        recipe,
+        cfg_options,
+        model=model,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        img_size=img_size,
+        freeze=freeze,
+        workers=workers,
+    )
     from hybridzoo.train import engine
 
     if on_bad_image is not None:
@@ -128,6 +154,7 @@ def train(
         data=data,
         wandb=not no_wandb,
         seed=seed,
+        device=device,
     )
     _print_scores(scores)
 
@@ -230,11 +257,14 @@ def spread_options(argv: Sequence[str]) -> list[str]:
     return spread
 
 
-def _load(name: str, options: Sequence[str] | None) -> "mmengine.Config":
-    names.find_config(name)  # a misspelt one is told before mmengine is imported
+def _load(name: str, options: Sequence[str] | None, **settings: Any) -> "mmengine.Config":
+    if model := settings.get("model"):
+        names.check_model(model)
+    if not names.is_model(name):
+        names.find_config(name)  # a misspelt one is told before mmengine is imported
     from hybridzoo.train.config import load_config
 
-    return load_config(name, options or ())
+    return load_config(name, options or (), **settings)
 
 
 def _existing(path: Path, argument: str) -> None:

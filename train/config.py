@@ -12,7 +12,7 @@ from mmengine import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.names import TASKS, find_config
+from hybridzoo.train.names import TASKS, find_config, is_model, list_configs
 
 # `mmseg::` bases: mmengine looks for a distribution called mmsegmentation, which may be onedl's.
 MODULE2PACKAGE["mmseg"] = "mmseg"
@@ -25,7 +25,9 @@ _OPTIONAL_KEYS = {
     "class_names",
     "compile",
     "custom_hooks",
+    "custom_imports",
     "data_root",
+    "device",
     "env_cfg",
     "find_unused_parameters",
     "log_level",
@@ -34,22 +36,44 @@ _OPTIONAL_KEYS = {
     "on_bad",
     "param_scheduler",
     "randomness",
+    "start",
     "sync_bn",
     "visualizer",
     "work_dir",
 }
 
 
-def load_config(name_or_path: str | Path, options: Sequence[str] = ()) -> Config:
-    """Read a config with its bases and merge options into it.
+def load_config(
+    name_or_path: str | Path,
+    options: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    img_size: int | None = None,
+    freeze: int | None = None,
+    workers: int | None = None,
+) -> Config:
+    """Read a recipe or config with its bases, put a network and options into it, and settle what follows from them.
 
     Args:
-        name_or_path: short name or path, see :func:`find_config`.
+        name_or_path: a recipe's or config's name, a file, or a network's name, which means the recipe `finetune`.
         options: ``key.subkey=value`` strings; a value is a Python literal, a bare word or a comma-separated list.
+        model: timm network to train; its arguments replace those of the recipe's own.
+        epochs: length of the run; the schedule is stretched to it.
+        batch_size: images per step and process, in training.
+        lr: highest learning rate, of the heads.
+        img_size: side of the training images in pixels.
+        freeze: leave the network's stem (0), or its stem and first k stages (k), as they are.
+        workers: processes that load images; 0 loads them in the run's own.
 
     Raises:
-        UserError: unknown config, a config that does not parse, or a malformed option.
+        UserError: unknown config or network, a config that does not parse, a malformed option, or one that this config
+            has no use for.
     """
+    if model is None and is_model(str(name_or_path)):
+        name_or_path, model = "finetune", str(name_or_path)
     path = find_config(name_or_path)
     try:
         config = Config.fromfile(path)
@@ -57,9 +81,32 @@ def load_config(name_or_path: str | Path, options: Sequence[str] = ()) -> Config
         raise UserError(f"config {path}: {type(error).__name__}: {_first_line(error)}") from error
     if config.get("task") not in TASKS:
         raise UserError(f"config {path}: has to set task to one of {', '.join(TASKS)}, got {config.get('task')!r}")
+    from hybridzoo.train import compose, settle  # import timm, which a name that is not found does without
+
+    if model is not None:
+        compose.set_network(config, model)
+    given = set()
     for option in options:
-        _assign(config, *_parse_option(option, config), option)
+        key, value = _parse_option(option, config)
+        _assign(config, key, value, option)
+        given.add(key)
+    given |= settle.short_options(
+        config, epochs=epochs, batch_size=batch_size, lr=lr, img_size=img_size, freeze=freeze, workers=workers
+    )
+    left = dict(config.pop("settle", None) or {})
+    if left.pop("network", False) or model is not None:
+        compose.fit(config, given)
+        network = compose.network_of(config)["name"]
+        if path in list_configs().values():  # of a file of one's own the name says enough
+            config = _renamed(config, f"{path.stem}_{network}.py")
+    if left:
+        config.settle = {**left, "given": sorted(given)}
     return config
+
+
+def _renamed(config: Config, filename: str) -> Config:
+    """The same config under another file's name, which names the run and the copy that it leaves behind."""
+    return Config(config.to_dict(), cfg_text=config.text, filename=filename, env_variables=config.env_variables)
 
 
 def _assign(config: Config, key: str, value: Any, option: str) -> None:

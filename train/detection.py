@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from mmengine import Config
 
-import hybridzoo.train.backbone  # noqa: F401 - registers PyramidBackbone
+import hybridzoo.train.backbone  # registers PyramidBackbone
+import hybridzoo.train.necks  # noqa: F401 - registers FinerFPN
 from hybridzoo.train import scenes
 
 with scenes.quietly():

@@ -28,10 +28,10 @@ from mmengine.runner import Runner as MMRunner
 from torch import nn
 
 import hybridzoo.backbones  # noqa: F401 - registers the models with timm
-from hybridzoo.train import hooks, optim, progress, seeding
+from hybridzoo.train import hooks, optim, progress, seeding, settle
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.tracking import add_wandb
-from hybridzoo.train.weights import find_weights, load_matching, read_checkpoint, read_state_dict, tell
+from hybridzoo.train.weights import load_matching, read_checkpoint, read_state_dict, tell
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _runs = itertools.count()
@@ -58,6 +58,10 @@ class Runner(MMRunner):
             batch = self.cfg.train_dataloader.get("batch_size")
             raise UserError(f"train_dataloader.batch_size={batch}: larger than the training set, choose a smaller one")
         return built
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        wrapped = super().wrap_model(model_wrapper_cfg, model)
+        return wrapped.to(self.cfg.device) if self.cfg.get("device") else wrapped
 
     def load_or_resume(self) -> None:
         if self.initial_weights is not None:  # mmengine has initialised the model by now
@@ -99,12 +103,13 @@ def train(
     *,
     work_dir: str | Path | None = None,
     resume: bool = False,
-    amp: bool = False,
+    amp: bool | None = None,
     launcher: str = "none",
     weights: str | Path | None = None,
     data: str | Path | None = None,
     wandb: bool = True,
     seed: int | None = None,
+    device: str | None = None,
 ) -> dict[str, float]:
     """Train, validate and save as ``config`` says.
 
@@ -113,7 +118,8 @@ def train(
         work_dir: where checkpoints, logs, the resolved config and at the end ``final.pth`` (weights and meta only) go.
             Default ``work_dirs/<config name>``.
         resume: go on from the newest readable checkpoint in ``work_dir``; from the start where there is none.
-        amp: mixed precision in the config's ``amp_dtype``.
+        amp: mixed precision in the config's ``amp_dtype``. Default: in everyday recipes where a GPU has bfloat16, in
+            others not.
         launcher: ``"pytorch"`` under torchrun, else ``"none"``.
         weights: file to start from, or the name of a published one (``dinat_mini.in1k``), which is downloaded: of a
             whole model, or of the backbone alone.  The class heads may differ.  A detector or segmentor of another
@@ -121,6 +127,7 @@ def train(
         data: the user's own data instead of the config's, in the task's layout.
         wandb: log to Weights & Biases, offline where it cannot be reached.
         seed: default the config's, or with ``resume`` the interrupted run's.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; default a GPU where there is one.
 
     Returns:
         The metrics of the last validation.
@@ -132,14 +139,23 @@ def train(
     task = prepare(config)
     with _process_group(launcher):
         whole = False
+        everyday = bool(config.get("settle"))
+        earlier = latest_checkpoint(_folder(config, work_dir)) if resume else None
+        started = settle.was_started(earlier) if earlier else False
+        if earlier is None:
+            weights = settle.starting_weights(config, weights)
+            started = weights is not None
         if weights is not None:
-            weights = find_weights(weights, _network(config.model))
             whole = _is_whole_model(weights)  # read before a folder is made, which a bad file would leave behind
         task.configure(config, Path(data) if data is not None else None)
+        if everyday:
+            settle.fit_data(config, settle.count_images(config), started=started)
         folder = _set_up(config, work_dir, launcher)
         if seed is not None:
             config.randomness = {**config.get("randomness", {}), "seed": int(seed)}
-        if amp:
+        if device is not None:
+            config.device = settle.check_device(device)
+        if amp or (amp is None and everyday and settle.use_amp_here(device)):
             optim.use_amp(config.optim_wrapper, config.get("amp_dtype", "bfloat16"))
         add_wandb(config, folder, on=wandb)
 
@@ -291,10 +307,17 @@ def start_from(model: nn.Module, path: Path) -> None:
         inner.backbone.load(path)
 
 
+def _stem(config: Config) -> str:
+    return Path(config.filename).stem if config.filename else "run"
+
+
+def _folder(config: Config, work_dir: str | Path | None) -> Path:
+    return Path(work_dir or config.get("work_dir") or Path("work_dirs", _stem(config)))
+
+
 def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
     """Fill in what depends on this machine and this call; return the work folder."""
-    stem = Path(config.filename).stem if config.filename else "run"
-    folder = Path(work_dir or config.get("work_dir") or Path("work_dirs", stem))
+    folder, stem = _folder(config, work_dir), _stem(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -357,12 +380,6 @@ def _running(folder: Path) -> Iterator[None]:
 
 def _takes_a_backbone(model: Any) -> bool:
     return model.get("backbone", {}).get("type") == "PyramidBackbone"
-
-
-def _network(model: Any) -> str:
-    """The timm model that a config trains, empty if it is none."""
-    holder = model.get("backbone", {}) if _takes_a_backbone(model) else model
-    return str(holder.get("name", ""))
 
 
 def _is_whole_model(weights: str | Path) -> bool:

@@ -56,6 +56,14 @@ def check_model(name: str) -> None:
         raise UserError(f"unknown model {name!r}; {near}")
 
 
+def is_model(word: str) -> bool:
+    """Whether a word where a recipe may stand names a model, with or without a tag, and neither a recipe nor a file."""
+    if word.removesuffix(".py") in list_configs() or Path(word).expanduser().is_file():
+        return False
+    arch = word.partition(".")[0]
+    return arch in our_models() or arch in timm_models()
+
+
 def check_weights(name: str) -> None:
     """Say at once that `name` is neither a file nor published weights (`MODEL.TAG`, or `MODEL` for its default).
 
@@ -76,7 +84,8 @@ def check_weights(name: str) -> None:
 def list_configs() -> dict[str, Path]:
     """Short name (the file's stem) -> path of every config that comes with the package, by task, then name."""
     root = Path(hybridzoo.configs.__path__[0])
-    return {path.stem: path for task in TASKS for path in sorted((root / task).glob("*.py")) if path.stem != "__init__"}
+    files = [*sorted(root.glob("*.py")), *(path for task in TASKS for path in sorted((root / task).glob("*.py")))]
+    return {path.stem: path for path in files if path.stem != "__init__"}
 
 
 def find_config(name_or_path: str | Path) -> Path:

@@ -59,6 +59,9 @@ def set_classes(config: Config, names: Sequence[str]) -> None:
     for head in dicts(config.model):
         if "num_classes" in head:
             head.num_classes = len(names)
+        weights = (head.get("loss_cls") or {}).get("class_weight")
+        if isinstance(weights, list | tuple):  # Mask2Former's: the last one is for "no object"
+            head.loss_cls.class_weight = [1.0] * len(names) + [weights[-1]]
 
 
 def dicts(node: Any) -> Iterator[Any]:

@@ -1,0 +1,353 @@
+"""A recipe and a network become a run: what the network settles is read from it and put into the recipe's config.
+
+A recipe says `settle = dict(network=True)`: widths, strides, input size, normalisation and layer decay are then the
+network's, whatever the recipe wrote for its default one. A composed config has lost the mark, and means what it says.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+from mmengine import Config
+from timm.models import group_parameters
+
+from hybridzoo.train.errors import UserError
+
+# The stem learns at this part of the heads' rate, whatever the network's depth.
+STEM_RATE = 0.1
+# What lets a timm network of fixed size take any, by the argument's name; tried in this order.
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {},
+    {"dynamic_img_size": True},
+    {"strict_img_size": False, "dynamic_mask": True},
+    {"strict_img_size": False},
+)
+_PROBE = (160, 224)  # no network's own size
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a recipe has to know of a network.
+
+    Attributes:
+        levels: (width, stride) of each of timm's feature levels.
+        depth: number of layers, as its layer decay counts them; 0 where it does not say.
+        size: side of its published input in pixels.
+        mean, std: of the input, for values in [0, 1].
+        interpolation, crop_pct: of its published evaluation.
+        any_size: arguments without which it would take its published size alone.
+        takes: whether it has the argument `drop_path_rate`.
+    """
+
+    name: str
+    levels: tuple[tuple[int, int], ...]
+    depth: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    any_size: tuple[tuple[str, Any], ...]
+    drops_paths: bool
+
+    @property
+    def layer_decay(self) -> float | None:
+        """Factor from layer to layer at which the stem learns at `STEM_RATE`."""
+        return round(STEM_RATE ** (1 / self.depth), 4) if self.depth else None
+
+
+def known_network(name: str) -> bool:
+    """Whether timm has the model, ours or its own; a tag after a point may follow the name."""
+    return bool(name) and timm.is_model(name)
+
+
+def check_network(name: str) -> None:
+    """Raise a UserError that suggests the nearest names, unless timm has the model."""
+    if not known_network(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list` shows ours"
+        raise UserError(f"unknown model {name!r}: {hint}")
+
+
+def read_network(name: str, **arguments: Any) -> Network:
+    """What a recipe has to know of a timm model, without its weights (on the meta device).
+
+    Args:
+        name: of the model, with or without a tag.
+        **arguments: for `timm.create_model`.
+
+    Raises:
+        UserError: no such model, or an argument that it does not take.
+    """
+    check_network(name)
+    return _read(name, _frozen(arguments))
+
+
+@lru_cache(maxsize=256)
+def _read(name: str, frozen: Any) -> Network:
+    arguments = _thawed(frozen)
+    model = _make(name, arguments)
+    info = [(level["num_chs"], level["reduction"]) for level in model.feature_info]
+    cfg = model.pretrained_cfg
+    depth = 0
+    if hasattr(model, "group_matcher"):
+        depth = max(group_parameters(model, model.group_matcher(coarse=False), reverse=True).values())
+    mean, std = cfg["mean"], cfg["std"]
+    return Network(
+        name=name,
+        levels=tuple(info),
+        depth=depth,
+        size=int(cfg["input_size"][-1]),
+        mean=tuple(mean),
+        std=tuple(std),
+        interpolation=cfg.get("interpolation") or "bicubic",
+        crop_pct=float(cfg.get("crop_pct") or 0.875),
+        any_size=tuple(_any_size(name, arguments, bool(cfg.get("fixed_input_size"))).items()),
+        drops_paths=_takes(name, "drop_path_rate"),
+    )
+
+
+def _make(name: str, arguments: dict[str, Any]) -> Any:
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            return timm.create_model(name, **arguments)
+    except TypeError as error:  # an argument of another family's
+        raise UserError(f"model {name}: {error}") from error
+
+
+def _takes(name: str, argument: str) -> bool:
+    try:
+        _make(name, {argument: 0.0})
+    except UserError:
+        return False
+    return True
+
+
+def _any_size(name: str, arguments: dict[str, Any], fixed: bool) -> dict[str, Any]:
+    """The arguments that let a network of fixed size take images of any; none where it takes them or never does."""
+    if not fixed:
+        return {}
+    for extra in _ANY_SIZE:
+        if extra.keys() & arguments.keys():
+            continue
+        try:
+            model = _make(name, {**arguments, **extra}).eval()
+            with torch.no_grad():
+                model.forward_features(torch.empty(1, 3, *_PROBE, device="meta"))
+        except Exception:
+            continue
+        return extra
+    return {}
+
+
+# Putting it into a config ---------------------------------------------------------------------------------------------
+
+
+def set_network(config: Config, name: str) -> None:
+    """Name another network in a config of any task, in place; arguments of the one before it go."""
+    check_network(name)
+    holder = network_of(config)
+    if holder.get("name") == name:
+        return
+    kept = {*_own_arguments(config), "drop_path_rate"}
+    for key in [key for key in holder if key not in kept]:
+        del holder[key]
+    holder["name"] = name
+
+
+def network_of(config: Config) -> Any:
+    """The dict that names the network: the backbone's, or the classifier's."""
+    return config.model.backbone if "backbone" in config.model else config.model
+
+
+def network_arguments(config: Config) -> dict[str, Any]:
+    """The arguments for `timm.create_model` in a config."""
+    own = _own_arguments(config)
+    return {key: value for key, value in network_of(config).items() if key not in own}
+
+
+def _own_arguments(config: Config) -> set[str]:
+    """Names that belong to the classifier or to the backbone around the network, not to the network."""
+    if "backbone" in config.model:
+        from hybridzoo.train.backbone import PyramidBackbone as holder
+    else:
+        from hybridzoo.train.classification import ImageClassifier as holder
+    named = inspect.signature(holder.__init__).parameters.values()
+    return {"type", "_scope_", *(p.name for p in named if p.kind is not p.VAR_KEYWORD)}
+
+
+def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Put into a config, in place, what follows from its network.
+
+    Args:
+        config: of any task.
+        given: dotted keys that somebody set by hand; they stay.
+
+    Raises:
+        UserError: a network that the recipe cannot use.
+    """
+    holder = network_of(config)
+    network = read_network(holder["name"], **network_arguments(config))
+    if holder.get("drop_path_rate") is not None and not network.drops_paths:
+        del holder["drop_path_rate"]
+    groups = config.get("optim_wrapper", {}).get("paramwise_cfg") or {}
+    if "layer_decay" in groups and "optim_wrapper.paramwise_cfg.layer_decay" not in given:
+        groups["layer_decay"] = network.layer_decay
+        if network.layer_decay is None:
+            del groups["layer_decay"]
+    if "backbone" in config.model:
+        _fit_dense(config, network, given)
+    else:
+        _fit_classifier(config, network, given)
+
+
+def _fit_classifier(config: Config, network: Network, given: set[str]) -> None:
+    for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        if not config.get(key):
+            continue
+        transform, where = config[key].dataset.transform, f"{key}.dataset.transform"
+        facts = {"input_size": network.size, "mean": network.mean, "std": network.std}
+        facts["interpolation"] = network.interpolation
+        if not transform.get("is_training"):
+            facts["crop_pct"] = network.crop_pct
+        for name, value in facts.items():
+            if f"{where}.{name}" not in given:
+                transform[name] = value
+    size = config.train_dataloader.dataset.transform.input_size
+    size = size if isinstance(size, int) else size[-1]
+    if size != network.size:
+        for name, value in _for_size(network, size, network_arguments(config)).items():
+            config.model.setdefault(name, value)
+
+
+def _for_size(network: Network, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with which a network of fixed size is built for another one."""
+    if not network.any_size and not timm.get_pretrained_cfg(network.name).fixed_input_size:
+        return {}
+    if _takes(network.name, "img_size") is False or "img_size" in arguments:
+        return dict(network.any_size)
+    return {"img_size": size}
+
+
+def _fit_dense(config: Config, network: Network, given: set[str]) -> None:
+    from hybridzoo.train.backbone import pyramid
+
+    model, backbone = config.model, config.model.backbone
+    info = [{"num_chs": width, "reduction": stride} for width, stride in network.levels]
+    for name, value in network.any_size:
+        backbone.setdefault(name, value)
+    neck = model.get("neck")
+    if model.type == "DINO":
+        _fit_queries(config, given)
+    own = sorted({stride for _, stride in network.levels})
+    if neck and neck.get("type") in ("FPN", "FinerFPN") and "anchor_generator" in str(model) and len(own) > 1:
+        wanted = _pyramid_strides(model)
+        if wanted[0] < own[0]:  # no level as fine as the finest anchors: the published neck of such networks
+            _finer_fpn(config, network, wanted)
+            return
+    if "strides" in backbone:
+        if "model.backbone.strides" not in given:  # what a network of three coarse stages computes is not thrown away
+            backbone.strides = (*backbone.strides, *(stride for stride in own if stride > max(backbone.strides)))
+        widths = [level.width for level in pyramid(info, backbone.strides)]
+        strides = list(backbone.strides)
+    else:
+        indices = backbone.get("out_indices") or (0, 1, 2, 3)
+        if max(indices) >= len(info):
+            raise UserError(
+                f"model {network.name}: has {len(info)} levels, the recipe takes {max(indices) + 1}; "
+                "give model.backbone.strides=(4,8,16,32) instead of out_indices"
+            )
+        widths, strides = [info[i]["num_chs"] for i in indices], [info[i]["reduction"] for i in indices]
+
+    def put(node: Any, key: str, value: Any, where: str) -> None:
+        if f"{where}.{key}" not in given:
+            node[key] = value
+
+    if neck:
+        put(neck, "in_channels", widths, "model.neck")
+        if "decode_head" in model:  # FPNHead takes every level of its neck
+            put(neck, "num_outs", len(widths), "model.neck")
+            put(model.decode_head, "in_channels", [neck.out_channels] * len(widths), "model.decode_head")
+            put(model.decode_head, "in_index", list(range(len(widths))), "model.decode_head")
+            put(model.decode_head, "feature_strides", strides, "model.decode_head")
+        return
+    head = model.decode_head
+    put(head, "in_channels", widths, "model.decode_head")
+    if isinstance(head.get("in_index"), list | tuple):
+        put(head, "in_index", list(range(len(widths))), "model.decode_head")
+    if "strides" in head:  # Mask2Former's
+        put(head, "strides", strides, "model.decode_head")
+        if "pixel_decoder" in head:
+            _fit_pixel_decoder(head, strides)
+    for auxiliary in [model.get("auxiliary_head")] if isinstance(model.get("auxiliary_head"), dict) else []:
+        index = auxiliary.get("in_index", -1)
+        put(auxiliary, "in_channels", widths[index], "model.auxiliary_head")
+
+
+def _fit_pixel_decoder(head: Any, strides: list[int]) -> None:
+    """Mask2Former's attends over all levels but the finest one: mmdet's takes a single level beside those."""
+    decoder = head.pixel_decoder
+    decoder.strides = strides
+    decoder.num_outs = head.num_transformer_feat_level = len(strides) - 1
+    decoder.encoder.layer_cfg.self_attn_cfg.num_levels = len(strides) - 1
+
+
+def _fit_queries(config: Config, given: set[str]) -> None:
+    """At most as many queries as the padded images have tokens, and as many boxes as there are queries."""
+    steps = [step for step in config.train_dataloader.dataset.get("pipeline", ()) if step.type == "Pad"]
+    if not steps or "model.num_queries" in given:
+        return
+    side = min(steps[0].size)
+    tokens = sum((-(-side // stride)) ** 2 for stride in (8, 16, 32, 64))
+    config.model.num_queries = min(config.model.num_queries, tokens)
+    config.model.test_cfg.max_per_img = min(config.model.test_cfg.max_per_img, config.model.num_queries)
+
+
+def _pyramid_strides(model: Any) -> list[int]:
+    head = model.get("rpn_head") or model.bbox_head
+    return list(head.anchor_generator.strides)
+
+
+def _finer_fpn(config: Config, network: Network, wanted: list[int]) -> None:
+    """EfficientViT's (MSRA) neck in place of the FPN: it makes the fine levels that the network lacks."""
+    by_stride = {stride: (width, index) for index, (width, stride) in enumerate(network.levels)}
+    own = sorted(stride for stride in by_stride if stride <= wanted[-1])
+    finer = [stride for stride in wanted if stride < own[0]]
+    coarser = [stride for stride in wanted if stride > own[-1]]
+    if [*finer, *own, *coarser] != wanted:
+        raise UserError(f"model {network.name}: its levels at strides {own} do not make the pyramid {wanted}")
+    backbone = config.model.backbone
+    backbone.pop("strides", None)
+    backbone.out_indices = tuple(by_stride[stride][1] for stride in own)
+    config.model.neck = {
+        "type": "FinerFPN",
+        "in_channels": [by_stride[stride][0] for stride in own],
+        "out_channels": config.model.neck.out_channels,
+        "finer": len(finer),
+        "coarser": len(coarser),
+    }
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ("dict", tuple(sorted((key, _frozen(item)) for key, item in value.items())))
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, tuple(_frozen(item) for item in value))
+    return ("value", value)
+
+
+def _thawed(frozen: Any) -> Any:
+    kind, value = frozen
+    if kind == "dict":
+        return {key: _thawed(item) for key, item in value}
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(_thawed(item) for item in value)
+    return value

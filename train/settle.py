@@ -1,0 +1,295 @@
+"""What people change by a short option, and what an everyday recipe works out from the data and the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine import Config
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.registry import DATASETS, DefaultScope
+
+from hybridzoo.train.compose import network_of
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.weights import find_weights, read_checkpoint
+
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
+LONG_RUN = 2_000  # iterations from which on a moving average of the weights pays
+SHORTEST_SCHEDULE = 20  # iterations below which the learning rate stays the same
+
+
+# Short options --------------------------------------------------------------------------------------------------------
+
+
+def short_options(
+    config: Config,
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    img_size: int | None = None,
+    freeze: int | None = None,
+    workers: int | None = None,
+) -> set[str]:
+    """Put what the command line's short options say into a config, in place; see `hybridzoo.train.config.load_config`.
+
+    Returns:
+        The dotted keys that are settled by them.
+
+    Raises:
+        UserError: a value out of range, or an option that this config has no use for.
+    """
+    given: set[str] = set()
+    at_least = {
+        "epochs": (epochs, 1),
+        "batch-size": (batch_size, 1),
+        "img-size": (img_size, 32),
+        "workers": (workers, 0),
+    }
+    for name, (value, least) in at_least.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: give at least {least}")
+    if epochs is not None:
+        stretch(config, epochs)
+        given.add("train_cfg.max_epochs")
+    if batch_size is not None:
+        config.train_dataloader.batch_size = batch_size
+        given.add("train_dataloader.batch_size")
+    if lr is not None:
+        if not 0 < lr < float("inf"):
+            raise UserError(f"--lr {lr}: give a number above 0")
+        config.optim_wrapper.optimizer.lr = lr
+        given.add("optim_wrapper.optimizer.lr")
+    if img_size is not None:
+        given |= _resize(config, img_size)
+    if freeze is not None:
+        if freeze < 0:
+            raise UserError(f"--freeze {freeze}: 0 freezes the stem, k the stem and the first k stages")
+        holder = network_of(config)
+        holder.frozen_stages = freeze
+        given.add("model.backbone.frozen_stages" if "backbone" in config.model else "model.frozen_stages")
+    if workers is not None:
+        for key in LOADERS:
+            if config.get(key):
+                config[key].num_workers = workers
+                given.add(f"{key}.num_workers")
+    return given
+
+
+def stretch(config: Config, epochs: int) -> None:
+    """Make a run `epochs` long, in place; what its schedule counts in epochs keeps its share of the run.
+
+    Raises:
+        UserError: the run is counted in iterations.
+    """
+    loop = config.get("train_cfg") or {}
+    old = loop.get("max_epochs")
+    if not old:
+        raise UserError(
+            f"--epochs {epochs}: this config counts iterations; give --cfg-options train_cfg.max_iters=N, and the ends "
+            "of param_scheduler"
+        )
+    loop["max_epochs"] = epochs
+    loop["val_interval"] = min(loop.get("val_interval", 1), epochs)
+    for schedule in _schedules(config):
+        if not schedule.get("by_epoch", True):
+            continue
+        whole = not schedule.get("convert_to_iter_based")
+        for key in ("begin", "end", "T_max", "step_size"):
+            if schedule.get(key):
+                schedule[key] = _scaled(schedule[key], epochs / old, whole)
+        if "milestones" in schedule:
+            schedule["milestones"] = [_scaled(milestone, epochs / old, whole) for milestone in schedule["milestones"]]
+
+
+def _scaled(value: float, factor: float, whole: bool) -> float:
+    value = value * factor
+    return max(1, round(value)) if whole or abs(value - round(value)) < 1e-9 else round(value, 4)
+
+
+def _schedules(config: Config) -> list[Any]:
+    found = config.get("param_scheduler") or []
+    return [found] if isinstance(found, dict) else list(found)
+
+
+def _resize(config: Config, side: int) -> set[str]:
+    """Scale all sizes of a config so that its training images have `side` pixels: the classifier's input, the shorter
+    side of a detector's test images, the segmentor's crop."""
+    if config.task == "classification":
+        keys = set()
+        for key in LOADERS:
+            if config.get(key):
+                config[key].dataset.transform.input_size = side
+                keys.add(f"{key}.dataset.transform.input_size")
+        return keys
+    size = config.model.get("data_preprocessor", {}).get("size")
+    if not size:
+        scales = [step.scale for step in _steps(config.val_dataloader) if step.get("scale")]
+        size = scales[0] if scales else None
+    if not size:
+        raise UserError(f"--img-size {side}: this config does not resize its images; change its pipelines instead")
+    factor = side / min(size)
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(resized(item) for item in value)
+        return max(1, round(value * factor))
+
+    seen: set[int] = set()
+    for key in LOADERS:
+        for step in _steps(config.get(key)):
+            if id(step) not in seen:
+                seen.add(id(step))
+                for name in ("scale", "scales", "crop_size", "img_scale", "max_size", "size"):
+                    if step.get(name):
+                        step[name] = resized(step[name])
+    if config.model.get("data_preprocessor", {}).get("size"):
+        config.model.data_preprocessor.size = resized(config.model.data_preprocessor.size)
+    if config.get("test_pipeline"):
+        config.test_pipeline = config.val_dataloader.dataset.pipeline
+    return set()
+
+
+def _steps(node: Any) -> Iterator[Any]:
+    """All dicts below a dataloader that name a type: the steps of its pipelines."""
+    if isinstance(node, dict):
+        if "type" in node:
+            yield node
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for item in node:
+            yield from _steps(item)
+
+
+# Weights to start from ------------------------------------------------------------------------------------------------
+
+
+def starting_weights(config: Config, weights: str | Path | None) -> str | Path | None:
+    """The file that a run starts from: the one asked for, or the network's published weights if the recipe wants them.
+
+    Args:
+        config: with `start`: "published", the name of published weights, or None.
+        weights: from the command line; "none" starts from scratch.
+
+    Returns:
+        A file, or None: then a line has said that the run starts from scratch.
+
+    Raises:
+        UserError: `weights` cannot be had.
+    """
+    network = network_of(config).get("name", "")
+    if weights is not None and str(weights) != "none":
+        return find_weights(weights, network)
+    wanted = None if weights is not None else config.get("start")
+    if not wanted:
+        return None
+    from hybridzoo.train import published
+
+    try:
+        return published.weights_of(network if wanted == "published" else wanted)
+    except published.Unavailable as reason:
+        if is_main_process():  # a line of its own: no logger exists yet
+            print(f"from scratch: no weights of {network} here ({reason}); give --weights FILE")
+        return None
+
+
+def was_started(checkpoint: Path) -> bool:
+    """Whether the run that wrote a checkpoint began from weights, which an everyday recipe goes by."""
+    text = (read_checkpoint(checkpoint).get("meta") or {}).get("cfg") or ""
+    return bool(text) and Config.fromstring(text, ".py").get("start") is not None
+
+
+# What follows from the data and the machine ---------------------------------------------------------------------------
+
+
+def count_images(config: Config) -> int | None:
+    """Number of training images of a configured run; None where the data cannot say."""
+    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
+        dataset = DATASETS.build(config.train_dataloader.dataset)
+    try:
+        return len(dataset)
+    except TypeError:  # a stream of shards
+        return None
+
+
+def fit_data(config: Config, images: int | None, *, started: bool) -> None:
+    """Settle the rest of an everyday recipe, in place: `settle` is gone after it.
+
+    Args:
+        config: with its data configured.
+        images: in the training set.
+        started: from weights, not from scratch.
+    """
+    settle = dict(config.pop("settle", None) or {})
+    if not settle.get("data"):
+        return
+    given = set(settle.get("given", ()))
+    scratch = settle.get("scratch") or {}
+    optimizer, loader = config.optim_wrapper.optimizer, config.train_dataloader
+    if not started:
+        config.start = None
+        (config.optim_wrapper.get("paramwise_cfg") or {}).pop("layer_decay", None)
+        network_of(config).pop("norm_eval", None)  # statistics have to be learned
+        if "optim_wrapper.optimizer.lr" not in given:
+            optimizer.lr = scratch.get("lr", optimizer.lr)
+    workers = _workers()
+    for key in LOADERS:
+        if config.get(key) and f"{key}.num_workers" not in given:
+            config[key].num_workers = min(config[key].num_workers, workers)
+        if config.get(key) and not torch.cuda.is_available():
+            config[key].pop("pin_memory", None)
+    if images is None:
+        return
+    share = max(1, images // get_world_size())
+    usual = loader.batch_size
+    if "train_dataloader.batch_size" not in given:
+        loader.batch_size = _batch_size(usual, share)
+    if "optim_wrapper.optimizer.lr" not in given:
+        optimizer.lr = float(f"{optimizer.lr * (loader.batch_size / usual) ** 0.5:.3g}")
+    if "train_cfg.max_epochs" not in given:
+        seen = settle["images"] * (1 if started else scratch.get("longer", 1))
+        stretch(config, int(min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(seen / images)))))
+    an_epoch = max(1, share // loader.batch_size)
+    steps = an_epoch * config.train_cfg.max_epochs
+    if steps < SHORTEST_SCHEDULE:
+        config.param_scheduler = []
+    for schedule in _schedules(config):  # a warm-up of less than one iteration is none
+        if schedule.get("convert_to_iter_based") and schedule.get("end", 0) * an_epoch < 1:
+            schedule["end"] = 1 / an_epoch
+        if 0 < schedule.get("begin", 0) * an_epoch < 1:
+            schedule["begin"] = 1 / an_epoch
+    if steps >= LONG_RUN and not config.get("custom_hooks"):
+        config.custom_hooks = [{"type": "TimmEMAHook", "decay": min(0.9998, 1 - 20 / steps), "use_warmup": True}]
+
+
+def _batch_size(usual: int, images: int) -> int:
+    """At most the recipe's, and such that an epoch has at least four steps; even, for BatchNorm's sake two at least."""
+    return max(2, min(usual, images // 4 // 2 * 2))
+
+
+def _workers() -> int:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, (cpus - 1) // max(1, get_world_size())) if torch.cuda.is_available() else min(2, cpus // 4)
+
+
+def use_amp_here(device: str | None = None) -> bool:
+    """Whether mixed precision in bfloat16 pays on this machine: a GPU that has it."""
+    return device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def check_device(device: str) -> str:
+    """Raise a UserError unless this machine has the device; make a GPU named by its number the current one."""
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        gpus = torch.cuda.device_count()
+        have = f"cpu and {gpus} GPU{'s' * (gpus > 1)}" if gpus else "cpu alone"
+        raise UserError(f"--device {device}: this machine has {have}") from error
+    if wanted.type == "cuda" and wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    return device
