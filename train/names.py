@@ -101,7 +101,7 @@ def find_config(name_or_path: str | Path) -> Path:
     path = Path(text).expanduser()
     if path.is_file():
         return path
-    near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(path.stem, [*known, *our_models()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list --configs` shows the known ones"
     raise UserError(f"unknown config {text!r}: {hint}")
 
