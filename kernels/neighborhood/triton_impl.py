@@ -153,12 +153,7 @@ def _call(query: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], sca
 
 @tuning.plan
 def _forward_recipe(call: _Call) -> Recipe:
-    cut = _whole("forward_whole", call)
-    return (
-        _recipe("forward_tiled", call, _tiled("forward_tiled", call))
-        if cut is None
-        else _recipe("forward_whole", call, cut)
-    )
+    return _fitting("forward", call)
 
 
 @tuning.plan
@@ -168,24 +163,26 @@ def _backward_recipes(call: _Call, want_bias: bool, grad_lse: bool) -> tuple[lis
     entries = (2 * call.kernel[0] - 1) * (2 * call.kernel[1] - 1)
     columns = min(64, triton.next_power_of_2(entries))  # a kernel holds its table as a matrix, padded
     fixed |= dict(COLUMNS=columns, ROWS=triton.next_power_of_2(math.ceil(entries / columns)))
-    dense, whole = _whole("backward_dense", call), _whole("backward_query_whole", call)
+    dense = _whole("backward_dense", call)
     if dense is not None:
         recipes = [_recipe("backward_dense", call, dense, fixed | dict(TOKENS=dense.config.queries))]
-    elif whole is not None:
-        recipes = [_recipe("backward_query_whole", call, whole, fixed)]
+        bias = recipes[0]
     else:
-        recipes = [_recipe("backward_query", call, _tiled("backward_query", call), fixed)]
-    tables = recipes[0].programs
-    if dense is None:
-        by_key = _whole("backward_key_whole", call)
-        if by_key is None:
-            recipes.append(_recipe("backward_key", call, _tiled("backward_key", call)))
-        else:
-            recipes.append(_recipe("backward_key_whole", call, by_key))
-    if want_bias and dense is None and whole is None:
-        recipes.append(_recipe("backward_bias", call, _tiled("backward_bias", call), fixed))
-        tables = recipes[-1].programs
-    return recipes, tables // call.shape[3] if want_bias else 0
+        recipes = [_fitting("backward_query", call, fixed), _fitting("backward_key", call)]
+        bias = recipes[0]
+        if want_bias and bias.kernel is triton_kernels.backward_query:  # which leaves the bias to another
+            bias = _recipe("backward_bias", call, _tiled("backward_bias", call), fixed)
+            recipes.append(bias)
+    return recipes, bias.programs // call.shape[3] if want_bias else 0
+
+
+def _fitting(direction: str, call: _Call, more: dict[str, Any] | None = None) -> Recipe:
+    """The whole kernel, where a block of scores holds a tile, else the one that goes block by block."""
+    cut = _whole(f"{direction}_whole", call)
+    if cut is not None:
+        return _recipe(f"{direction}_whole", call, cut, more)
+    kind = "forward_tiled" if direction == "forward" else direction
+    return _recipe(kind, call, _tiled(kind, call), more)
 
 
 def _whole(kind: str, call: _Call) -> Cut | None:

@@ -2,9 +2,9 @@
 
 A program works on one tile of one dilation group of one head. Inside a group, tokens are named by their *place* (row,
 column), so that the group is an ordinary map with dilation 1: place `p` of residue class `g` is token
-`g + p * dilation`. Places are vectors, shaped `[n, 1]` or `[1, n]` where two of them meet in a matrix of scores. Vectors
-longer than what there is to do repeat their last valid place, so that loads need no mask and never leave the tensor;
-such repeats count as unseen keys, and are not stored as queries.
+`g + p * dilation`. Places are vectors, shaped `[n, 1]` or `[1, n]` where two of them meet in a matrix of scores.
+Vectors longer than what there is to do repeat their last valid place, so that loads need no mask and never leave the
+tensor; such repeats count as unseen keys, and are not stored as queries.
 
 Two sets of kernels. The *whole* ones hold all scores of a tile in one block, `[queries, keys they see]`. Its bias and
 mask depend on the tile alone, so a program gathers them once, keeps them in registers and goes through many images; per
