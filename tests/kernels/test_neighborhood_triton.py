@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import pytest
 import torch
 import triton_builds
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from triton_tests import (
     DEVICE,
     INTERPRETED,
@@ -108,13 +111,18 @@ def test_a_class_may_have_no_token_in_its_last_tile(monkeypatch):
 
 
 @computes
-@pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), (1, 1)), ((5, 5), (1, 2))], ids=["tiled", "dense"])
-def test_nothing_but_the_tensors_is_read_or_left_unwritten(kernel, dilation):
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "dtype"),
+    [((3, 3), (1, 1), torch.float32), ((5, 5), (1, 2), torch.float32), ((3, 3), (1, 1), torch.float16)],
+    ids=["tiled", "dense", "whole"],
+)
+def test_nothing_but_the_tensors_is_read_or_left_unwritten(kernel, dilation, dtype):
     """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
     torch.manual_seed(0)
-    buffer = torch.full((2, 7, 10, 3, 3, 29), torch.nan, device=DEVICE)
+    buffer = torch.full((2, 7, 10, 3, 3, 29), torch.nan, device=DEVICE, dtype=dtype)
     packed = buffer[:, 1:6, 1:9, :, 1:, 3:27]
     packed.copy_(torch.randn(packed.shape))
+    near = 1e-5 if dtype == torch.float32 else 5e-3
     inside = packed.detach().requires_grad_()
     rpb = torch.randn(2, 2 * kernel[0] - 1, 2 * kernel[1] - 1, device=DEVICE, requires_grad=True)
     torch.use_deterministic_algorithms(True)
@@ -127,32 +135,32 @@ def test_nothing_but_the_tensors_is_read_or_left_unwritten(kernel, dilation):
     exact = packed.detach().cpu().double().requires_grad_()
     table = rpb.detach().cpu().double().requires_grad_()
     expected = reference.na2d(*exact.unbind(3), table, kernel, dilation, 24**-0.5)
-    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=near, atol=near)
     for grad, e in zip(grads, torch.autograd.grad(expected.sin().sum(), (exact, table)), strict=True):
-        torch.testing.assert_close(grad.cpu().double(), e, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad.cpu().double(), e, rtol=near, atol=near)
 
 
 @computes
 @pytest.mark.parametrize(
-    ("size", "kernel", "dilation"), [((5, 4), (3, 3), (2, 2)), ((4, 9), (5, 3), (1, 2))], ids=["dense", "tiled"]
+    ("size", "kernel", "dilation", "dtype", "bias"),
+    [
+        ((5, 4), (3, 3), (2, 2), torch.float32, True),
+        ((5, 4), (3, 3), (2, 2), torch.float32, False),
+        ((4, 9), (5, 3), (1, 2), torch.float32, True),
+        ((4, 9), (5, 3), (1, 2), torch.float16, True),
+        ((4, 9), (5, 3), (1, 2), torch.float16, False),
+    ],
+    ids=["dense", "dense, no bias", "tiled", "whole", "whole, no bias"],
 )
-@pytest.mark.parametrize("bias", [True, False])
-def test_fill_equals_a_map_that_has_these_tokens(size, kernel, dilation, bias):
+def test_fill_equals_a_map_that_has_these_tokens(size, kernel, dilation, dtype, bias):
     torch.manual_seed(0)
-    *qkv, rpb = leaves(2, *size, 2, 16, kernel, bias, torch.float32)
-    fill = torch.randn(2, 2, 16, device=DEVICE, requires_grad=True)
-    tensors, grad = [*qkv, rpb, fill], torch.randn_like(qkv[0])
-
-    def ours(q, k, v, rpb, fill):
-        return na2d(q, k, v, kernel, dilation, rpb=rpb, fill=fill, scale=0.3, impl="triton")
-
-    def definition(q, k, v, rpb, fill):
-        return reference.na2d(q, k, v, rpb, kernel, dilation, 0.3, fill)
-
-    exact = [None if t is None else t.detach().cpu().double().requires_grad_() for t in tensors]
-    expected = results(definition, exact, grad.cpu().double())
-    for o, e in zip(results(ours, tensors, grad), expected, strict=True):
-        torch.testing.assert_close(o.cpu().double(), e, rtol=1e-5, atol=1e-5)
+    *qkv, rpb = leaves(2, *size, 2, 16 if dtype == torch.float32 else 32, kernel, bias, dtype)
+    fill = torch.randn(2, 2, qkv[0].shape[4], device=DEVICE, requires_grad=True)
+    assert_as_good(
+        lambda q, k, v, rpb, fill: na2d(q, k, v, kernel, dilation, rpb=rpb, fill=fill, scale=0.3, impl="triton"),
+        lambda q, k, v, rpb, fill: reference.na2d(q, k, v, rpb, kernel, dilation, 0.3, fill),
+        [*qkv, rpb, fill],
+    )
 
 
 @computes
@@ -201,6 +209,54 @@ for allow in (
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["ieee ieee", *["tf32 ieee"] * 4]
+
+
+sides = st.integers(1, 40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(sides, sides), kernel=st.tuples(*[st.sampled_from([3, 5, 7, 13])] * 2),
+    dilation=st.tuples(*[st.integers(1, 5)] * 2), block_d=st.sampled_from([16, 32, 64, 128]),
+    kind=st.sampled_from(triton_configs.WHOLE),
+)  # fmt: skip
+def test_a_tile_and_all_it_meets_fit_their_block(size, kernel, dilation, block_d, kind):
+    """Counted from the definition's tables; and no token is left out."""
+    axes = [triton_configs.Axis.of(*axis) for axis in zip(size, kernel, dilation, strict=True)]
+    cut = triton_configs.whole(kind, *axes, block_d, 2, torch.device("cpu"))
+    assume(cut is not None)
+    met = []
+    for length, k, d, tile, tiles in zip(size, kernel, dilation, cut.tile, cut.tiles, strict=True):
+        seen = [keys for keys, _ in reference.axis_table(length, k, d)]
+        by = [[q for q in range(length) if i in seen[q]] for i in range(length)] if "key" in kind else seen
+        most = 0
+        for residue in range(min(d, length)):
+            group = list(range(residue, length, d))
+            assert len(group) <= tile * tiles
+            for first in range(0, len(group), tile):
+                span = [place // d for member in group[first : first + tile] for place in by[member]]
+                most = max(most, max(span) - min(span) + 1)
+        met.append(most)
+    own, other = cut.config.queries, cut.config.keys
+    if "key" in kind:
+        own, other = other, own
+    assert math.prod(cut.tile) <= own
+    assert math.prod(met) <= other
+
+
+@pytest.mark.parametrize(("side", "dilation"), [(56, 1), (28, 4), (14, 1), (29, 2)])
+def test_what_a_tuning_run_tries_can_run(side, dilation):
+    with tuning.asked() as asked:
+        default = launches(side, 4, 32, 7, dilation, torch.bfloat16)
+    assert len(asked) == len(default)
+    for key, config in asked.items():
+        tried = triton_configs.candidates(key, config)
+        assert len(set(tried)) == len(tried) >= 4
+        assert config not in tried
+        for one in tried:
+            with tuning.trying({key: one}):
+                options = [n.options for n in launches(side, 4, 32, 7, dilation, torch.bfloat16)]
+            assert one.options in options
 
 
 @computes
