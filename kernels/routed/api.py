@@ -61,6 +61,9 @@ def bi_level_route(
     if slots is None or slots > count:
         raise ValueError(f"topk must be a whole number from 1 to the number of regions, {count}; got {topk!r}")
     scale = arguments.factor("scale", scale, (query.shape[3] * query.shape[4]) ** -0.5)
+    if query.is_cuda and count <= operators.ROUTE_MAX_REGIONS and arguments.implementation("auto", query) == "triton":
+        with torch.no_grad():
+            return operators.bi_level_route(query.detach(), key.detach(), fill, list(grid), slots, scale)
     return torch_impl.route(query, key, fill, grid, slots, scale)
 
 

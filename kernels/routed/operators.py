@@ -1,4 +1,4 @@
-"""Routed attention as two `torch.library` operators: compilers see one node per direction."""
+"""Routed attention as `torch.library` operators: compilers see one node per direction, and one for Triton's choice."""
 
 from __future__ import annotations
 
@@ -62,6 +62,22 @@ def routed_attention2d_backward(
             where = (Grid(*grid), scale, want_fill)
             dq, dk, dv, dfill = torch_impl.backward(grad, query, key, value, routes, fill, *where)
     return dq, dk, dv, query.new_empty(0) if dfill is None else dfill
+
+
+ROUTE_MAX_REGIONS = 256  # among which a program of Triton's chooses
+
+
+@operator
+def bi_level_route(query: Tensor, key: Tensor, fill: Tensor | None, grid: list[int], topk: int, scale: float) -> Tensor:
+    """By Triton; elsewhere `torch_impl.route` serves as it is."""
+    from hybridzoo.kernels.routed import triton_impl
+
+    return triton_impl.route(query, key, fill, Grid(*grid), topk, scale)
+
+
+@torch.library.register_fake("hybridzoo::bi_level_route")
+def _(query, key, fill, grid, topk, scale):
+    return query.new_empty((query.shape[0], Grid(*grid).regions, topk), dtype=torch.int64)
 
 
 @torch.library.register_fake("hybridzoo::routed_attention2d")

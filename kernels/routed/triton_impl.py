@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from hybridzoo.kernels import tuning
 from hybridzoo.kernels.routed import triton_configs, triton_kernels
 from hybridzoo.kernels.routed.grid import Grid
-from hybridzoo.kernels.triton_common import Config, Launch, launch, same_strides, sizes
+from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
+from hybridzoo.kernels.tuning import Config
 
 SMALLEST_BLOCK = 16  # what a product on tensor cores takes
 USUAL_SIDES = {1, 2, 4, 8, 16}  # of regions, in tokens
@@ -33,8 +35,7 @@ def forward(
     lse = query.new_empty(query.shape[:4], dtype=torch.float32)
     if query.numel():
         with torch.cuda.device_of(query):
-            for one in forward_launches(query, key, value, routes, fill, out, lse, grid, scale):
-                one.run()
+            forward_launch(query, key, value, routes, fill, out, lse, grid, scale).run()
     return out, lse
 
 
@@ -66,7 +67,7 @@ def backward(
     return dquery, dkey, dvalue, partial.sum(0).transpose(0, 1).to(fill.dtype).contiguous()
 
 
-def forward_launches(
+def forward_launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -76,12 +77,9 @@ def forward_launches(
     lse: Tensor,
     grid: Grid,
     scale: float,
-) -> list[Launch]:
-    """The kernels of the forward pass in order."""
-    common = _common(query, key, value, routes, fill, grid, scale) | dict(out=out, lse=lse)
-    if small(query, grid, routes.shape[2]):
-        return [_small("forward_small", triton_kernels.forward_small, common, query, grid)]
-    return [_tiled("forward", triton_kernels.forward, common, query, grid)]
+) -> Launch:
+    tensors = _tensors(query, key, value, routes, fill) | dict(out=out, lse=lse)
+    return _forward_recipe(_call(tensors["query"], fill, grid, routes.shape[2], scale)).launch(tensors)
 
 
 def backward_launches(
@@ -100,96 +98,173 @@ def backward_launches(
     scale: float,
 ) -> tuple[list[Launch], Tensor | None]:
     """The kernels of the backward pass in order, and the parts, `(n, heads, 2, head_dim)`, of the fill's gradient."""
-    common = _common(query, key, value, routes, fill, grid, scale)
-    common |= dict(grad=grad, out=out, lse=lse, dquery=dquery, dkey=dkey, dvalue=dvalue, partial=lse)
-    if small(query, grid, routes.shape[2]):
-        first = _small("backward_small", triton_kernels.backward_small, common, query, grid)
-        launches = [first]
-    elif single(query, fill, grid, routes.shape[2]):
-        inversion, listing, starts = inversion_launch(common["routes"])
-        first = _tiled(
-            "backward_single",
-            triton_kernels.backward_single,
-            common | dict(listing=listing, starts=starts),
-            query,
-            grid,
-        )
-        launches = [inversion, first]
-    else:
-        inversion, listing, starts = inversion_launch(common["routes"])
-        common |= dict(delta=torch.empty_like(lse), listing=listing, starts=starts)
-        first = _tiled("backward_query", triton_kernels.backward_query, common, query, grid)
-        launches = [inversion, first, _tiled("backward_key", triton_kernels.backward_key, common, query, grid)]
-    partial = None
-    if fill is not None:
-        heads, head_dim = query.shape[3:]
-        partial = lse.new_empty(first.programs // heads, heads, 2, head_dim)
-        first.arguments.update(partial=partial)
-    return launches, partial
+    tensors = _tensors(query, key, value, routes, fill) | dict(
+        grad=grad, out=out, lse=lse, dquery=dquery, dkey=dkey, dvalue=dvalue, partial=lse
+    )
+    recipes, parts = _backward_recipes(_call(tensors["query"], fill, grid, routes.shape[2], scale))
+    if parts:
+        tensors["partial"] = lse.new_empty(parts, query.shape[3], 2, query.shape[4])
+    if len(recipes) > 1:
+        batch, regions, topk = routes.shape
+        tensors["listing"] = torch.empty(batch, regions * topk, dtype=torch.int32, device=query.device)
+        tensors["starts"] = torch.empty(batch, regions + 1, dtype=torch.int32, device=query.device)
+        tensors["delta"] = torch.empty_like(lse)
+    return [recipe.launch(tensors) for recipe in recipes], tensors["partial"] if parts else None
 
 
-def inversion_launch(routes: Tensor) -> tuple[Launch, Tensor, Tensor]:
-    """What makes, for every region, a list of the regions that list it, an index in compressed rows per image.
+def route(query: Tensor, key: Tensor, fill: Tensor | None, grid: Grid, topk: int, scale: float) -> Tensor:
+    """See `api.bi_level_route`. Among equal regions, those of smaller numbers are chosen."""
+    routes = torch.empty(query.shape[0], grid.regions, topk, dtype=torch.int64, device=query.device)
+    if routes.numel():
+        with torch.cuda.device_of(query):
+            for one in route_launches(query, key, fill, routes, grid, scale):
+                one.run()
+    return routes
 
-    `listing` `(batch, regions * topk)` and `starts` `(batch, regions + 1)`, both int32: region `r` is listed by
-    `listing[b, starts[b, r] : starts[b, r + 1]]`, in ascending order, once for each time.
-    """
-    batch, regions, topk = routes.shape
-    listing = torch.empty(batch, regions * topk, dtype=torch.int32, device=routes.device)
-    starts = torch.empty(batch, regions + 1, dtype=torch.int32, device=routes.device)
-    arguments = dict(routes=routes, listing=listing, starts=starts, regions=regions, topk=topk)
-    arguments |= dict(BLOCK=min(INVERSION_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(regions * topk))))
-    return launch(triton_kernels.invert_routes, batch * regions, arguments, Config(0, 0, 1, 1)), listing, starts
+
+def route_launches(
+    query: Tensor, key: Tensor, fill: Tensor | None, routes: Tensor, grid: Grid, scale: float
+) -> list[Launch]:
+    """The means of all regions, and the choice."""
+    batch, _, _, heads, head_dim = query.shape
+    means = torch.empty(batch, 2, grid.regions, heads * head_dim, dtype=torch.float32, device=query.device)
+    tensors = _tensors(query, key, key, routes, fill) | dict(means=means)
+    recipes = _route_recipes(_call(tensors["query"], fill, grid, routes.shape[2], scale))
+    return [recipe.launch(tensors) for recipe in recipes]
 
 
 def small(query: Tensor, grid: Grid, topk: int) -> bool:
-    """Whether the small form runs, which holds a bit for every region, and all queries of a head at once."""
-    narrow = triton.next_power_of_2(query.shape[4]) <= SMALL_MAX_WIDTH and query.element_size() in ITEMSIZES
-    fits = grid.regions <= 64 and grid.regions * grid.tokens <= SMALL_MAX_TOKENS
-    return narrow and fits and grid.crowded(topk)
+    """Whether the small form runs on such a map."""
+    return _call(query, None, grid, topk, 1.0).small
 
 
-def single(query: Tensor, fill: Tensor | None, grid: Grid, topk: int) -> bool:
-    """Whether one pass backward serves the listed form, with all keys of a region at once."""
-    narrow = triton.next_power_of_2(query.shape[4]) <= SINGLE_MAX_WIDTH and query.element_size() in ITEMSIZES
-    return narrow and topk == 1 and fill is None and grid.tokens <= SINGLE_MAX_TOKENS
+def _tensors(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None) -> dict[str, Tensor]:
+    """What all kernels read; without a fill, a pointer that nobody reads stands for it."""
+    others = dict(routes=routes.contiguous(), fill=query if fill is None else fill.contiguous())
+    return same_strides(query, key, value) | others
 
 
-def _common(
-    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
-) -> dict[str, Any]:
-    """Arguments of all kernels."""
-    tensors = same_strides(query, key, value)
-    arguments = tensors | dict(sizes(tensors["query"]), routes=routes.contiguous(), scale=scale, topk=routes.shape[2])
-    return arguments | dict(fill=query if fill is None else fill.contiguous(), FILL=fill is not None)
+class _Call(NamedTuple):
+    """What the launches of a call depend on."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    device: torch.device
+    grid: Grid
+    topk: int
+    scale: float
+    fill: bool
+    precision: str
+
+    @property
+    def block_d(self) -> int:
+        return triton.next_power_of_2(self.shape[4])
+
+    @property
+    def exact(self) -> bool:
+        """Whether regions end with the map."""
+        return self.shape[1:3] == (self.grid.rows * self.grid.height, self.grid.columns * self.grid.width)
+
+    @property
+    def small(self) -> bool:
+        """Whether the small form runs, which holds a bit for every region, and all queries of a head at once."""
+        narrow = self.block_d <= SMALL_MAX_WIDTH and self.itemsize in ITEMSIZES
+        fits = self.grid.regions <= 64 and self.grid.regions * self.grid.tokens <= SMALL_MAX_TOKENS
+        return narrow and fits and self.grid.crowded(self.topk)
+
+    @property
+    def single(self) -> bool:
+        """Whether one pass backward serves the listed form, with all keys of a region at once."""
+        narrow = self.block_d <= SINGLE_MAX_WIDTH and self.itemsize in ITEMSIZES
+        return narrow and self.topk == 1 and not self.fill and self.grid.tokens <= SINGLE_MAX_TOKENS
 
 
-def _tiled(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, grid: Grid) -> Launch:
-    batch, _, _, heads, _ = query.shape
-    own = "queries" if kind in ("forward", "backward_query") else "keys"
-    shape = f"{grid.regions} regions of {grid.tokens}, top {arguments['topk']}"
-    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), shape, query.device)
-    if kind == "backward_single":
-        config = replace(config, keys=max(SMALLEST_BLOCK, triton.next_power_of_2(grid.tokens)))
-        config = replace(config, queries=min(config.queries, config.keys))
+def _call(query: Tensor, fill: Tensor | None, grid: Grid, topk: int, scale: float) -> _Call:
+    shape, strides = tuple(query.shape), query.stride()
+    where = query.element_size(), query.device, grid, topk, scale, fill is not None
+    return _Call(shape, strides, *where, precision(query))
+
+
+@tuning.plan
+def _forward_recipe(call: _Call) -> Recipe:
+    return _small("forward_small", call) if call.small else _tiled("forward", call)
+
+
+@tuning.plan
+def _backward_recipes(call: _Call) -> tuple[list[Recipe], int]:
+    """The kernels in order, and how many parts of the fill's gradient each head gets."""
+    if call.small:
+        recipes = [_small("backward_small", call)]
+    elif call.single:
+        recipes = [_inversion(call), _tiled("backward_single", call)]
     else:
-        config = _fitted(config, grid.tokens, arguments["topk"] * grid.tokens, own)
+        recipes = [_tiled("backward_query", call), _inversion(call), _tiled("backward_key", call)]
+    return recipes, recipes[0].programs // call.shape[3] if call.fill else 0
+
+
+@tuning.plan
+def _route_recipes(call: _Call) -> list[Recipe]:
+    batch, _, _, heads, head_dim = call.shape
+    regions, keys = call.grid.regions, max(SMALLEST_BLOCK, triton.next_power_of_2(call.grid.regions))
+    many = keys > 64
+    tiles = math.ceil(regions / SMALLEST_BLOCK)
+    arguments = _sizes(call) | dict(
+        channels=heads * head_dim, tiles=tiles, QUERIES=SMALLEST_BLOCK, KEYS=keys, CHANNELS=32 if many else 64,
+        TOKENS=min(64, triton.next_power_of_2(call.grid.tokens)),
+    )  # fmt: skip
+    programs = batch * regions * 2 * heads
+    warps = 2 if arguments["TOKENS"] > 16 else 1
+    means = Recipe.of(triton_kernels.region_means, programs, arguments, Config(0, 0, warps, 1))
+    config = Config(0, 0, 8 if many else 4, 1)
+    choice = Recipe.of(triton_kernels.choose_regions, batch * tiles, arguments, config)
+    return [means, choice]
+
+
+def _inversion(call: _Call) -> Recipe:
+    regions, topk = call.grid.regions, call.topk
+    block = min(INVERSION_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(regions * topk)))
+    arguments = dict(regions=regions, topk=topk, BLOCK=block)
+    return Recipe.of(triton_kernels.invert_routes, call.shape[0] * regions, arguments, Config(0, 0, 1, 1))
+
+
+def _sizes(call: _Call) -> dict[str, Any]:
+    """Arguments of all kernels."""
+    _, height, width, heads, head_dim = call.shape
+    grid = call.grid
+    return dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False)) | dict(
+        scale=call.scale, heads=heads, height=height, width=width, topk=call.topk,
+        regions=grid.regions, columns=grid.columns, region_h=grid.height, region_w=grid.width,
+        HEAD_DIM=head_dim, BLOCK_D=call.block_d, EXACT=call.exact, FILL=call.fill, PRECISION=call.precision,
+    )  # fmt: skip
+
+
+def _pick(kind: str, call: _Call) -> Config:
+    shape = f"{call.grid.regions} regions of {call.grid.tokens}, top {call.topk}"
+    return triton_configs.pick(kind, call.block_d, call.itemsize, shape, call.device)
+
+
+def _tiled(kind: str, call: _Call) -> Recipe:
+    grid, config = call.grid, _pick(kind, call)
+    own = "queries" if kind in ("forward", "backward_query") else "keys"
+    if kind == "backward_single":
+        keys = max(SMALLEST_BLOCK, triton.next_power_of_2(grid.tokens))
+        config = replace(config, keys=keys, queries=min(config.queries, keys))
+    else:
+        config = _fitted(config, grid.tokens, call.topk * grid.tokens, own)
     tiles = math.ceil(grid.tokens / getattr(config, own))
     # Where a region's sides are powers of two, as in networks at their usual sizes, they are constants of the kernel.
     usual = {grid.height, grid.width} <= USUAL_SIDES
-    arguments = arguments | dict(
-        regions=grid.regions, columns=grid.columns, region_h=grid.height, region_w=grid.width, tiles=tiles,
+    arguments = _sizes(call) | dict(
+        tiles=tiles, QUERIES=config.queries, KEYS=config.keys, TOPK=call.topk if usual else 0,
         REGION_H=grid.height if usual else 0, REGION_W=grid.width if usual else 0,
-        TOPK=arguments["topk"] if usual else 0, EXACT=not any(grid.beyond(query)),
-        QUERIES=config.queries, KEYS=config.keys,
     )  # fmt: skip
-    return launch(kernel, heads * tiles * grid.regions * batch, arguments, config)
+    programs = call.shape[3] * tiles * grid.regions * call.shape[0]
+    return Recipe.of(getattr(triton_kernels, kind), programs, arguments, config)
 
 
-def _small(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, grid: Grid) -> Launch:
-    batch, _, _, heads, _ = query.shape
-    shape = f"{grid.regions} regions of {grid.tokens}, top {arguments['topk']}"
-    config = triton_configs.pick(kind, arguments["BLOCK_D"], query.element_size(), shape, query.device)
+def _small(kind: str, call: _Call) -> Recipe:
+    grid, config = call.grid, _pick(kind, call)
     tokens = grid.regions * grid.tokens
     all_tokens = max(SMALLEST_BLOCK, triton.next_power_of_2(tokens))
     queries = all_tokens if kind == "backward_small" else min(config.queries, all_tokens)
@@ -197,11 +272,11 @@ def _small(kind: str, kernel: Any, arguments: dict[str, Any], query: Tensor, gri
     keys = min(config.keys, all_tokens)
     while keys > 32 and (grid.tokens - 1 + keys - 1) // grid.tokens > 31:  # a block may reach into 32 regions
         keys //= 2
-    arguments = arguments | dict(
-        REGIONS=grid.regions, COLUMNS=grid.columns, REGION_H=grid.height, REGION_W=grid.width, tiles=tiles,
-        QUERIES=queries, KEYS=keys, EXACT=not any(grid.beyond(query)),
+    arguments = _sizes(call) | dict(
+        tiles=tiles, QUERIES=queries, KEYS=keys,
+        REGIONS=grid.regions, COLUMNS=grid.columns, REGION_H=grid.height, REGION_W=grid.width,
     )  # fmt: skip
-    return launch(kernel, heads * tiles * batch, arguments, config)
+    return Recipe.of(getattr(triton_kernels, kind), call.shape[3] * tiles * call.shape[0], arguments, config)
 
 
 def _fitted(config: Config, members: int, listed: int, own: str) -> Config:

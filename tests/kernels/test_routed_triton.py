@@ -25,7 +25,7 @@ from triton_tests import (
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from hybridzoo.kernels import routed_attention2d, triton_common
-from hybridzoo.kernels.routed import api, operators, reference, triton_configs, triton_impl
+from hybridzoo.kernels.routed import api, operators, reference, torch_impl, triton_configs, triton_impl
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.kernels.triton_common import Config
 
@@ -184,6 +184,7 @@ def test_operators_are_well_formed(filled):
     where = list(grid), 0.3, "triton"
     torch.library.opcheck(operators.routed_attention2d, (*qkv, routes, fill, *where))
     tensors = [*(t.detach() for t in qkv), routes, fill.detach() if filled else None]
+    torch.library.opcheck(operators.bi_level_route, (*tensors[:2], tensors[4], list(grid), 2, 0.3))
     out, lse = operators.routed_attention2d(*tensors, *where)
     for want_fill in {False, filled}:
         arguments = (torch.randn_like(out), *tensors, out, lse, *where, want_fill)
@@ -247,12 +248,61 @@ def test_a_region_that_nobody_lists_has_no_gradient_and_one_listed_twice_twice_t
 
 
 @computes
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize(
+    ("size", "heads", "head_dim", "grid", "topk"),
+    [
+        ((14, 14), 2, 32, Grid(7, 7, 2, 2), 16),
+        ((7, 11), 3, 24, Grid(3, 4, 3, 3), 5),  # regions reach beyond the map; channels in more than one block
+        ((4, 9), 1, 16, Grid(1, 1, 4, 9), 1),
+        ((9, 34), 1, 16, Grid(9, 17, 1, 2), 153),
+    ],
+    ids=str,
+)
+def test_choice_of_regions(size, heads, head_dim, grid, topk, filled):
+    """Of a packed projection inside NaN, against the definition in float64, and PyTorch's."""
+    torch.manual_seed(0)
+    buffer = torch.full((2, size[0] + 1, size[1], 3, heads, head_dim), torch.nan, device=DEVICE)
+    query, key, _ = buffer[:, :-1].copy_(torch.randn(2, *size, 3, heads, head_dim)).unbind(3)
+    fill = torch.randn(2, heads, head_dim, device=DEVICE) if filled else None
+    found = operators.bi_level_route(query, key, fill, list(grid), topk, 0.3)
+    assert found.dtype == torch.int64
+    exact = [None if t is None else t.cpu().double() for t in (query, key, fill)]
+    logits = reference.route_logits(*exact[:2], grid, 0.3, exact[2])
+    assert torch.equal(found.cpu().sort().values, logits.topk(topk).indices.sort().values)
+    again = torch_impl.route(query, key, fill, grid, topk, 0.3)
+    assert torch.equal(found.sort().values, again.sort().values)
+
+
+@computes
+@pytest.mark.parametrize("name", [n for n in CORES if "nchw" not in n])
+def test_published_choice_of_regions(name):
+    meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    q, k = (data[n].float().to(DEVICE).unflatten(-1, (meta["heads"], -1)) for n in "qk")
+    routes = operators.bi_level_route(q, k, None, list(Grid.of(q, *meta["regions"])), meta["topk"], meta["scale"])
+    assert torch.equal(routes.cpu().sort().values, data["topk_index"].sort().values)
+
+
+@computes
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1e30])
+def test_a_choice_among_equals_or_nonsense_names_regions_once(value):
+    query = torch.full((1, 6, 6, 1, 16), value, device=DEVICE)
+    routes = operators.bi_level_route(query, query, None, [3, 3, 2, 2], 4, 1.0)
+    assert routes.tolist() == [[[0, 1, 2, 3]] * 9]
+
+
+@computes
 @pytest.mark.parametrize("block", [2, 256])
 def test_inverted_routes(monkeypatch, block):
     routes = torch.tensor([[[2, 0], [2, 2], [0, 1]], [[1, 1], [1, 1], [1, 0]]], device=DEVICE)
     monkeypatch.setattr(triton_impl, "INVERSION_BLOCK", block)
-    inversion, listing, starts = triton_impl.inversion_launch(routes)
-    inversion.run()
+    monkeypatch.setattr(triton_impl, "SMALLEST_BLOCK", block)
+    query = torch.empty(2, 3, 1, 1, 16, device=DEVICE)
+    listing, starts = torch.empty(2, 6, dtype=torch.int32), torch.empty(2, 4, dtype=torch.int32)
+    tensors = dict(routes=routes, listing=listing.to(DEVICE), starts=starts.to(DEVICE))
+    call = triton_impl._call(query, None, Grid(3, 1, 1, 1), 2, 1.0)
+    triton_impl._inversion(call).launch(tensors).run()
+    listing, starts = tensors["listing"], tensors["starts"]
     assert starts.tolist() == [[0, 2, 3, 6], [0, 1, 6, 6]]
     assert listing.tolist() == [[0, 2, 2, 0, 1, 1], [2, 0, 0, 1, 1, 2]]
 
@@ -322,9 +372,9 @@ def launches(size, heads, head_dim, regions, topk, dtype):
     routes = torch.empty(shape[0], grid.regions, topk, dtype=torch.int64, device="meta")
     fill = torch.empty(2, heads, head_dim, device="meta") if any(grid.beyond(query)) else None
     inputs = query, key, value, routes, fill, out, lse
-    forward = triton_impl.forward_launches(*inputs, grid, 0.1)
+    forward = triton_impl.forward_launch(*inputs, grid, 0.1)
     backward, _ = triton_impl.backward_launches(out, *inputs, out, out, out, grid, 0.1)
-    return [*forward, *backward]
+    return [*triton_impl.route_launches(query, key, fill, routes, grid, 0.1), forward, *backward]
 
 
 STAGES = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # of BiFormer-T and -S: stride, heads, topk; head_dim 32
@@ -335,9 +385,10 @@ STAGES = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # of BiFormer-T and -S: stride, he
 def test_what_biformer_runs_compiles(capability):
     """Half precision at 224 pixels; the second stage's kernels are the first one's with smaller blocks."""
     per_stage = [launches((224 // s,) * 2, heads, 32, (7, 7), topk, torch.bfloat16) for s, heads, topk in STAGES]
-    listed = ["forward", "invert_routes", "backward_query", "backward_key"]
-    single = ["forward", "invert_routes", "backward_single"]
-    small = ["forward_small", "backward_small"]
+    choice = ["region_means", "choose_regions"]
+    listed = [*choice, "forward", "backward_query", "invert_routes", "backward_key"]
+    single = [*choice, "forward", "invert_routes", "backward_single"]
+    small = [*choice, "forward_small", "backward_small"]
     assert [[launch.kernel.__name__ for launch in stage] for stage in per_stage] == [single, listed, small]
     triton_builds.assert_builds(capability, [*per_stage[0], *per_stage[2]])
 
