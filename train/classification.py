@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ from mmengine import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
-from timm.data import Mixup, create_dataset, create_transform
+from PIL import Image, ImageOps
+from timm.data import ImageDataset, Mixup, create_dataset, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from hybridzoo.train.backbone import freeze
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.images import natural_key, read_image
+from hybridzoo.train.layouts import SPLITS, How, classified_images, inspect_classification
 from hybridzoo.train.weights import load_matching, read_parts, tell
 
 
@@ -109,6 +114,88 @@ class ImageClassifier(BaseModel):
         return [{"scores": score, "target": target} for score, target in zip(scores, known, strict=True)]
 
 
+class FolderDataset(Dataset[tuple[Any, int]]):
+    """The images of a split of a classification folder, giving (image (C, H, W), class index).
+
+    Args:
+        root: folder with `<split>/<class name>/` in it, see `hybridzoo.train.layouts`.
+        split: "train" or "val".
+        classes: class names in the order of their indices.
+        exclude: image files to leave out.
+        white_value: see `hybridzoo.train.images`.
+        transform: PIL image -> tensor.
+
+    Raises:
+        UserError: no images, or one in a folder that is no class; on access, an image that cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        classes: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        white_value: float | None = None,
+        transform: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
+        self.folder = root / split
+        if not self.folder.is_dir():
+            raise UserError(f"data {root} (split {split}): no such folder")
+        bad = {Path(path) for path in exclude}
+        found = [(path, name) for path, name in classified_images(root, split) if path not in bad]
+        index = {name: i for i, name in enumerate(classes or sorted({name for _, name in found}, key=natural_key))}
+        unknown = sorted({name for _, name in found} - index.keys())
+        if unknown or not found:
+            problem = f"a class {unknown[0]!r} beside {', '.join(index)}" if unknown else "no images"
+            raise UserError(f"data {root} (split {split}): {problem}")
+        self.samples = [(path, index[name]) for path, name in found]
+        self.white_value = white_value
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        path, label = self.samples[i]
+        image = read_image(path, white_value=self.white_value)
+        return (image if self.transform is None else self.transform(image)), label
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """The files in order, as timm's datasets give them: below the split's folder, or names, or whole paths."""
+        return [
+            path.name if basename else str(path if absolute else path.relative_to(self.folder))
+            for path, _ in self.samples
+        ]
+
+
+class _Upright:
+    """PIL image -> PIL image as EXIF shows it: for readers that decode by themselves."""
+
+    def __call__(self, image: Any) -> Any:
+        return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+
+
+class ReaderDataset(Dataset[tuple[Any, int]]):
+    """The files that a reader of timm opens (Hugging Face datasets, tar files), read as everywhere else.
+
+    Raises:
+        UserError: on access, an image that cannot be read.
+    """
+
+    def __init__(self, reader: Any, white_value: float | None) -> None:
+        self.reader = reader
+        self.white_value = white_value
+        self.transform: Callable[[Image.Image], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        file, label, *_ = self.reader[i]
+        image = read_image(file, name=str(self.reader.filename(i)), white_value=self.white_value)
+        return (image if self.transform is None else self.transform(image)), -1 if label is None else label
+
+
 @DATASETS.register_module()
 def TimmDataset(
     transform: dict[str, Any],
@@ -117,9 +204,10 @@ def TimmDataset(
     split: str = "train",
     classes: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    white_value: float | None = None,
     **options: Any,
 ) -> Any:
-    """A dataset of ``timm.data.create_dataset``, giving (image (C, H, W), class index).
+    """A dataset giving (image (C, H, W), class index): an image folder, or one of ``timm.data.create_dataset``.
 
     Args:
         transform: arguments of ``timm.data.create_transform``.
@@ -128,22 +216,26 @@ def TimmDataset(
         split: ``"train"``, ``"val"`` or what the dataset calls its parts.
         classes: class names in the order of their indices.
         exclude: image files to leave out.
+        white_value: see `hybridzoo.train.images`; not for datasets that decode by themselves (``wds``, ``torch``).
         **options: passed to ``create_dataset``.
 
     Raises:
         UserError: timm cannot open the dataset.
     """
-    if classes and not name:
-        # Indices come from the training classes, also where a split lacks one of them.
-        options["class_map"] = {label: index for index, label in enumerate(classes)}
-    try:
-        dataset = create_dataset(name, root, split=split, **options)
-    except Exception as error:  # readers raise whatever their library raises
-        raise UserError(f"data {name or root} (split {split}): {error}") from error
-    if exclude:
-        bad = {str(path) for path in exclude}
-        dataset.reader.samples = [sample for sample in dataset.reader.samples if sample[0] not in bad]
-    dataset.transform = create_transform(**transform)
+    made = create_transform(**transform)
+    dataset: Any
+    if not name and root is not None:
+        dataset = FolderDataset(Path(root), split, classes, exclude, white_value)
+    else:
+        try:
+            dataset = create_dataset(name, root, split=split, **options)
+        except Exception as error:  # readers raise whatever their library raises
+            raise UserError(f"data {name or root} (split {split}): {error}") from error
+        if isinstance(dataset, ImageDataset):
+            dataset = ReaderDataset(dataset.reader, white_value)
+        else:
+            made = Compose([_Upright(), made])
+    dataset.transform = made
     dataset.metainfo = {"classes": list(classes)}
     return dataset
 
@@ -176,18 +268,20 @@ class TopK(BaseMetric):
         return {f"top{k}": 100.0 * sum(place < k for place in results) / len(results) for k in self.topk}
 
 
-def configure(config: Config, data: Path | None) -> None:
+def configure(
+    config: Config, data: Path | None, *, splits: Sequence[str] = SPLITS, classes: Sequence[str] | None = None
+) -> None:
     """Put the data's place and classes into ``config``, in place, after checking the images.
 
     Args:
         config: of a classification run.
         data: image folder with ``train/<class>/`` and ``val/<class>/``; default the config's own.
+        splits: the parts that will be used, which are looked through.
+        classes: names that a trained model knows, in order; default those of the training images.
 
     Raises:
         UserError: no data, or data that cannot be trained on.
     """
-    from hybridzoo.train.layouts import check_classification  # decodes images: only where training needs it
-
     sets = [config[key].dataset for key in ("train_dataloader", "val_dataloader", "test_dataloader") if config.get(key)]
     named = sets[0].get("name", "")
     if data is not None and named:
@@ -200,19 +294,24 @@ def configure(config: Config, data: Path | None) -> None:
 
         root = digits_root(**config.digits)
     if named:  # not files of ours to look through: the config says how many classes there are
-        classes = list(config.get("class_names") or (str(index) for index in range(config.model.num_classes)))
+        names = list(config.get("class_names") or (str(index) for index in range(config.model.num_classes)))
     elif root is None:
         raise UserError("no data: give an image folder with train/ and val/ in it (--data DIR), or set data_root")
     else:
-        for split in ("train", "val"):  # without them timm would measure on the training images
+        for split in splits:  # without them timm would measure on the training images
             if root.is_dir() and not (root / split).is_dir():
                 raise UserError(f"data {root}: has no folder {split}/; expected {root}/{{train,val}}/<class name>/*")
-        classes = check_classification(root, on_bad=config.get("on_bad", "stop"), skipped=skipped)
+        report = inspect_classification(
+            root, How(config.get("on_bad", "stop"), splits, classes, config.get("white_value"))
+        )
+        report.tell()
+        names, skipped = report.classes, report.skipped
     for dataset in sets:
         dataset.root = None if root is None else str(root)
-        dataset.classes = classes
+        dataset.classes = names
         dataset.exclude = [str(path) for path in skipped]
-    config.model.num_classes = len(classes)
+        dataset.white_value = config.get("white_value")
+    config.model.num_classes = len(names)
     batch = config.train_dataloader.batch_size
     if config.model.get("mixup") and batch % 2:
         raise UserError(f"train_dataloader.batch_size={batch}: mixup pairs the images, choose an even number")

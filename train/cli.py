@@ -42,6 +42,12 @@ class Launcher(str, Enum):
     pytorch = "pytorch"
 
 
+class Task(str, Enum):
+    classification = "classification"
+    detection = "detection"
+    segmentation = "segmentation"
+
+
 class OnBadImage(str, Enum):
     stop = "stop"
     skip = "skip"
@@ -157,6 +163,34 @@ def train(
         device=device,
     )
     _print_scores(scores)
+
+
+@app.command(epilog=examples("check my_photos", "check my_scenes --task detection --out looked_at"))
+def check(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A data folder, as `train --data` takes it.")],
+    task: Annotated[
+        Task | None, typer.Option(help="Default: every task whose layout the folder has.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sheets of samples.")] = Path("check"),
+    on_bad_image: Annotated[OnBadImage, typer.Option(help="At an image that cannot be read.")] = OnBadImage.stop,
+    white_value: Annotated[
+        float | None, typer.Option(min=0, metavar="X", help="What is white in grey pictures of more than 8 bits.")
+    ] = None,
+) -> None:
+    """Look through a data folder as training does: what it holds, what is repaired or left out, what is wrong."""
+    from hybridzoo.train import check as checks
+    from hybridzoo.train.layouts import How
+
+    how = How(on_bad=on_bad_image.value, white_value=white_value)
+    for name in [task.value] if task is not None else checks.find_tasks(data):
+        report = checks.inspect(data, name, how)
+        print(f"{name}: {data}")
+        for table in tables.data(report):
+            tables.show(table)
+        for line in report.notes.lines():
+            print(line)
+        picture = checks.save_sheet(report, out, white_value)
+        print(f"samples: {picture}\n")
 
 
 @app.command("test", epilog=examples("test biformer_tiny_digits runs/digits/final.pth"))

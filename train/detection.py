@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +10,12 @@ from mmengine import Config
 
 import hybridzoo.train.backbone  # registers PyramidBackbone
 import hybridzoo.train.necks  # noqa: F401 - registers FinerFPN
-from hybridzoo.train import scenes
+from hybridzoo.train import coco, scenes
+from hybridzoo.train.layouts import SPLITS, How, inspect_detection
 
 with scenes.quietly():
     from mmdet.datasets import CocoDataset
+    from mmdet.datasets.api_wrappers import COCO
     from mmdet.evaluation import CocoMetric
     from mmdet.registry import DATASETS, METRICS
     from mmdet.utils import register_all_modules
@@ -22,28 +23,63 @@ with scenes.quietly():
     register_all_modules(init_default_scope=False)
 
 
+class _Annotations(COCO):  # type: ignore[misc]
+    """mmdet's access to COCO annotations, over ones that are already in memory."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__()
+        self.dataset = content
+        self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
+
+
 @DATASETS.register_module()
 class CocoScenes(CocoDataset):
-    """mmdet's COCO dataset without the images named in `skipped` (full paths), which cannot be read."""
+    """mmdet's COCO dataset on annotations that `hybridzoo.train.coco` repairs when it loads them.
+
+    Args:
+        skipped: full paths of images to leave out.
+        masks: whether masks are used.
+        *args, **kwargs: mmdet's; the class names in `metainfo` give the order of the labels.
+    """
 
     METAINFO: ClassVar[dict[str, Any]] = {}  # no palette for COCO's 80 classes
 
-    def __init__(self, *args: Any, skipped: Sequence[str] = (), **kwargs: Any) -> None:
-        self.skipped = {os.path.realpath(path) for path in skipped}
+    def __init__(self, *args: Any, skipped: Sequence[str] = (), masks: bool = False, **kwargs: Any) -> None:
+        self.skipped = [Path(path) for path in skipped]
+        self.masks = masks
         with scenes.quietly():  # pycocotools prints
             super().__init__(*args, **kwargs)
 
-    def load_data_list(self) -> list[dict[str, Any]]:
-        return [entry for entry in super().load_data_list() if os.path.realpath(entry["img_path"]) not in self.skipped]
+    def COCOAPI(self, file: str) -> _Annotations:
+        folder = Path(self.data_prefix["img"])
+        return _load(Path(file), folder, self.metainfo["classes"], self.masks, self.skipped)
 
 
 @METRICS.register_module()
 class CocoScenesMetric(CocoMetric):
-    """COCO's average precision over the images that were predicted: skipped ones do not count as missed."""
+    """COCO's average precision over the same annotations and the images that were predicted.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        ann_file: the annotations.
+        folder: where the images lie.
+        classes: names in the order of the labels.
+        skipped: full paths of images that were left out.
+        **kwargs: mmdet's.
+    """
+
+    def __init__(
+        self,
+        ann_file: str = "",
+        folder: str = "",
+        classes: Sequence[str] = (),
+        skipped: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
         with scenes.quietly():
-            super().__init__(*args, **kwargs)
+            masks = "segm" in self.metrics
+            self._coco_api = _load(Path(ann_file), Path(folder), classes, masks, [Path(path) for path in skipped])
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         self.img_ids = [truth["img_id"] for truth, _ in results]
@@ -51,7 +87,14 @@ class CocoScenesMetric(CocoMetric):
             return super().compute_metrics(results)
 
 
-def configure(config: Config, data: Path | None) -> None:
+def _load(file: Path, folder: Path, classes: Sequence[str], masks: bool, skipped: Sequence[Path]) -> _Annotations:
+    content = coco.read(file)
+    return _Annotations(coco.repaired(content, file, folder, classes=classes, masks=masks, skipped=skipped))
+
+
+def configure(
+    config: Config, data: Path | None, *, splits: Sequence[str] = SPLITS, classes: Sequence[str] | None = None
+) -> None:
     """Put the data's place and classes into `config`, in place, after checking the data.
 
     A folder in COCO's own layout (the one that the config's `ann_file` names, e.g.
@@ -61,29 +104,49 @@ def configure(config: Config, data: Path | None) -> None:
     Args:
         config: of a detection run.
         data: the user's folder; default the config's own data.
+        splits: the parts that will be used, which are looked through.
+        classes: names that a trained model knows, in order; default those of the training annotations.
 
     Raises:
         UserError: no data, or data that cannot be trained on.
     """
     root = scenes.find_root(config, data)
-    sets = [dataset for split in ("train", "val") for dataset in scenes.datasets(config, split)]
-    if sets[0].type != "CocoScenes" and all((root / dataset.ann_file).is_file() for dataset in sets):
-        for dataset in sets:
-            dataset.data_root = str(root)
+    scenes.read_by_ours(config)
+    _drop_empty_boxes(config)
+    used = [dataset for split in splits for dataset in scenes.datasets(config, split)]
+    if used[0].type != "CocoScenes" and all((root / dataset.ann_file).is_file() for dataset in used):
+        for split in SPLITS:
+            for dataset in scenes.datasets(config, split):
+                dataset.data_root = str(root)
         for metric in scenes.evaluators(config, "CocoMetric"):
             metric.ann_file = str(root / next(scenes.datasets(config, "val")).ann_file)
         return
 
-    from hybridzoo.train.layouts import check_detection  # decodes images: only where training needs it
-
-    skipped: list[Path] = []
     masks = "mask_head" in (config.model.get("roi_head") or config.model)
-    names = check_detection(root, masks=masks, on_bad=config.get("on_bad") or "stop", skipped=skipped)
-    for split in ("train", "val"):
+    how = How(config.get("on_bad") or "stop", splits, classes, config.get("white_value"))
+    report = inspect_detection(root, how, masks=masks)
+    report.tell()
+    names, left_out = report.classes, [str(path) for path in report.skipped]
+    for split in SPLITS:
         for dataset in scenes.datasets(config, split):
             dataset.update(type="CocoScenes", data_root=str(root), ann_file=f"annotations/{split}.json")
-            dataset.update(data_prefix={"img": f"images/{split}/"}, skipped=[str(path) for path in skipped])
+            dataset.update(data_prefix={"img": f"images/{split}/"}, skipped=left_out, masks=masks)
     for kind in ("CocoMetric", "CocoScenesMetric"):
         for metric in scenes.evaluators(config, kind):
             metric.update(type="CocoScenesMetric", ann_file=str(root / "annotations" / "val.json"))
+            metric.update(folder=str(root / "images" / "val"), classes=names, skipped=left_out)
     scenes.set_classes(config, names)
+
+
+def _drop_empty_boxes(config: Config) -> None:
+    """Leave out, before they are packed for training, boxes of which a crop has left nothing.
+
+    `RandomCrop(recompute_bbox=True)` gives [0, 0, 0, 0] for an object whose box reaches into the crop and whose mask
+    does not; the box loss of it is infinite. A sample without any other object is replaced by another one, as by
+    `RandomCrop`.
+    """
+    for loader in scenes.dicts(config.get("train_dataloader")):
+        steps = loader.get("pipeline")
+        kinds = [str(step.get("type")).split(".")[-1] for step in steps or []]
+        if "PackDetInputs" in kinds and "FilterAnnotations" not in kinds:
+            steps.insert(kinds.index("PackDetInputs"), dict(type="FilterAnnotations", min_gt_bbox_wh=(0.01, 0.01)))

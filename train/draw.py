@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ PALETTE: tuple[Colour, ...] = (
 )  # fmt: skip
 RIGHT, WRONG, QUIET = (17, 119, 51), (204, 51, 17), (150, 150, 150)
 INK, PAPER = (34, 34, 34), (255, 255, 255)
+WIDEST_NAME = 1200  # px; a longer name is cut
 SHORT_SIDE = 384  # px that the shorter side of a small image is enlarged to, at least
 
 
@@ -118,9 +120,10 @@ def draw_classification(
     picture.thumbnail((640, 640), Image.Resampling.LANCZOS)
     font = _font(15)
     line, pad = 24, 8
-    width = max(picture.width, 220)
+    best = [(printable(name), share) for name, share in best]
     names = 1 + max((math.ceil(font.getlength(name)) for name, _ in best), default=0)
-    names = min(names, width // 2)
+    names = min(names, WIDEST_NAME)
+    width = max(picture.width, 220, names + 110)
     sheet = Image.new("RGB", (width, picture.height + pad + line * len(best) + pad), PAPER)
     sheet.paste(picture, ((width - picture.width) // 2, 0))
     pen = ImageDraw.Draw(sheet)
@@ -128,7 +131,7 @@ def draw_classification(
     for i, (name, share) in enumerate(best):
         y = picture.height + pad + i * line + line // 2
         colour = QUIET
-        if name == truth:
+        if truth is not None and name == printable(truth):
             colour = RIGHT
         elif i == 0:
             colour = PALETTE[1] if truth is None else WRONG
@@ -137,11 +140,23 @@ def draw_classification(
         if share > 0:
             pen.rectangle((start, y - 7, start + round((end - start) * min(share, 1)), y + 7), fill=colour)
         pen.text((width - pad, y), f"{100 * share:.0f} %", INK, font, anchor="rm")
-    if truth is not None and best and best[0][0] != truth:
-        note = f"is {truth}"
+    if truth is not None and best and best[0][0] != printable(truth):
+        note = _shorten(f"is {printable(truth)}", font, sheet.width - 12)
         box = pen.textbbox((6, 6), note, font)
         pen.rectangle((box[0] - 4, box[1] - 4, box[2] + 4, box[3] + 4), fill=WRONG)
         pen.text((6, 6), note, PAPER, font)
+    return sheet
+
+
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """A picture, enlarged if it is small, with a line of text below it, in letters small enough to fit."""
+    picture, _ = _enlarge(picture, 160)
+    sheet = Image.new("RGB", (max(picture.width, 160), picture.height + 24), PAPER)
+    sheet.paste(picture, ((sheet.width - picture.width) // 2, 0))
+    text = printable(text)
+    font = _fitting(text, _font(15), sheet.width)
+    spot = (sheet.width / 2, picture.height + 13)
+    ImageDraw.Draw(sheet).text(spot, _shorten(text, font, sheet.width), INK, font, anchor="mm")
     return sheet
 
 
@@ -212,6 +227,8 @@ def _tag(
     taken: list[Box],
 ) -> None:
     """Write `text` at a corner of `box` where it covers the least of the tags in `taken`, and add it to them."""
+    font = _fitting(text, font, size[0] - 8)
+    text = _shorten(text, font, size[0] - 8)
     width, height = math.ceil(font.getlength(text)) + 8, round(font.size * 1.3)
     left, top, right, bottom = box
     corners = [(left, top - height), (right - width, top - height), (left, bottom), (right - width, bottom),
@@ -237,15 +254,17 @@ def _legend(picture: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Imag
         return picture
     font, line, pad = _font(16), 26, 8
     places: list[tuple[float, int]] = []
+    entries = [(_shorten(name, font, WIDEST_NAME), colour) for name, colour in entries]
+    whole = max(picture.width, *(math.ceil(22 + font.getlength(name) + 14 + pad) for name, _ in entries))
     x, row = float(pad), 0
     for name, _ in entries:
         width = 22 + font.getlength(name) + 14
-        if places and x + width > picture.width:
+        if places and x + width > whole:
             x, row = float(pad), row + 1
         places.append((x, row))
         x += width
-    sheet = Image.new("RGB", (picture.width, picture.height + pad + line * (row + 1)), PAPER)
-    sheet.paste(picture, (0, 0))
+    sheet = Image.new("RGB", (whole, picture.height + pad + line * (row + 1)), PAPER)
+    sheet.paste(picture, ((whole - picture.width) // 2, 0))
     pen = ImageDraw.Draw(sheet)
     for (name, colour), (left, r) in zip(entries, places, strict=True):
         y = picture.height + pad // 2 + r * line + line / 2
@@ -272,7 +291,20 @@ def _text_colours(background: Colour) -> tuple[Colour, Colour]:
 
 
 def _name(index: int, class_names: Sequence[str]) -> str:
-    return class_names[index] if 0 <= index < len(class_names) else str(index)
+    return printable(class_names[index]) if 0 <= index < len(class_names) else str(index)
+
+
+def printable(name: str) -> str:
+    """A name on one line: line breaks and other control characters become spaces."""
+    return "".join(" " if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter for letter in name)
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> ImageFont.FreeTypeFont:
+    """The font, or a smaller one, down to 9 px, in which a text is no wider."""
+    size = round(font.size)
+    while size > 9 and _font(size).getlength(text) > width:
+        size -= 1
+    return font if size == round(font.size) else _font(size)
 
 
 def _text_size(picture: Image.Image) -> int:

@@ -215,7 +215,8 @@ def test(
     config = copy.deepcopy(config)
     task = prepare(config)
     with _process_group(launcher):
-        task.configure(config, Path(data) if data is not None else None)
+        names = class_names(checkpoint) or None
+        task.configure(config, Path(data) if data is not None else None, splits=("val",), classes=names)
         folder = _set_up(config, work_dir, launcher)
         if not config.get("test_dataloader"):
             config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
@@ -251,8 +252,7 @@ def build_for_inference(config: Config, checkpoint: str | Path, device: str | to
     """
     config = copy.deepcopy(config)
     prepare(config)
-    meta = read_checkpoint(checkpoint).get("meta")
-    names = tuple(meta.get("class_names", ()) if isinstance(meta, dict) else ())
+    names = class_names(checkpoint)
     if names:
         _set_num_classes(config.model, len(names))
     else:  # weights that somebody else trained
@@ -263,6 +263,12 @@ def build_for_inference(config: Config, checkpoint: str | Path, device: str | to
     load_weights(model, checkpoint, allow_head_mismatch=False)
     model.dataset_meta = {"classes": names}
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def class_names(checkpoint: str | Path) -> tuple[str, ...]:
+    """The classes that a checkpoint of ours was trained on; empty for weights that somebody else trained."""
+    meta = read_checkpoint(checkpoint).get("meta")
+    return tuple(meta.get("class_names", ()) if isinstance(meta, dict) else ())
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints it and exits with code 2; everything else is a defect of ours and keeps its traceback.
     """
+
+    def __init__(self, message: str = "") -> None:
+        if message.startswith("Caught UserError in "):  # a worker of PyTorch's loader: its traceback ends in the line
+            message = message.strip().rpartition("UserError: ")[2]
+        super().__init__(message)

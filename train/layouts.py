@@ -2,236 +2,370 @@
 
 A classification folder::
 
-    ROOT/{train,val}/<class name>/*.png
+    ROOT/{train,val}/<class name>/**/*.png    any depth: the first folder is the class
 
 A scenes folder, for detection, segmentation or both::
 
-    ROOT/images/{train,val}/*.png
+    ROOT/images/{train,val}/**/*.png
     ROOT/annotations/{train,val}.json   detection: COCO boxes, and polygons or run lengths for masks
-    ROOT/masks/{train,val}/*.png        segmentation: one channel, the pixel's class id, 255 is ignored
+    ROOT/masks/{train,val}/**/*.png     segmentation: one channel, the pixel's class id, 255 is ignored
     ROOT/classes.txt                    segmentation: a name per line, the first line names id 0
 
+Which pictures are read, and how, says `hybridzoo.train.images`; what annotations are repaired, `hybridzoo.train.coco`.
 Every check names the first thing that is wrong, where, and what to do, as a UserError.  Images that cannot be decoded
-stop the run or, with ``on_bad="skip"``, are counted, printed and handed back in `skipped`; everything else that is
-wrong always stops it, because training would go on with wrong labels.
+stop the run or, with ``on_bad="skip"``, are counted and handed back in `Report.skipped`; everything else that is wrong
+always stops it, because training would go on with wrong labels.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
-from rich.progress import track
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.utils.misc import natural_key
+from rich.progress import Progress
 
+from hybridzoo.train import coco
+from hybridzoo.train.class_names import check_names
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.images import (
+    DARK,
+    Found,
+    MaskError,
+    check_image,
+    find_images,
+    is_hidden,
+    natural_key,
+    read_mask,
+    shown_size,
+)
+from hybridzoo.train.notes import Notes
 
 OnBad = Literal["stop", "skip"]
 SPLITS = ("train", "val")
 IGNORED = 255  # pixels of a mask that neither train nor score
-FULL_DECODES = 10_000  # of a larger set this many, evenly spaced, are decoded; of the others the two ends are read
+FULL_DECODES = 2_000  # of a larger set this many, evenly spaced, are decoded; of the others the two ends are read
+BAR_AFTER = 2.0  # seconds
+Result = TypeVar("Result")
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
-_END_MARKS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
-_COCO_KEYS = {
-    "images": ("id", "file_name", "width", "height"),
-    "categories": ("id", "name"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-}
+
+@dataclass
+class Split:
+    """What a check found in one split.
+
+    Attributes:
+        name: "train" or "val".
+        images: files, in the order of training, the skipped ones left out.
+        sizes: (width, height) -> number of images.
+        counts: class name -> images (classification, segmentation) or objects (detection) of it, in the classes' order.
+        labels: an image's class (classification), its annotations (detection), or its mask's file (segmentation).
+        shows: the classes that each image shows.
+        pixels: class name -> pixels; segmentation only.
+    """
+
+    name: str
+    images: list[Path]
+    sizes: Counter[tuple[int, int]]
+    counts: dict[str, int]
+    labels: list[Any]
+    shows: list[set[str]]
+    pixels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """What a check found in a data folder.
+
+    Attributes:
+        task: "classification", "detection" or "segmentation".
+        root: the folder.
+        classes: names in the order of their labels.
+        splits: those that were looked through.
+        notes: what was repaired, left out or noticed.
+        skipped: images that cannot be decoded.
+    """
+
+    task: str
+    root: Path
+    classes: list[str]
+    splits: list[Split] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
+    skipped: list[Path] = field(default_factory=list)
+
+    def tell(self) -> None:
+        """Print the notes, once however many processes there are."""
+        if _first_process():
+            for line in self.notes.lines():
+                print(f"data: {line}")
+
+
+@dataclass(frozen=True)
+class How:
+    """How a folder is checked.
+
+    Attributes:
+        on_bad: what to do about an image that cannot be decoded: "stop" or "skip".
+        splits: the parts that are looked through.
+        classes: the class names that a model knows, in order; default those of the data's training split.
+        white_value: see `hybridzoo.train.images`.
+    """
+
+    on_bad: OnBad = "stop"
+    splits: Sequence[str] = SPLITS
+    classes: Sequence[str] | None = None
+    white_value: float | None = None
 
 
 def check_classification(root: Path, *, on_bad: OnBad = "stop", skipped: list[Path] | None = None) -> list[str]:
-    """Check a classification folder.
+    """Check a classification folder and return its class names in the order of their ids.
 
     Args:
         on_bad: what to do about an image that cannot be decoded: "stop" or "skip".
         skipped: a list that collects those images when they are skipped.
 
-    Returns:
-        Class names in the order of their ids: timm's order, where "2" comes before "10".
-
     Raises:
-        UserError: a missing or empty folder, a class of val that train lacks, an unreadable image.
+        UserError: see `inspect_classification`.
     """
-    root = _folder(Path(root), "data root")
-    images: list[Path] = []
-    names: dict[str, set[str]] = {}
-    for split in SPLITS:
-        folder = _folder(root / split, "image folder")
-        found, classes = find_images_and_targets(str(folder))
-        if not found:
-            raise UserError(f"image folder {folder} holds no images; expected {folder}/<class name>/*.png")
-        if "" in classes:
-            first = next(path for path, label in found if label == classes[""])
-            raise UserError(f"image {first} is in no class folder; expected {folder}/<class name>/*.png")
-        paths = [Path(path) for path, _ in found]
-        filled = {path.relative_to(folder).parts[0] for path in paths}
-        empty = sorted(inner.name for inner in folder.iterdir() if inner.is_dir() and inner.name not in filled)
-        if split == "train" and empty:
-            raise UserError(f"class folder {folder / empty[0]} holds no images; add some or remove the folder")
-        names[split] = set(classes)
-        images += paths
-    unknown = sorted(names["val"] - names["train"])
-    if unknown:
-        raise UserError(f"{root / 'val' / unknown[0]}: train has no class {unknown[0]!r}; it cannot be learned")
-    problems = _problems(len(images), lambda i, full: _image_problem(images[i], full), "checking images")
-    _settle(problems, images, on_bad, skipped)
-    return sorted(names["train"], key=natural_key)
+    return _classes(inspect_classification(root, How(on_bad)), skipped)
 
 
 def check_detection(
     root: Path, *, masks: bool = False, on_bad: OnBad = "stop", skipped: list[Path] | None = None
 ) -> list[str]:
-    """Check a scenes folder for detection.
+    """Check a scenes folder for detection, see `inspect_detection`; the rest as in `check_classification`."""
+    return _classes(inspect_detection(root, How(on_bad), masks=masks), skipped)
+
+
+def check_segmentation(root: Path, *, on_bad: OnBad = "stop", skipped: list[Path] | None = None) -> list[str]:
+    """Check a scenes folder for segmentation, see `inspect_segmentation`; the rest as in `check_classification`."""
+    return _classes(inspect_segmentation(root, How(on_bad)), skipped)
+
+
+def inspect_classification(root: Path, how: How | None = None) -> Report:
+    """Look through a classification folder.
+
+    The class names are the folders', in natural order, where "2" comes before "10".
+
+    Raises:
+        UserError: a missing or empty folder, a class of val that train lacks, an unreadable image.
+    """
+    how = how or How()
+    root = _folder(Path(root), "data root")
+    report = Report("classification", root, list(how.classes or ()))
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for split in how.splits:
+        folder = _folder(root / split, "image folder")
+        found[split] = classified_images(root, split, report.notes)
+        if not found[split]:
+            raise UserError(f"image folder {folder} holds no images; expected {folder}/<class name>/*.png")
+        filled = {name for _, name in found[split]}
+        check_names(sorted(filled), f"{folder}: class folder")
+        empty = sorted(
+            p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name) and p.name not in filled
+        )
+        if split == "train" and empty:
+            raise UserError(f"class folder {folder / empty[0]} holds no images; add some or remove the folder")
+        if split == "train" and not how.classes:
+            report.classes = sorted(filled, key=natural_key)
+        unknown = sorted(filled - set(report.classes)) if report.classes else []
+        if unknown:
+            who = "the model" if how.classes else "train"
+            raise UserError(f"{folder / unknown[0]}: {who} has no class {unknown[0]!r}; it cannot be learned")
+        if not report.classes:
+            report.classes = sorted(filled, key=natural_key)
+    images = [path for split in how.splits for path, _ in found[split]]
+    keep = _readable(images, how, report, lambda path, full: check_image(path, full=full, white_value=how.white_value))
+    for split in how.splits:
+        kept = [(path, name) for path, name in found[split] if path in keep]
+        counts = Counter(name for _, name in kept)
+        _add(
+            report, split, [path for path, _ in kept], [name for _, name in kept], [{name} for _, name in kept], counts
+        )
+    return report
+
+
+def classified_images(root: Path, split: str, notes: Notes | None = None) -> list[tuple[Path, str]]:
+    """(image, class name) of each image of a split, in natural order.
+
+    Raises:
+        UserError: an image that lies in no class folder.
+    """
+    folder = root / split
+    found = find_images(folder)
+    _note_left_out(found, folder, notes)
+    named = [(path, path.relative_to(folder).parts[0]) for path in found.images]
+    for path, name in named:
+        if path == folder / name:
+            raise UserError(f"image {path} is in no class folder; expected {folder}/<class name>/*.png")
+    return named
+
+
+def inspect_detection(root: Path, how: How | None = None, *, masks: bool = False) -> Report:
+    """Look through a scenes folder for detection.
 
     Args:
         masks: also ask for a mask (polygons or run lengths) in every annotation, for instance segmentation.
-        on_bad, skipped: as in `check_classification`.
-
-    Returns:
-        Class names in the order of the JSON's categories.
 
     Raises:
         UserError: a missing or empty folder, a JSON file that is no COCO, an annotation that names a missing image or
-            category, a box that is no box, an image that is missing, unreadable or of another size than the JSON says.
+            category or cannot be repaired, an image that is missing, unreadable or of another size than the JSON says.
     """
+    how = how or How()
     root = _folder(Path(root), "data root")
-    categories: dict[str, list[tuple[int, str]]] = {}
+    report = Report("detection", root, list(how.classes or ()))
+    found: dict[str, tuple[Path, Path, dict[str, Any]]] = {}
     images: list[Path] = []
-    sizes: list[tuple[int, int]] = []
-    for split in SPLITS:
+    for split in how.splits:
         folder = _folder(root / "images" / split, "image folder")
         file = root / "annotations" / f"{split}.json"
-        coco = _read_coco(file)
-        categories[split] = _check_coco(coco, file, masks)
-        for entry in coco["images"]:
+        content = coco.read(file)
+        found[split] = folder, file, content
+        names = coco.class_names(content)
+        if not report.classes:
+            report.classes = names
+        elif set(names) - set(report.classes) and not how.classes:
+            extra = sorted(set(names) - set(report.classes))[0]
+            raise UserError(
+                f"{root}/annotations: categories of {split}.json differ from train.json, which has no {extra!r}; "
+                "give both the same list"
+            )
+        for entry in content["images"]:
             path = folder / entry["file_name"]
             if not path.is_file():
                 raise UserError(f"{file}: image id {entry['id']} names a missing file, {path}; add it or fix file_name")
             images.append(path)
-            sizes.append((entry["width"], entry["height"]))
-    if categories["train"] != categories["val"]:
-        raise UserError(f"{root}/annotations: categories of val.json differ from train.json; give both the same list")
-    problems = _problems(len(images), lambda i, full: _image_problem(images[i], full, sizes[i]), "checking images")
-    _settle(problems, images, on_bad, skipped)
-    return [name for _, name in categories["train"]]
+        listed = {path.resolve() for path in images}
+        lying = find_images(folder)
+        _note_left_out(lying, folder, report.notes)
+        for path in lying.images:
+            if path.resolve() not in listed:
+                report.notes.add(f"images that {split}.json does not list: left out", path)
+    keep = _readable(images, how, report, lambda path, full: check_image(path, full=full, white_value=how.white_value))
+    for split, (folder, file, content) in found.items():
+        fixed = coco.repaired(
+            content, file, folder, classes=report.classes, masks=masks, skipped=report.skipped, notes=report.notes
+        )
+        labels = {category["id"]: category["name"] for category in fixed["categories"]}
+        objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in fixed["images"]}
+        for entry in fixed["annotations"]:
+            objects[entry["image_id"]].append({**entry, "class": labels[entry["category_id"]]})
+        counts = Counter(labels[entry["category_id"]] for entry in fixed["annotations"])
+        paths = {entry["id"]: folder / entry["file_name"] for entry in fixed["images"]}
+        kept = [number for number, path in paths.items() if path in keep]
+        shows = [{entry["class"] for entry in objects[number]} for number in kept]
+        _add(report, split, [paths[number] for number in kept], [objects[number] for number in kept], shows, counts)
+        for number in kept:
+            if not objects[number]:
+                report.notes.add(f"images of {split} without an object", paths[number])
+        _say_absent([name for name in report.classes if not counts[name]], f"in {split}.json", split, report.notes)
+    return report
 
 
-def check_segmentation(root: Path, *, on_bad: OnBad = "stop", skipped: list[Path] | None = None) -> list[str]:
-    """Check a scenes folder for segmentation.
+def inspect_segmentation(root: Path, how: How | None = None) -> Report:
+    """Look through a scenes folder for segmentation.
 
-    Args:
-        on_bad, skipped: as in `check_classification`; a pair with a broken mask counts as a broken image.
-
-    Returns:
-        Class names, the lines of classes.txt: name i belongs to the mask value i.
+    Every mask is decoded: a wrong id is a wrong label.  A pair with a broken mask counts as a broken image.
 
     Raises:
-        UserError: a missing or empty folder, an image without mask or a mask without image, images of two suffixes in
-            one folder, a mask that is not one channel, differs from its image in size or holds a value out of range.
+        UserError: a missing or empty folder, an image without mask or a mask without image, two images of one name, a
+            mask that is not one channel, differs from its image in size or holds a value out of range, masks with only
+            one class in them.
     """
+    how = how or How()
     root = _folder(Path(root), "data root")
     classes = _read_classes(root / "classes.txt")
-    pairs: list[tuple[Path, Path]] = []
-    suffixes: dict[str, set[str]] = {"images": set(), "masks": set()}
-    for split in SPLITS:
-        found: dict[str, dict[str, Path]] = {}
-        for kind in ("images", "masks"):
-            folder = _folder(root / kind / split, f"{kind[:-1]} folder")
-            files = sorted(path for path in folder.iterdir() if path.suffix.lower() in get_img_extensions())
-            found[kind] = {path.stem: path for path in files}
-            suffixes[kind].update(path.suffix for path in files)
-            if not files:
-                raise UserError(f"{kind[:-1]} folder {folder} holds no images")
-            if len(suffixes[kind]) > 1:
-                raise UserError(f"{root / kind} mixes {' and '.join(sorted(suffixes[kind]))}; use one suffix")
-        for one, other in (("images", "masks"), ("masks", "images")):
-            alone = sorted(found[one].keys() - found[other].keys())
-            if alone:
-                path = found[one][alone[0]]
-                raise UserError(f"{one[:-1]} {path} has no {other[:-1]} in {root / other / split}; add or remove one")
-        pairs += [(found["images"][stem], found["masks"][stem]) for stem in sorted(found["images"])]
-    problems = _problems(len(pairs), lambda i, full: _pair_problem(*pairs[i], full, classes), "checking images, masks")
-    _settle(problems, [image for image, _ in pairs], on_bad, skipped)
-    return classes
+    if how.classes and list(how.classes) != classes:
+        raise UserError(f"{root / 'classes.txt'} names {', '.join(classes)}; the model knows {', '.join(how.classes)}")
+    report = Report("segmentation", root, classes)
+    found = {split: masked_images(root, split, report.notes) for split in how.splits}
+    masks = {image: mask for pairs in found.values() for image, mask in pairs}
+    pixels: dict[Path, NDArray[np.int64]] = {}
+
+    def check(image: Path, full: bool) -> int | None:
+        highest = check_image(image, full=full, white_value=how.white_value)
+        pixels[image] = _mask_pixels(image, masks[image], classes)
+        return highest
+
+    keep = _readable(list(masks), how, report, check, "checking images, masks")
+    for split in how.splits:
+        kept = [(image, mask) for image, mask in found[split] if image in keep]
+        total = sum((pixels[image] for image, _ in kept), np.zeros(len(classes) + 1, np.int64))
+        present = sum((pixels[image] > 0 for image, _ in kept), np.zeros(len(classes) + 1, np.int64))
+        counts = Counter({name: int(n) for name, n in zip(classes, present, strict=False)})
+        shows = [{name for name, n in zip(classes, pixels[image], strict=False) if n} for image, _ in kept]
+        _add(report, split, [image for image, _ in kept], [mask for _, mask in kept], shows, counts)
+        report.splits[-1].pixels = {name: int(n) for name, n in zip(classes, total, strict=False)}
+        _check_occurrence(split, classes, total, root, report.notes)
+    return report
 
 
-# Files of a scenes folder ------------------------------------------------------------------------------------------
+def masked_images(root: Path, split: str, notes: Notes | None = None) -> list[tuple[Path, Path]]:
+    """(image, mask) of each image of a split, in natural order: files of one path but for folder and suffix.
+
+    Raises:
+        UserError: a missing or empty folder, an image or mask without the other, two of one name.
+    """
+    named: dict[str, dict[str, Path]] = {}
+    for kind in ("images", "masks"):
+        folder = _folder(root / kind / split, f"{kind[:-1]} folder")
+        found = find_images(folder)
+        _note_left_out(found, folder, notes)
+        if not found.images:
+            raise UserError(f"{kind[:-1]} folder {folder} holds no images")
+        named[kind] = {}
+        for path in found.images:
+            name = str(path.relative_to(folder).with_suffix(""))
+            if name in named[kind]:
+                raise UserError(
+                    f"{kind[:-1]} {path} and {named[kind][name].name} differ in their suffix only; keep one"
+                )
+            named[kind][name] = path
+    for one, other in (("images", "masks"), ("masks", "images")):
+        alone = [name for name in named[one] if name not in named[other]]
+        if alone:
+            path = named[one][alone[0]]
+            raise UserError(f"{one[:-1]} {path} has no {other[:-1]} in {root / other / split}; add or remove one")
+    return [(path, named["masks"][name]) for name, path in named["images"].items()]
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+def _classes(report: Report, skipped: list[Path] | None) -> list[str]:
+    if skipped is not None:
+        skipped += report.skipped
+    return report.classes
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _read_classes(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read; write one class name a line, first the name of id 0") from error
-    names = [line.strip() for line in lines if line.strip()]
+        raise UserError(f"{file} cannot be read; write one class name a line in UTF-8, first that of id 0") from error
+    names = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if not 2 <= len(names) <= IGNORED:
         raise UserError(f"{file} names {len(names)} classes; give 2 to {IGNORED}, one a line, first the name of id 0")
-    _unique(names, f"{file}: class")
-    return names
-
-
-def _read_coco(file: Path) -> dict[str, Any]:
-    try:
-        coco = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"annotation file {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"annotation file {file} is no JSON: {error}") from error
-    for key, needed in _COCO_KEYS.items():
-        entries = coco.get(key) if isinstance(coco, dict) else None
-        if not isinstance(entries, list) or not entries:
-            raise UserError(f"annotation file {file} has no list of {key!r}, or an empty one; expected COCO's format")
-        for index, entry in enumerate(entries):
-            missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
-            if missing:
-                raise UserError(f"{file}: {key}[{index}] has no {missing[0]!r}")
-    return coco
-
-
-def _check_coco(coco: dict[str, Any], file: Path, masks: bool) -> list[tuple[int, str]]:
-    """(id, name) of each category, after looking at everything that needs no image."""
-    for key in _COCO_KEYS:
-        _unique([entry["id"] for entry in coco[key]], f"{file}: id in {key}")
-    _unique([category["name"] for category in coco["categories"]], f"{file}: category")
-    images = {entry["id"] for entry in coco["images"]}
-    categories = [(int(category["id"]), str(category["name"])) for category in coco["categories"]]
-    ids = [category for category, _ in categories]
-    for entry in coco["annotations"]:
-        where = f"{file}: annotation id {entry['id']}"
-        if entry["image_id"] not in images:
-            raise UserError(f"{where} names image id {entry['image_id']}, which is not in 'images'; add or remove one")
-        if entry["category_id"] not in ids:
-            span = f"{min(ids)}..{max(ids)}" if len(ids) > 1 else f"{ids[0]}"
-            raise UserError(f"{where} has category_id {entry['category_id']}; the categories are {span}")
-        box = entry["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(_finite(side) for side in box) and min(box[2:]) >= 0):
-            raise UserError(f"{where} has bbox {box!r}; expected [left, top, width, height] in pixels")
-        if masks and not entry.get("segmentation"):
-            raise UserError(f"{where} has no segmentation; add polygons or run lengths, or choose a detector of boxes")
-    return categories
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _unique(values: Sequence[Any], what: str) -> None:
-    value, count = Counter(values).most_common(1)[0]
+    if "" in names:
+        line = names.index("") + 1
+        raise UserError(f"{file}: line {line} is empty; name the class of id {line - 1} there, or remove the line")
+    check_names(names, f"{file}: class")
+    name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{what} {value!r} appears {count} times; give each its own")
+        raise UserError(f"{file}: class {name!r} appears {count} times; give each its own")
+    return names
 
 
 def _folder(path: Path, what: str) -> Path:
@@ -240,99 +374,153 @@ def _folder(path: Path, what: str) -> Path:
     return path
 
 
-# Images -----------------------------------------------------------------------------------------------------------
+def _note_left_out(found: Found, folder: Path, notes: Notes | None) -> None:
+    if notes is None:
+        return
+    for path in found.hidden:
+        notes.add("hidden or system files or folders: left out", path)
+    for path in found.others:
+        notes.add("files that are no pictures by their suffix, or links in a circle: left out", path)
 
 
-def _image_problem(path: Path, full: bool, size: tuple[int, int] | None = None) -> str | None:
-    """Why an image cannot be decoded, or None.
+def _add(
+    report: Report, split: str, images: list[Path], labels: list[Any], shows: list[set[str]], counts: Counter[str]
+) -> None:
+    sizes = Counter(shown_size(path)[0] for path in images)
+    by_class = {name: counts[name] for name in report.classes}
+    report.splits.append(Split(split, images, sizes, by_class, labels, shows))
 
-    Args:
-        full: decode every pixel; else the header, and the end mark of a PNG or JPEG.
-        size: width and height that the annotations give.
+
+def _mask_pixels(image: Path, mask: Path, classes: Sequence[str]) -> NDArray[np.int64]:
+    """Pixels of each class in a mask, and last those that are ignored.
+
+    Raises:
+        MaskError: the mask does not fit its image or the classes.
+        UserError: it cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
-            actual = image.size
-            if full or not _ends_well(path, image.format):
-                image.load()
-    except _UNREADABLE as error:
-        return _reason(error)
-    if size is not None and sorted(size) != sorted(actual):  # sorted: a camera's rotation flag swaps the two
-        raise UserError(f"image {path} is {actual[0]}x{actual[1]}, its annotation says {size[0]}x{size[1]}; correct it")
-    return None
-
-
-def _pair_problem(image: Path, mask: Path, full: bool, classes: Sequence[str]) -> str | None:
-    """Why an image or its mask cannot be decoded, or None."""
-    problem = _image_problem(image, full)
-    if problem is not None:
-        return problem
-    try:
-        with Image.open(image) as picture, Image.open(mask) as labels:
-            sizes, channels = (picture.size, labels.size), len(labels.getbands())
-            highest = _highest_id(np.asarray(labels)) if full and channels == 1 else 0
-    except _UNREADABLE as error:
-        return f"its mask {mask}: {_reason(error)}"
-    if channels != 1:
-        raise UserError(f"mask {mask} has {channels} channels; expected one, which holds class ids")
-    if sorted(sizes[0]) != sorted(sizes[1]):
-        raise UserError(
-            f"mask {mask} is {sizes[1][0]}x{sizes[1][1]}, its image {sizes[0][0]}x{sizes[0][1]}; correct it"
+        ids = read_mask(mask)
+    except MaskError:
+        raise
+    except UserError as error:
+        raise UserError(f"{image}: its {error}") from error
+    (width, height), turned = shown_size(image)
+    if ids.shape != (height, width):
+        because = " as its EXIF orientation shows it" if turned else ""
+        raise MaskError(
+            f"mask {mask} is {ids.shape[1]}x{ids.shape[0]}, its image {width}x{height}{because}; correct it"
         )
-    if highest >= len(classes):
-        raise UserError(
-            f"mask {mask} holds value {highest}; classes.txt names ids 0..{len(classes) - 1}, and {IGNORED} is ignored"
+    learned = ids != IGNORED
+    low, high = int(np.min(ids)), int(np.max(ids, where=learned, initial=0))
+    if low < 0 or high >= len(classes):
+        raise MaskError(
+            f"mask {mask} holds value {low if low < 0 else high}; "
+            f"classes.txt names ids 0..{len(classes) - 1}, and {IGNORED} is ignored"
         )
-    return None
+    counts = np.bincount(ids.ravel(), minlength=IGNORED + 1)
+    return np.append(counts[: len(classes)], counts[IGNORED] if len(classes) <= IGNORED else 0)
 
 
-def _highest_id(mask: NDArray[Any]) -> int:
-    return int(np.max(mask, where=mask != IGNORED, initial=0))
+def _check_occurrence(split: str, classes: Sequence[str], total: NDArray[np.int64], root: Path, notes: Notes) -> None:
+    """Say which classes the masks of a split never show.
+
+    Raises:
+        UserError: training masks with fewer than two classes, of which nothing can be learned.
+    """
+    absent = [name for name, pixels in zip(classes, total, strict=False) if not pixels]
+    ignored = f"; {total[-1] / total.sum():.0%} of the pixels are {IGNORED}, which is ignored" if total[-1] else ""
+    if split == "train" and len(classes) - len(absent) < 2:
+        raise UserError(
+            f"masks of {root / 'masks' / split}: {_listed(absent)} never occurs{ignored}; "
+            f"store the ids 0 to {len(classes) - 1}"
+        )
+    _say_absent(absent, f"in the masks of {split}{ignored}", split, notes)
 
 
-def _ends_well(path: Path, image_format: str | None) -> bool:
-    mark = _END_MARKS.get(image_format or "")
-    if mark is None:
-        return False
-    with path.open("rb") as file:
-        file.seek(-len(mark), os.SEEK_END)
-        return file.read() == mark
+def _say_absent(absent: Sequence[str], where: str, split: str, notes: Notes) -> None:
+    if absent:
+        lost = "it cannot be learned" if split == "train" else "it is not measured"
+        notes.say(f"{_listed(absent)} never occurs {where}: {lost}")
 
 
-def _reason(error: BaseException) -> str:
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return "class " + ", ".join(map(repr, names[:20])) + more
 
 
-def _problems(count: int, problem: Callable[[int, bool], str | None], what: str) -> list[str | None]:
-    """`problem(index, full)` for 0..count-1, on threads (decoding releases the GIL) and with a progress bar."""
-    stride = max(1, math.ceil(count / FULL_DECODES))
-    chunk = 64
-    parts = [range(first, min(first + chunk, count)) for first in range(0, count, chunk)]
+def _readable(
+    images: Sequence[Path],
+    how: How,
+    report: Report,
+    check: Callable[[Path, bool], int | None],
+    what: str = "checking images",
+) -> set[Path]:
+    """The images that can be decoded; stop at others, or note them and add them to `report.skipped`.
 
-    def work(part: range) -> list[str | None]:
-        return [problem(index, index % stride == 0) for index in part]
+    Args:
+        check: (image, whether to decode it) -> the highest value if it is deep, see `Picture.highest`.
 
-    quiet = Console(stderr=True)
-    bar = track(range(len(parts)), what, console=quiet, transient=True, disable=not quiet.is_terminal)
-    pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2))
-    try:
-        results = pool.map(work, parts)
-        return [found for _ in bar for found in next(results)]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    Raises:
+        UserError: an image that cannot be decoded, unless such are skipped; none that can; 16-bit images that are dark.
+        MaskError: a wrong label.
+    """
+    stride = max(1, math.ceil(len(images) / FULL_DECODES))
+    bad: list[tuple[Path, str]] = []
+    deep: list[tuple[int, Path]] = []
+
+    def work(index: int) -> int | UserError | None:
+        try:
+            return check(images[index], index % stride == 0)
+        except MaskError:
+            raise
+        except UserError as error:
+            return error
+
+    for path, result in zip(images, _each(len(images), work, what), strict=True):
+        if isinstance(result, UserError):
+            bad.append((path, str(result)))
+        elif result is not None:
+            deep.append((result, path))
+    if bad:
+        _settle(bad, len(images), how.on_bad, report)
+    highest = max(deep)[0] if deep else 0
+    if 0 < highest < 4 * DARK and how.white_value is None:
+        guess = 2 ** highest.bit_length() - 1
+        raise UserError(
+            f"{len(deep)} of {len(images)} images hold 16 bits and no value above {highest}, so that all of them would "
+            f"be dark; the first: {deep[0][1]}; set white_value={guess}, or what else is white in them"
+        )
+    left = {path for path, _ in bad}
+    return {path for path in images if path not in left}
 
 
-def _settle(problems: Sequence[str | None], images: Sequence[Path], on_bad: OnBad, skipped: list[Path] | None) -> None:
-    """Stop at images that cannot be decoded, or print their number and add them to `skipped`."""
-    bad = [(path, problem) for path, problem in zip(images, problems, strict=True) if problem is not None]
-    if not bad:
-        return
-    first = f"{bad[0][0]}: {bad[0][1]}"
+def _settle(bad: Sequence[tuple[Path, str]], count: int, on_bad: OnBad, report: Report) -> None:
+    first = bad[0][1]
     if on_bad == "stop":
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         raise UserError(f"image cannot be read: {first}{more}; replace it, or train without with --on-bad-image skip")
-    if len(bad) == len(images):
-        raise UserError(f"none of {len(images)} images can be read; the first: {first}")
-    print(f"skipping {len(bad)} of {len(images)} images, which cannot be read; the first: {first}")
-    if skipped is not None:
-        skipped += [path for path, _ in bad]
+    if len(bad) == count:
+        raise UserError(f"none of {count} images can be read; the first: {first}")
+    if _first_process():
+        print(f"skipping {len(bad)} of {count} images, which cannot be read; the first: {first}")
+    report.skipped += [path for path, _ in bad]
+
+
+def _each(count: int, work: Callable[[int], Result], what: str) -> Iterator[Result]:
+    """`work(index)` for 0..count-1 on threads (decoding releases the GIL), in order, with a bar if it takes longer."""
+    chunk = 64
+    parts = [range(first, min(first + chunk, count)) for first in range(0, count, chunk)]
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(what, total=count)
+    began = time.monotonic()
+    pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2))
+    try:
+        for results in pool.map(lambda part: [work(index) for index in part], parts):
+            if not bar.live.is_started and time.monotonic() - began > BAR_AFTER:
+                bar.start()
+            bar.update(task, advance=len(results))
+            yield from results
+    finally:
+        bar.stop()
+        pool.shutdown(cancel_futures=True)

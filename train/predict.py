@@ -10,17 +10,17 @@ import torch
 from mmengine import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from hybridzoo.train import draw
+from hybridzoo.train import draw, images
 from hybridzoo.train.classification import eval_transform
 from hybridzoo.train.engine import build_for_inference
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.notes import Notes
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TOP = 5  # classes that a classifier's prediction lists
 
 
@@ -73,17 +73,18 @@ def predict(
         UserError: there is no image, none can be read, a picture would replace an input or cannot be written, or
             `build_for_inference` refuses the checkpoint.
     """
-    images = find_images(source)
-    pictures = _pictures(images, source, out)
+    notes = Notes()
+    paths = find_images(source, notes)
+    pictures = _pictures(paths, source, out)
     model = build_for_inference(config, checkpoint, device)
     see = {"classification": _classify, "detection": _detect, "segmentation": _segment}[config.task](config, model)
 
     found: list[Prediction] = []
     unreadable: list[str] = []
     quiet = Console(stderr=True)
-    for path in track(images, "predicting", console=quiet, transient=True, disable=not quiet.is_terminal):
+    for path in track(paths, "predicting", console=quiet, transient=True, disable=not quiet.is_terminal):
         try:
-            image = read_image(path)
+            image = read_image(path, config.get("white_value"))
         except UserError as error:
             if path == source:
                 raise
@@ -93,14 +94,17 @@ def predict(
         _save(picture, pictures[path])
         found.append(Prediction(image=path, drawn=pictures[path], task=config.task, **seen))
     if not found:
-        raise UserError(f"{source}: none of {len(images)} images can be read; the first: {unreadable[0]}")
-    for line in unreadable:
-        quiet.print(f"skipped: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        raise UserError(f"{source}: none of {len(paths)} images can be read; the first: {unreadable[0]}")
+    for line in [*(f"skipped: {line}" for line in unreadable), *notes.lines()]:
+        quiet.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     return found
 
 
-def find_images(source: Path) -> list[Path]:
+def find_images(source: Path, notes: Notes | None = None) -> list[Path]:
     """`source` itself, or the image files below it in the order of their paths, hidden ones left out.
+
+    Args:
+        notes: collects what is left out of a folder.
 
     Raises:
         UserError: nothing is there, or the folder holds no image.
@@ -109,25 +113,28 @@ def find_images(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise UserError(f"{source}: no such image or folder")
-    below = (path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    images = sorted(path for path in below if not any(p.startswith(".") for p in path.relative_to(source).parts))
-    if not images:
-        raise UserError(f"{source}: no image below this folder (looked for {' '.join(sorted(SUFFIXES))})")
-    return images
+    found = images.find_images(source)
+    if not found.images:
+        raise UserError(f"{source}: no image below this folder (looked for {' '.join(sorted(images.SUFFIXES))})")
+    notes = notes if notes is not None else Notes()
+    for path in found.others:
+        notes.add("files that are no pictures by their suffix: left out", path)
+    return sorted(found.images)
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode a whole image as RGB, upright.
+def read_image(path: Path, white_value: float | None = None) -> Image.Image:
+    """Decode a whole image as RGB, upright, see `hybridzoo.train.images`.
 
     Raises:
-        UserError: the file is no image, is truncated, or is absurdly large.
+        UserError: it cannot be read, or holds 16 bits and is nearly black.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image that can be read" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{path}: {reason}") from error
+    picture = images.read_picture(path, white_value=white_value)
+    if picture.highest is not None and 0 < picture.highest < images.DARK and white_value is None:
+        raise UserError(
+            f"{path}: 16 bits and no value above {picture.highest}, which would be nearly black; set white_value, "
+            "the value that is white (65535 if it is dark indeed)"
+        )
+    return picture.image
 
 
 # Each of the three returns what looks at one image: (image, least score) -> (fields of Prediction, drawn picture).
@@ -210,16 +217,16 @@ def _mm_inference(config: Config, model: Any) -> Callable[[Image.Image], Any]:
     return infer
 
 
-def _pictures(images: list[Path], source: Path, out: Path) -> dict[Path, Path]:
+def _pictures(paths: list[Path], source: Path, out: Path) -> dict[Path, Path]:
     """Where each image's drawing goes: out/<path below the folder>.png, with the old suffix kept if two would meet."""
-    inputs = {image.resolve() for image in images}
+    inputs = {image.resolve() for image in paths}
     root = source if source.is_dir() else source.parent
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         # The next run would take the drawings for images.
         raise UserError(f"--out {out}: lies in the folder of the images; choose a folder outside {source}")
     pictures: dict[Path, Path] = {}
     taken: set[Path] = set()
-    for image in images:
+    for image in paths:
         target = (out / image.relative_to(root)).with_suffix(".png")
         if target in taken:
             target = out / f"{image.relative_to(root)}.png"

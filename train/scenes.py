@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mmcv.transforms
 from mmengine import Config
 
+import hybridzoo.train.loading  # noqa: F401 - LoadImageFromFile, in the place of mmcv's
 from hybridzoo.train.errors import UserError
 
 
@@ -49,6 +51,16 @@ def evaluators(config: Config, kind: str) -> Iterator[Any]:
     """The configs of all validation and test metrics whose type is `kind`."""
     for key in ("val_evaluator", "test_evaluator"):
         yield from (node for node in dicts(config.get(key)) if node.get("type") == kind)
+
+
+def read_by_ours(config: Config) -> None:
+    """Let every pipeline of `config` load its pictures by our reader, with the config's `white_value`."""
+    for step in dicts(config):
+        kind = step.get("type")
+        if isinstance(kind, type) and issubclass(kind, mmcv.transforms.LoadImageFromFile):
+            step["type"] = kind = kind.__name__  # a class in a config would pass the registry by
+        if isinstance(kind, str) and kind.split(".")[-1] == "LoadImageFromFile" and config.get("white_value"):
+            step["white_value"] = config.white_value
 
 
 def set_classes(config: Config, names: Sequence[str]) -> None:

@@ -4,15 +4,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from hybridzoo.checkpoints import Card
     from hybridzoo.checkpoints.verification import Verification
+    from hybridzoo.train.layouts import Report
     from hybridzoo.train.model_info import Facts, Summary
     from hybridzoo.train.predict import Prediction
 
@@ -111,6 +113,27 @@ def predictions(found: Sequence["Prediction"], source: Path) -> Table:
     return table
 
 
+def data(report: "Report") -> Iterator[Table]:
+    """Two tables of a checked data folder: its splits, and its classes with their numbers in each."""
+    splits = _table("split", "images>", "sizes")
+    for split in report.splits:
+        common = [f"{w}x{h} ({n})" for (w, h), n in split.sizes.most_common(3)]
+        more = f", {len(split.sizes) - 3} more" if len(split.sizes) > 3 else ""
+        splits.add_row(split.name, str(len(split.images)), ", ".join(common) + more)
+    yield splits
+    what = "objects" if report.task == "detection" else "images"
+    columns = [f"{split.name} {what}>" for split in report.splits]
+    columns += [f"{split.name} pixels>" for split in report.splits if split.pixels]
+    classes = _table("id>", "class", *columns)
+    for number, name in enumerate(report.classes):
+        cells = [str(split.counts[name]) for split in report.splits]
+        for split in report.splits:
+            if split.pixels:
+                cells.append(f"{100 * split.pixels[name] / max(1, sum(split.pixels.values())):.1f} %")
+        classes.add_row(str(number), name, *cells)
+    yield classes
+
+
 def weights(found: Iterable[tuple["Card", Path | None]]) -> Table:
     """One line per published file; its size where it is known, and whether it is on this machine."""
     table = _table("weights!", "link", "size>", "here", "licence")
@@ -158,9 +181,16 @@ def pixels(input_size: Sequence[int]) -> str:
     return str(height) if height == width else f"{height}x{width}"
 
 
+class _Plain(Table):
+    """A table whose cells are texts: names of people's own may hold what rich takes for markup, "tank [/mk2]"."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def _facts(lines: Mapping[str, str | None]) -> Table:
     """A fact a line, label and value; what nobody knows is a dash."""
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _Plain(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in lines.items():
@@ -170,7 +200,7 @@ def _facts(lines: Mapping[str, str | None]) -> Table:
 
 def _table(*columns: str) -> Table:
     """An empty table; a title's last letter says more: ">" a column of numbers, "!" names that stay on one line."""
-    table = Table(
+    table = _Plain(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold"
     )
     for title in columns:

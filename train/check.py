@@ -1,0 +1,121 @@
+"""What a data folder holds, as training would take it: counts, what is repaired or left out, and a sheet of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hybridzoo.train import coco, draw, layouts
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.images import read_image, read_mask
+from hybridzoo.train.layouts import How, Report, Split
+
+SHOWN = {"train": 8, "val": 4}  # samples on a sheet
+CELL = 420  # px, the longer side of a sample on it
+
+
+def find_tasks(root: Path) -> list[str]:
+    """The tasks whose layout a folder has, see `hybridzoo.train.layouts`.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    if not root.is_dir():
+        raise UserError(f"data root {root} {'is not a folder' if root.exists() else 'does not exist'}")
+    signs = {"classification": ["train"], "detection": ["annotations"], "segmentation": ["masks", "classes.txt"]}
+    found = [task for task, names in signs.items() if any((root / name).exists() for name in names)]
+    if not found:
+        raise UserError(
+            f"data root {root} has none of the layouts: train/<class>/ for classification; images/train/ with "
+            "annotations/train.json for detection, or with masks/train/ and classes.txt for segmentation"
+        )
+    return found
+
+
+def inspect(root: Path, task: str, how: How) -> Report:
+    """Check a folder for one task, by what training runs before it starts.
+
+    Masks of a detection folder are checked if every annotation has one.
+
+    Raises:
+        UserError: see `hybridzoo.train.layouts`.
+    """
+    if task == "classification":
+        return layouts.inspect_classification(root, how)
+    if task == "segmentation":
+        return layouts.inspect_segmentation(root, how)
+    with_masks = without = 0
+    for split in how.splits:
+        entries = coco.read(root / "annotations" / f"{split}.json")["annotations"]
+        with_masks += sum(bool(entry.get("segmentation")) for entry in entries)
+        without += sum(not entry.get("segmentation") for entry in entries)
+    report = layouts.inspect_detection(root, how, masks=not without)
+    if with_masks and without:
+        report.notes.add(
+            "annotations without a mask, beside others with one: for detectors of boxes only", count=without
+        )
+    return report
+
+
+def sheet(report: Report, white_value: float | None = None) -> Image.Image:
+    """Samples with their labels drawn: of every split some, so that as many classes as possible are seen."""
+    cells = []
+    for split in report.splits:
+        for i in _samples(split, SHOWN.get(split.name, 4)):
+            path = split.images[i]
+            image = read_image(path, white_value=white_value)
+            drawn = _drawn(report, image, split.labels[i])
+            drawn.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+            name = split.labels[i] if report.task == "classification" else path.name
+            cells.append(draw.captioned(drawn, f"{split.name}: {name}"))
+    return draw.grid([cells[i : i + 4] for i in range(0, len(cells), 4)])
+
+
+def save_sheet(report: Report, out: Path, white_value: float | None = None) -> Path:
+    """Write `sheet` to `out/<task>.png`.
+
+    Raises:
+        UserError: it cannot be written, or would lie in the data.
+    """
+    path = out / f"{report.task}.png"
+    if out.resolve().is_relative_to(report.root.resolve()):
+        raise UserError(f"--out {out}: lies in the data folder, where it would count as data; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sheet(report, white_value).save(path)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path} ({error.strerror or error})") from error
+    return path
+
+
+def _samples(split: Split, count: int) -> list[int]:
+    """Places of images: one for each class, the rarest first, then others at even distances."""
+    chosen: list[int] = []
+    seen: set[str] = set()
+    for name in sorted(split.counts, key=lambda name: split.counts[name]):
+        if split.counts[name] and name not in seen and len(chosen) < count:
+            place = next(i for i, shown in enumerate(split.shows) if name in shown)
+            chosen.append(place)
+            seen |= split.shows[place]
+    others = [i for i in range(len(split.images)) if i not in chosen]
+    missing = min(count - len(chosen), len(others))
+    chosen += [others[i * len(others) // missing] for i in range(missing)]
+    return sorted(chosen)
+
+
+def _drawn(report: Report, image: Image.Image, label: Any) -> Image.Image:
+    if report.task == "classification":
+        return image.copy()
+    if report.task == "segmentation":
+        return draw.draw_segmentation(image, read_mask(label), report.classes)
+    boxes = np.array([entry["bbox"] for entry in label], float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    masks = None
+    if label and all("segmentation" in entry for entry in label):
+        masks = np.stack([coco.mask_of(entry["segmentation"], image.size) for entry in label])
+    names: Sequence[str] = report.classes
+    return draw.draw_boxes(image, boxes, [names.index(entry["class"]) for entry in label], None, masks, names)

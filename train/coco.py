@@ -1,0 +1,427 @@
+"""COCO annotation files as people have them: read, repaired in memory by stated rules, or refused with file and entry.
+
+The user's file is never written to.  Checking, training and scoring all get their annotations from `repaired`, so that
+they agree.  What is repaired:
+
+- a byte order mark, UTF-16, CRLF: read; ids of annotations are numbered anew (scoring takes an id 0 for "no match");
+- `area` missing or not positive: computed from the mask, else the box; `iscrowd` missing: 0;
+- `bbox` missing or without area beside a mask: computed from the mask;
+- a box that reaches beyond its picture is clipped; one narrower than a pixel is left out;
+- categories in another order, with gaps in their ids, or only some of the training categories: matched by name;
+- a flat list of coordinates, or a list of points: taken for one polygon;
+- polygons of fewer than three points, flat ones, and ones outside the picture are left out; an object without any other
+  is neither learned nor scored (COCO's crowd), and more than one such object in ten is refused;
+- `width` and `height` exchanged, because a tool did not look at the EXIF orientation: taken from the picture, if all
+  its boxes lie in the picture as it is shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from hybridzoo.train.class_names import check_names
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.images import shown_size
+from hybridzoo.train.notes import Notes
+
+Size = tuple[int, int]  # width, height
+
+_NEEDED = {
+    "images": ("id", "file_name", "width", "height"),
+    "categories": ("id", "name"),
+    "annotations": ("image_id", "category_id"),
+}
+_UNUSABLE = 0.1  # share of objects without a usable mask beyond which something is wrong with all of them
+
+
+def read(file: Path) -> dict[str, Any]:
+    """An annotation file whose lists, ids and references hold together.
+
+    Raises:
+        UserError: no JSON, no COCO, an id that appears twice, a reference to nothing; names file and entry.
+    """
+    try:
+        coco = json.loads(file.read_bytes())  # finds out by itself whether it is UTF-8 or UTF-16
+    except OSError as error:
+        raise UserError(f"annotation file {file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise UserError(f"annotation file {file} is no JSON: {reason}") from error
+    for key, needed in _NEEDED.items():
+        entries = coco.get(key) if isinstance(coco, dict) else None
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"annotation file {file} has no list of {key!r}, or an empty one; expected COCO's format")
+        for index, entry in enumerate(entries):
+            missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
+            if missing:
+                raise UserError(f"{file}: {key}[{index}] has no {missing[0]!r}")
+            for name in {"id", "image_id", "category_id"} & entry.keys():
+                if not isinstance(entry[name], int | str) and not (_finite(entry[name]) and entry[name] % 1 == 0):
+                    raise UserError(f"{file}: {key}[{index}] has {name} {entry[name]!r}; expected a whole number")
+    for key in _NEEDED:
+        _unique([entry["id"] for entry in coco[key] if "id" in entry], f"{file}: id in {key}")
+    for index, entry in enumerate(coco["images"]):
+        if not isinstance(entry["file_name"], str) or not entry["file_name"] or "\0" in entry["file_name"]:
+            raise UserError(f"{file}: images[{index}] has file_name {entry['file_name']!r}; expected a path")
+        if not all(_finite(entry[side]) and entry[side] > 0 for side in ("width", "height")):
+            sides = f"{entry['width']!r} x {entry['height']!r}"
+            raise UserError(f"{file}: images[{index}] has width and height {sides}; expected pixels")
+    _unique([entry["file_name"] for entry in coco["images"]], f"{file}: file_name")
+    for index, entry in enumerate(coco["categories"]):
+        if not isinstance(entry["name"], str | int | float):
+            raise UserError(f"{file}: categories[{index}] has name {entry['name']!r}; expected text")
+    names = class_names(coco)
+    check_names(names, f"{file}: category")
+    _unique(names, f"{file}: category")
+    _check_annotations(coco, file)
+    return coco
+
+
+def class_names(coco: dict[str, Any]) -> list[str]:
+    """The categories' names, in the file's order."""
+    return [str(category["name"]) for category in coco["categories"]]
+
+
+def repaired(
+    coco: dict[str, Any],
+    file: Path,
+    folder: Path,
+    *,
+    classes: Sequence[str],
+    masks: bool,
+    skipped: Collection[Path] = (),
+    notes: Notes | None = None,
+) -> dict[str, Any]:
+    """What `read` gave, as mmdet and pycocotools expect it.
+
+    Args:
+        file: its place, for errors.
+        folder: where its images lie.
+        classes: names in the order of their labels; those that the file lacks get an id of their own.
+        masks: whether the masks are used.
+        skipped: images to leave out, with their annotations.
+        notes: collects what was repaired.
+
+    Raises:
+        UserError: something that cannot be repaired; names file and entry.
+    """
+    notes = notes if notes is not None else Notes()
+    names = {entry["id"]: str(entry["name"]) for entry in coco["categories"]}
+    unknown = sorted(set(names.values()) - set(classes))
+    if unknown:
+        raise UserError(f"{file}: category {unknown[0]!r} is not among the classes {', '.join(classes)}")
+    category_ids = _whole_numbers(names)
+    by_name = {names[given]: number for given, number in category_ids.items()}
+    free = max(by_name.values(), default=0)
+    for name in classes:
+        if name not in by_name:
+            free += 1
+            by_name[name] = free
+
+    image_ids = _whole_numbers([entry["id"] for entry in coco["images"]])
+    images, frames = [], {}
+    left_out = {path.resolve() for path in skipped}
+    for entry in coco["images"]:
+        path = folder / entry["file_name"]
+        if left_out and path.resolve() in left_out:
+            continue
+        size, exchanged = _size(path, entry)
+        if exchanged:
+            notes.add("images whose width and height are exchanged: taken from the picture as it is shown", path)
+        images.append({**entry, "id": image_ids[entry["id"]], "width": size[0], "height": size[1]})
+        frames[entry["id"]] = (path, size, exchanged)
+
+    annotations: list[dict[str, Any]] = []
+    unusable: list[str] = []
+    for index, entry in enumerate(coco["annotations"]):
+        if entry["image_id"] not in frames:
+            continue
+        where = _where(file, entry, index)
+        path, size, exchanged = frames[entry["image_id"]]
+        outline, problem = _outline(entry.get("segmentation"), size, where, masks, notes)
+        box = _box(entry, outline, size, where, path, exchanged, notes)
+        if box is None:
+            continue
+        crowd = entry.get("iscrowd")
+        if crowd is None:
+            notes.add("annotations without iscrowd: 0", where)
+        area = entry.get("area")
+        if not (_finite(area) and area > 0):
+            notes.add("annotations without area: computed from mask or box", where)
+            area = outline_area(outline) or box[2] * box[3]
+        fixed = {**entry, "id": len(annotations) + 1, "image_id": image_ids[entry["image_id"]]}
+        fixed.update(category_id=by_name[names[entry["category_id"]]], bbox=box, area=area, iscrowd=int(crowd or 0))
+        if outline is not None:
+            fixed["segmentation"] = outline
+        elif masks:
+            unusable.append(f"{where}: {problem}")
+            x, y, w, h = box
+            fixed.update(segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]], iscrowd=1)
+        else:
+            fixed.pop("segmentation", None)
+        annotations.append(fixed)
+    if len(unusable) > _UNUSABLE * len(annotations):
+        more = f" (and {len(unusable) - 1} more like it)" if len(unusable) > 1 else ""
+        raise UserError(f"{unusable[0]}{more}; correct the outlines, or choose a detector of boxes")
+    for line in unusable:
+        notes.add("objects without a usable mask: neither learned nor scored", line)
+    if not annotations:
+        raise UserError(f"{file}: no box is a pixel wide or more; bbox is [left, top, width, height] in pixels")
+    listed = [{"id": by_name[name], "name": name} for name in classes]
+    return {"images": images, "annotations": annotations, "categories": listed}
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+def _check_annotations(coco: dict[str, Any], file: Path) -> None:
+    images = {entry["id"] for entry in coco["images"]}
+    ids = [entry["id"] for entry in coco["categories"]]
+    known = set(ids)
+    for index, entry in enumerate(coco["annotations"]):
+        where = _where(file, entry, index)
+        if entry["image_id"] not in images:
+            raise UserError(f"{where} names image id {entry['image_id']}, which is not in 'images'; add or remove one")
+        if entry["category_id"] not in known:
+            numbers = len(ids) > 1 and not any(isinstance(given, str) for given in ids)
+            span = f"{min(ids)}..{max(ids)}" if numbers else ", ".join(map(repr, ids))
+            raise UserError(f"{where} has category_id {entry['category_id']}; the categories are {span}")
+        box = entry.get("bbox")
+        good = isinstance(box, list) and len(box) == 4 and all(_finite(side) for side in box) and min(box[2:]) >= 0
+        if not good and not (box is None and entry.get("segmentation")):
+            raise UserError(f"{where} has bbox {box!r}; expected [left, top, width, height] in pixels")
+        if entry.get("iscrowd") not in (None, 0, 1):
+            raise UserError(f"{where} has iscrowd {entry['iscrowd']!r}; expected 0 or 1")
+
+
+def _where(file: Path, entry: dict[str, Any], index: int) -> str:
+    return f"{file}: annotation id {entry['id']}" if "id" in entry else f"{file}: annotations[{index}]"
+
+
+def _size(path: Path, entry: dict[str, Any]) -> tuple[Size, bool]:
+    """The size that is read, and whether the entry has its sides exchanged."""
+    size, _ = shown_size(path)
+    said = (entry["width"], entry["height"])
+    if said == size:
+        return size, False
+    if said == size[::-1]:
+        return size, True
+    raise UserError(f"image {path} is {size[0]}x{size[1]}, its annotation says {said[0]:g}x{said[1]:g}; correct it")
+
+
+def _box(
+    entry: dict[str, Any], outline: Any, size: Size, where: str, path: Path, exchanged: bool, notes: Notes
+) -> list[float] | None:
+    """The box within the picture, or None where nothing of it is left."""
+    box = entry.get("bbox")
+    if outline is not None and (box is None or min(box[2:]) < 1):
+        kind = "annotations without bbox" if box is None else "boxes narrower than a pixel"
+        box = _outline_box(outline)
+        notes.add(f"{kind}: computed from the mask", where)
+    if box is None:
+        raise UserError(f"{where} has no bbox, and no mask to compute it from")
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    width, height = size
+    if exchanged and (min(left, top) < -1 or right > width + 1 or bottom > height + 1):
+        raise UserError(
+            f"{where} has bbox {box}, which does not fit {path} as it is shown, {width}x{height}: the boxes seem to "
+            "belong to the picture before its EXIF orientation is applied; store it upright, or turn the boxes"
+        )
+    if min(box[2:]) < 1:
+        notes.add("boxes narrower than a pixel: left out", where)
+        return None
+    inner = [max(left, 0), max(top, 0), min(right, width), min(bottom, height)]
+    if inner[0] >= inner[2] or inner[1] >= inner[3]:
+        raise UserError(f"{where} has bbox {box}, outside its image {path}, {width}x{height}; correct or remove it")
+    if (inner[0], inner[1], inner[2], inner[3]) == (left, top, right, bottom):
+        return list(box)
+    notes.add("boxes that reach beyond their image: clipped", where)
+    clipped = [inner[0], inner[1], inner[2] - inner[0], inner[3] - inner[1]]
+    if min(clipped[2:]) < 1:
+        notes.add("boxes narrower than a pixel: left out", where)
+        return None
+    return clipped
+
+
+def _outline(value: Any, size: Size, where: str, needed: bool, notes: Notes) -> tuple[Any, str]:
+    """A mask in COCO's form, polygons or run lengths, or None and why it cannot be used.
+
+    Raises:
+        UserError: a mask is needed and there is none, or what is there is no mask at all.
+    """
+    if not value:
+        if needed:
+            raise UserError(f"{where} has no segmentation; add polygons or run lengths, or choose a detector of boxes")
+        return None, "has no segmentation"
+    try:
+        if isinstance(value, dict):
+            return _run_lengths(value, size)
+        if not isinstance(value, list):
+            raise UserError(f"has segmentation {str(value)[:60]!r}; expected polygons or run lengths")
+        polygons = _polygons(value)
+        if polygons is not value:
+            notes.add("segmentations that are one list of coordinates or points: taken for a polygon", where)
+        return _usable(polygons, size, where, notes)
+    except UserError as error:
+        if needed:
+            raise UserError(f"{where} {error}") from error
+        return None, str(error)
+
+
+def _polygons(value: list[Any]) -> list[Any]:
+    """Lists [x, y, x, y, ...] of a segmentation that may be one such list, or hold points [x, y]."""
+    if all(_finite(item) for item in value):
+        return [value]
+    if len(value) > 2 and all(_is_point(item) for item in value):
+        return [[side for point in value for side in point]]
+    if any(isinstance(item, list) and item and all(_is_point(point) for point in item) for item in value):
+        return [
+            [side for point in item for side in point] if item and all(_is_point(point) for point in item) else item
+            for item in value
+        ]
+    return value
+
+
+def _is_point(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and all(_finite(side) for side in item)
+
+
+def _usable(polygons: list[Any], size: Size, where: str, notes: Notes) -> tuple[Any, str]:
+    good, problems = [], []
+    for polygon in polygons:
+        if not isinstance(polygon, list) or not all(_finite(side) for side in polygon):
+            raise UserError(f"has a polygon {str(polygon)[:60]!r}; expected [x, y, x, y, ...] in pixels")
+        problem = _polygon_problem(polygon, size)
+        if problem:
+            problems.append(problem)
+        else:
+            good.append(polygon)
+    if not good:
+        return None, f"has {problems[0] if problems else 'no polygon'}"
+    if problems:
+        notes.add("polygons that are no outline, beside others of their object: left out", f"{where}: {problems[0]}")
+    return good, ""
+
+
+def _polygon_problem(polygon: list[float], size: Size) -> str:
+    if len(polygon) % 2:
+        return f"a polygon of {len(polygon)} numbers, an odd count"
+    points = list(zip(polygon[::2], polygon[1::2], strict=True))
+    if len(points) < 3:
+        return f"a polygon of {len(points)} points"
+    for axis, side in enumerate(size):
+        values = [point[axis] for point in points]
+        if min(values) < -side or max(values) > 2 * side:
+            raise UserError(f"has a polygon with coordinates {min(values):g} to {max(values):g}, far from its image")
+        if max(values) <= 0 or min(values) >= side:
+            return "a polygon outside its image"
+    (x0, y0), rest = points[0], points[1:]
+    crosses = ((a[0] - x0) * (b[1] - y0) - (b[0] - x0) * (a[1] - y0) for a, b in itertools.pairwise(rest))
+    return "" if any(crosses) else "a flat polygon, all on one line"
+
+
+def _run_lengths(value: dict[str, Any], size: Size) -> tuple[Any, str]:
+    width, height = size
+    counts = value.get("counts")
+    if value.get("size") != [height, width]:
+        raise UserError(f"has run lengths of size {value.get('size')!r}; its image is {[height, width]}")
+    try:
+        runs = _decompressed(counts) if isinstance(counts, str) else counts
+    except (IndexError, ValueError):
+        runs = None
+    if not (isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)):
+        raise UserError("has run lengths that cannot be read; expected COCO's counts")
+    if sum(runs) != width * height:
+        raise UserError(f"has run lengths of {sum(runs)} pixels in all; its image has {width * height}")
+    if not sum(runs[1::2]):
+        return None, "has run lengths without a pixel"
+    return value, ""
+
+
+def _decompressed(text: str) -> list[int]:
+    """COCO's compressed counts: 5 bits a character, from the third run on the difference to the run before last."""
+    runs: list[int] = []
+    place = 0
+    while place < len(text):
+        run, shift = 0, 0
+        while True:
+            bits = ord(text[place]) - 48
+            if not (0 <= bits < 64 and shift < 40):
+                raise ValueError(text[place])
+            run |= (bits & 31) << shift
+            shift += 5
+            place += 1
+            if not bits & 32:
+                break
+        if bits & 16:
+            run -= 1 << shift
+        runs.append(run + (runs[-2] if len(runs) > 2 else 0))
+    return runs
+
+
+def outline_area(outline: Any) -> float:
+    """Pixels in a mask; of polygons by their corners."""
+    if outline is None:
+        return 0.0
+    if isinstance(outline, dict):
+        counts = outline["counts"]
+        return float(sum((_decompressed(counts) if isinstance(counts, str) else counts)[1::2]))
+    area = 0.0
+    for polygon in outline:
+        x, y = polygon[::2], polygon[1::2]
+        area += abs(sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))) / 2
+    return area
+
+
+def mask_of(outline: Any, size: Size) -> NDArray[np.bool_]:
+    """(H, W): polygons or run lengths as a mask, for drawing."""
+    if isinstance(outline, dict):
+        return _inside(outline)
+    canvas = Image.new("1", size)
+    for polygon in outline:
+        ImageDraw.Draw(canvas).polygon(polygon, fill=1)
+    return np.asarray(canvas)
+
+
+def _inside(outline: dict[str, Any]) -> NDArray[np.bool_]:
+    counts, (height, width) = outline["counts"], outline["size"]
+    runs = _decompressed(counts) if isinstance(counts, str) else counts
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # runs go down the columns
+
+
+def _outline_box(outline: Any) -> list[float]:
+    if isinstance(outline, dict):
+        inside = _inside(outline)
+        columns, rows = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
+        size = int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
+        return [int(columns[0]), int(rows[0]), *size]
+    x = [side for polygon in outline for side in polygon[::2]]
+    y = [side for polygon in outline for side in polygon[1::2]]
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+
+
+def _whole_numbers(ids: Collection[Any]) -> dict[Any, int]:
+    """The ids as they are, or numbered from 1 where one is no whole number (pycocotools takes text for a list)."""
+    if all(isinstance(given, int) for given in ids):
+        return {given: given for given in ids}
+    return {given: number for number, given in enumerate(ids, 1)}
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unique(values: Sequence[Any], what: str) -> None:
+    value, count = Counter(values).most_common(1)[0] if values else (None, 0)
+    if count > 1:
+        raise UserError(f"{what} {value!r} appears {count} times; give each its own")

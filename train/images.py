@@ -1,0 +1,388 @@
+"""Finding and reading pictures: the one way for training, testing, predicting and checking, in all three tasks.
+
+What is read: the formats in `FORMATS`, by content, whatever the suffix says; of several frames or pages the first.
+What comes out is RGB with 8 bits a channel, turned upright as the EXIF orientation says:
+
+- grey is repeated in the three channels; 1-bit pictures are black and white; palettes, CMYK and YCbCr are converted;
+- transparent pixels are laid over white; colour profiles are not applied;
+- 16-bit colour keeps the upper 8 bits;
+- grey with more than 8 bits is scaled so that `white_value` becomes 255.  The default is the largest value of the
+  file's bit depth (65535 for 16 bits, 4095 for a TIFF that says 12), 1.0 for floating point, which may not go beyond.
+
+Refused, with a line that names the file: other formats, damaged files, more than `MAX_PIXELS`, a side more than
+`MAX_RATIO` times the other.  Reading takes at most some 16 bytes a pixel, 1.6 GB; a classifier's resize of the shorter
+side to S pixels gives at most `MAX_RATIO` S x S.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import stat
+import struct
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from hybridzoo.train.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+# In any case of letters; what else lies in a folder is left out, counted and named.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".pbm", ".pgm", ".ppm", ".pnm",
+            ".jp2", ".avif"}  # fmt: skip
+MAX_PIXELS = 100_000_000
+MAX_RATIO = 100
+DARK = 4096  # a 16-bit picture none of whose values reaches this is read as nearly black: it looks like 12-bit data
+
+# What Pillow raises for damaged files, and for absurd sizes inside them.
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
+              NotImplementedError, RuntimeError, struct.error, Image.DecompressionBombError)  # fmt: skip
+
+_PLAIN_MODES = {"1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "YCbCr"}  # turning these to RGB cannot fail
+_SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "#snapshot", "__macosx",
+                 "$recycle.bin", "system volume information", "lost+found", "__pycache__"}  # fmt: skip
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 0x0102
+_END_MARKS = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}
+_OTHER_FORMATS = {b"GIF8": "GIF", b"%!PS": "PostScript", b"%PDF": "PDF", b"8BPS": "Photoshop", b"<svg": "SVG",
+                  b"<?xm": "XML", b"<htm": "HTML", b"<!DO": "HTML", b"\0\0\1\0": "ICO"}  # fmt: skip
+
+# Pillow warns at 89 million pixels; our own limit, which is close, refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# Finding ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What lies below a folder.
+
+    Attributes:
+        images: files with a picture's suffix, in natural order ("2" before "10").
+        hidden: names beginning with a dot, and what systems leave (Thumbs.db, @eaDir, ...); not looked into.
+        others: the other files, links in a circle included.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+
+def find_images(folder: Path) -> Found:
+    """Look through a folder and all folders below it, through links too.
+
+    A link that leads nowhere counts as an image if its name does, so that reading it says what is missing.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    found = Found()
+    _look(folder, (), found)
+    found.images.sort(key=natural_key)
+    return found
+
+
+def _look(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> None:
+    try:
+        status = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read: {error.strerror}") from error
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        found.others.append(folder)
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if is_hidden(entry.name):
+            found.hidden.append(path)
+        elif entry.is_dir():
+            _look(path, (*above, here), found)
+        elif path.suffix.lower() in SUFFIXES and (entry.is_file() or not path.exists()):
+            found.images.append(path)
+        else:
+            found.others.append(path)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is never data."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def natural_key(name: str | Path) -> tuple[list[Any], str]:
+    """Sort key by which "2" comes before "10", and case only where nothing else differs."""
+    text = str(name)
+    parts: list[Any] = re.split(r"(\d+)", text.lower())
+    parts[1::2] = map(int, parts[1::2])
+    return parts, text
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it was read.
+
+    Attributes:
+        image: RGB, upright.
+        highest: of pictures stored with more than 8 bits in whole numbers, the largest value in 0..65535; else None.
+    """
+
+    image: Image.Image
+    highest: int | None = None
+
+
+def read_image(source: Path | BinaryIO, *, name: str = "", white_value: float | None = None) -> Image.Image:
+    """See `read_picture`; the image alone."""
+    return read_picture(source, name=name, white_value=white_value).image
+
+
+def read_picture(source: Path | BinaryIO, *, name: str = "", white_value: float | None = None) -> Picture:
+    """Decode a whole picture as RGB, upright.
+
+    Args:
+        source: a path, or an open file.
+        name: what an error calls it; default the path.
+        white_value: what becomes 255 in grey pictures of more than 8 bits; larger values become 255, too.
+
+    Raises:
+        UserError: a picture that cannot be read, or is refused, see above.
+    """
+    name = name or str(source)
+    try:
+        with _open(source, name) as image:
+            deep = _bits(image) > 8
+            image.load()
+            if image.mode.startswith(("I", "F")):
+                rgb, highest = _scaled(image, white_value, name)
+            else:
+                if deep and white_value is not None:
+                    raise UserError(f"{name}: 16-bit colour, whose white value cannot be set; store it with 8 bits")
+                rgb = _as_rgb(image)
+                highest = 257 * int(np.asarray(rgb).max()) if deep else None
+            return Picture(_upright(rgb, _orientation(image)), highest)
+    except UNREADABLE as error:
+        raise UserError(f"{name}: {_reason(error, source)}") from error
+
+
+def read_mask(path: Path) -> NDArray[Any]:
+    """Decode a mask: (H, W) class ids, upright.
+
+    The ids are the stored values: of a palette the indices, of 1 bit 0 and 1.
+
+    Raises:
+        UserError: the file cannot be read, or does not have one channel of whole numbers.
+    """
+    try:
+        with _open(path, f"mask {path}") as image:
+            channels = len(image.getbands())
+            if channels != 1 or image.mode == "F":
+                kind = "floating point values" if image.mode == "F" else f"{channels} channels"
+                raise MaskError(f"mask {path} has {kind}; expected one channel, which holds class ids")
+            image.load()
+            ids = np.asarray(_upright(image, _orientation(image)))
+            return ids.astype(np.uint8) if ids.dtype == bool else ids
+    except UNREADABLE as error:
+        raise UserError(f"mask {path}: {_reason(error, path)}") from error
+
+
+class MaskError(UserError):
+    """A mask that can be decoded and holds no class ids."""
+
+
+def shown_size(path: Path) -> tuple[tuple[int, int], bool]:
+    """(width, height) that `read_image` gives, from the header alone, and whether EXIF exchanges the stored two.
+
+    Raises:
+        UserError: as `read_image`, of what a header shows.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: {_reason(error, path)}") from error
+    return _shown_size(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=200_000)  # checking, training and scoring ask for the same files
+def _shown_size(path: Path, changed: int, size: int) -> tuple[tuple[int, int], bool]:
+    try:
+        with _open(path, str(path)) as image:
+            width, height = image.size
+            if image.format == "PNG" and "exif" not in image.info and not _late_exif(path):
+                return (width, height), False  # Pillow would decode all pixels to look behind them
+            turned = _orientation(image) >= 5
+            if turned and image.format != "TIFF":  # of which Pillow gives the turned size
+                width, height = height, width
+            return (width, height), turned
+    except UNREADABLE as error:
+        raise UserError(f"{path}: {_reason(error, path)}") from error
+
+
+def check_image(path: Path, *, full: bool, white_value: float | None = None) -> int | None:
+    """Look whether `read_image` can read a picture, without making it.
+
+    Args:
+        full: decode it; else look at the header and, of PNG and JPEG, at the end mark, and decode the others.
+
+    Returns:
+        `Picture.highest`, where the picture was decoded.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    if not full and _ends_well(path):
+        shown_size(path)
+        return None
+    try:
+        with _open(path, str(path)) as image:
+            if _bits(image) == 8 and image.mode in _PLAIN_MODES:
+                image.load()
+                return None
+    except UNREADABLE as error:
+        raise UserError(f"{path}: {_reason(error, path)}") from error
+    return read_picture(path, white_value=white_value).highest
+
+
+def _open(source: Path | BinaryIO, name: str) -> Image.Image:
+    """An image whose header is read and whose size is in bounds."""
+    if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would wait for ever
+        raise UserError(f"{name}: not a file")
+    image = Image.open(source, formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        problem = f"more than {MAX_PIXELS // 1_000_000} million pixels"
+    elif max(width, height) > MAX_RATIO * min(width, height):
+        problem = f"one side more than {MAX_RATIO} times the other"
+    else:
+        return image
+    image.close()
+    raise UserError(f"{name}: {width}x{height}, {problem}; cut it into parts or make it smaller")
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a channel as stored, as far as the header tells."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
+    if image.mode.startswith(("I", "F")):
+        return 16
+    tiles: Any = getattr(image, "tile", None)
+    args = tiles[0][3] if tiles else ""
+    return 16 if isinstance(args, str) and "16" in args else 8
+
+
+def _scaled(image: Image.Image, white_value: float | None, name: str) -> tuple[Image.Image, int | None]:
+    """A grey picture of more than 8 bits as RGB, and its largest value of 0..65535."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and low >= 0 and (white_value is not None or high <= 1)):
+            limits = "0 to 1" if white_value is None else f"0 to white_value={white_value:g}"
+            raise UserError(f"{name}: floating point values from {low:g} to {high:g}, expected {limits}; {_SCALE_IT}")
+        white, highest = white_value or 1.0, None
+    else:
+        bits = _bits(image)
+        if low < 0 or (bits > 16 and white_value is None):
+            raise UserError(f"{name}: {bits}-bit whole numbers from {low:g} to {high:g}; {_SCALE_IT}")
+        white = white_value or 2.0**bits - 1
+        highest = round(min(high * 65535 / white, 65535))
+    scaled = values.astype(np.float32)
+    scaled *= 255 / white
+    np.clip(scaled, 0, 255, out=scaled)
+    np.rint(scaled, out=scaled)
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB"), highest
+
+
+_SCALE_IT = "store it with 8 or 16 bits, or set white_value, the value that is white"
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    over = image.convert("RGBA")
+    page = Image.new("RGBA", over.size, "white")
+    page.alpha_composite(over)
+    return page.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none or it makes no sense."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except UNREADABLE:
+        return 1  # damaged metadata beside good pixels
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _late_exif(path: Path) -> bool:
+    """Whether a PNG has its EXIF data, or text that may hold XMP, anywhere: by hopping from chunk to chunk."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
+
+
+def _ends_well(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            mark = next((end for begin, end in _END_MARKS.items() if start.startswith(begin)), None)
+            if mark is None:
+                return False
+            file.seek(-len(mark), os.SEEK_END)
+            return file.read() == mark
+    except OSError:
+        return False
+
+
+def _reason(error: BaseException, source: Path | BinaryIO) -> str:
+    """Why a file cannot be read, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "a link that leads nowhere" if isinstance(source, Path) and source.is_symlink() else "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return _what_it_is(source)
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _what_it_is(source: Path | BinaryIO) -> str:
+    try:
+        with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
+            file.seek(0)
+            start = file.read(16)
+    except OSError:
+        start = b" "
+    if not start:
+        return "is empty"
+    kind = next((name for begin, name in _OTHER_FORMATS.items() if start.startswith(begin)), "")
+    if start[4:8] == b"ftyp":
+        kind = "HEIC or a video"
+    formats = ", ".join(FORMATS)
+    return f"holds {kind}, which is not read; convert it to PNG or JPEG" if kind else f"not an image ({formats})"

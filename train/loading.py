@@ -1,0 +1,48 @@
+"""OpenMMLab's loading of pictures, done by our reader.
+
+Importing this file, as our engine does, puts the class in the place of mmcv's under the same name. So anybody's config
+reads here what is read everywhere, and the config that a run leaves behind works with mmdet's and mmseg's own tools.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import mmcv.transforms
+import numpy as np
+from mmengine import fileio
+from mmengine.registry import TRANSFORMS
+
+from hybridzoo.train.images import read_image
+
+
+@TRANSFORMS.register_module(force=True)
+class LoadImageFromFile(mmcv.transforms.LoadImageFromFile):
+    """`results["img_path"]` -> `results["img"]`: (H, W, 3) uint8, BGR, upright, see `hybridzoo.train.images`.
+
+    Args:
+        white_value: see `hybridzoo.train.images`.
+        **options: mmcv's.  Pictures that a config wants otherwise ("unchanged", "grayscale") are left to mmcv.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+
+    def __init__(self, *args: Any, white_value: float | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.white_value = white_value
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        if not self.color_type.startswith("color") or self.ignore_empty or self.file_client_args:
+            return super().transform(results)
+        name = str(results["img_path"])
+        source: Any = Path(name)
+        if self.backend_args:
+            source = io.BytesIO(fileio.get(name, backend_args=self.backend_args))
+        image = np.asarray(read_image(source, name=name, white_value=self.white_value))
+        image = np.ascontiguousarray(image if self.color_type == "color_rgb" else image[:, :, ::-1])
+        results["img"] = image.astype(np.float32) if self.to_float32 else image
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
