@@ -39,6 +39,7 @@ _OPTIONAL_KEYS = {
     "start",
     "sync_bn",
     "visualizer",
+    "white_value",
     "work_dir",
 }
 
