@@ -18,6 +18,7 @@ import torch
 from mmengine import Config
 from timm.models import group_parameters
 
+import hybridzoo.backbones  # noqa: F401 - registers the models with timm
 from hybridzoo.train.errors import UserError
 
 # The stem learns at this part of the heads' rate, whatever the network's depth.

@@ -49,3 +49,9 @@ def test_our_command_registers_the_models_when_it_needs_them(tmp_path):
     script.write_text(program)
     ours = subprocess.run([sys.executable, str(script), "-m", "hybridzoo"])
     assert ours.returncode == 0, "somebody's own program, whatever its options are called"
+
+
+def test_the_command_knows_our_models_where_it_composes_a_run():
+    """Its process registers them late, and a recipe asks for them before any verb has imported the engine."""
+    program = "import sys; sys.argv = ['hybridzoo']; from hybridzoo.train.compose import check_network as check; check('maxvit_tiny')"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
