@@ -53,5 +53,6 @@ def test_our_command_registers_the_models_when_it_needs_them(tmp_path):
 
 def test_the_command_knows_our_models_where_it_composes_a_run():
     """Its process registers them late, and a recipe asks for them before any verb has imported the engine."""
-    program = "import sys; sys.argv = ['hybridzoo']; from hybridzoo.train.compose import check_network as check; check('maxvit_tiny')"
+    program = "import sys; sys.argv = ['hybridzoo']; from hybridzoo.train import compose"
+    program += "; compose.check_network('maxvit_tiny')"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
