@@ -1,5 +1,6 @@
 """One file per family. Importing this package registers every model with timm."""
 
+from hybridzoo.backbones import fusing  # its rules
 from hybridzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
 from hybridzoo.backbones.ascan import AsCAN
 from hybridzoo.backbones.biformer import BiFormer
@@ -30,4 +31,5 @@ __all__ = [
     "IsotropicDiNAT",
     "MaxViT",
     "PATNet",
+    "fusing",
 ]

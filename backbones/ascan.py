@@ -43,7 +43,6 @@ from hybridzoo.layers import (
     TransformerBlock,
 )
 from hybridzoo.layers.init import init_linear
-from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
 
@@ -131,7 +130,7 @@ class PositionBias(RelativePositionBias):
 
     def forward(self, window: tuple[int, int] | None = None) -> Tensor:
         size = window or self.window
-        return self.cached(size, lambda: gather_bias(resize_table(self.table, size, self.resize), size))
+        return gather_bias(resize_table(self.table, size, self.resize), size)
 
 
 class Attention(nn.Module):
@@ -140,9 +139,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, head_dim: int, qkv_bias: bool, table_side: int) -> None:
         super().__init__()
         self.num_heads = dim // head_dim
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.bias = PositionBias(self.num_heads, table_side) if table_side else None
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         bias = None if self.bias is None else self.bias(size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
@@ -19,13 +19,10 @@ from torch import Tensor, nn
 from hybridzoo import checkpoints
 from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.checkpoints.pretrained import find_weights, in_our_names
-from hybridzoo.layers.folding import fuse
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from hybridzoo.layers.inference import Fusible
 
 
-class Backbone(nn.Module):
+class Backbone(Fusible):
     """Base of every family; subclasses call `super().__init__()` and assign the attributes below.
 
     Attributes:
@@ -77,10 +74,6 @@ class Backbone(nn.Module):
         if model and state_dict and not state_dict.keys() <= self.state_dict().keys():
             state_dict = in_our_names(state_dict, model)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def fuse(self) -> Self:
-        """Fold batch norms and the like into their neighbours, in place: faster, and for inference only."""
-        return fuse(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

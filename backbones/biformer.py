@@ -24,7 +24,6 @@ from hybridzoo.layers import BiLevelRoutingAttention, Stage, TransformerBlock
 from hybridzoo.layers.bi_level_routing import Padding
 from hybridzoo.layers.heads import softmax_attention
 from hybridzoo.layers.init import init_linear
-from hybridzoo.layers.linear import Linear
 
 STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32  # in routed stages
@@ -53,9 +52,9 @@ class FullAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.lepe_of_value = lepe_of_value
-        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, dim = x.shape

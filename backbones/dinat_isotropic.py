@@ -21,10 +21,8 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.backbones.dinat import HEAD_DIM, PatchStem
 from hybridzoo.backbones.dinat_dilations import Dilations, block_dilations
-from hybridzoo.kernels import arguments
 from hybridzoo.layers import NeighborhoodAttention2d, RelativePositionBias, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
-from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.neighborhood import Dilation, Padding
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
@@ -56,9 +54,9 @@ class FullAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.bias = RelativePositionBias(num_heads, (PUBLISHED_MAP, PUBLISHED_MAP), "bicubic")
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[1:3]
@@ -67,9 +65,6 @@ class FullAttention(nn.Module):
         else:
             window = (max(size[0], PUBLISHED_MAP), max(size[1], PUBLISHED_MAP))
             bias = gather_bias(resize_table(self.bias.table, window, "bicubic"), (size[0], size[1]))
-        if arguments.exporting() and not self.training:
-            # A bias that wants a gradient makes SDPA trace in one memory layout and decompose (for ONNX) in another.
-            bias = bias.detach()
         query, key, value = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)
         return self.proj(attend(query, key, value, self.num_heads, bias)).view(x.shape)
 

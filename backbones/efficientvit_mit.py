@@ -65,7 +65,7 @@ class EfficientViTMITConfig:
 
     @property
     def act_layer(self) -> Any:
-        return partial(nn.GELU, approximate="tanh") if self.large else partial(nn.Hardswish, inplace=True)
+        return partial(nn.GELU, approximate="tanh") if self.large else nn.Hardswish
 
 
 class Stem(nn.Module):

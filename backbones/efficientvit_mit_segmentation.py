@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hybridzoo.backbones.efficientvit_mit import VARIANTS, EfficientViTMIT, EfficientViTMITConfig
 from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv
+from hybridzoo.layers.inference import Fusible
 
 CLASSES = {"cityscapes": 19, "ade20k": 150}
 LEVELS = (1, 2, 3)  # of the backbone: strides 8, 16, 32
@@ -87,7 +88,7 @@ class EfficientViTSegHead(nn.Module):
         return self.classifier(self.widen(self.middle(x)))
 
 
-class EfficientViTSegmentor(nn.Module):
+class EfficientViTSegmentor(Fusible):
     """Backbone and head: image `(batch, 3, H, W)` -> logits `(batch, num_classes, H/8, W/8)`, sizes rounded up.
 
     Args:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +25,12 @@ from torch import Tensor, nn
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import CascadedGroupAttention, ConvNormAct, MBConv, PooledHead, Residual, Stage
-from hybridzoo.layers.folding import fuse_norm_layer_eval
 from hybridzoo.layers.init import init_linear
 
 STRIDES = (16, 32, 64)
 STEM_STRIDES = (4, 8)
 FFN_RATIO = 2
 MERGE_RATIO = 4
-ReLU = partial(nn.ReLU, inplace=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class FFN(nn.Sequential):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = ConvNormAct(dim, FFN_RATIO * dim, act_layer=ReLU)
+        self.fc1 = ConvNormAct(dim, FFN_RATIO * dim, act_layer=nn.ReLU)
         self.fc2 = ConvNormAct(FFN_RATIO * dim, dim)
         _start_at_zero(self.fc2)
 
@@ -86,7 +83,7 @@ class Downsample(nn.Sequential):
         self.local0 = local(dim, quiet=False)
         self.ffn0 = Residual(FFN(dim))
         self.merge = MBConv(
-            dim, out_dim, 2, hidden_dim=MERGE_RATIO * dim, se_dim=dim, act_layer=ReLU, se_act_layer=nn.ReLU
+            dim, out_dim, 2, hidden_dim=MERGE_RATIO * dim, se_dim=dim, act_layer=nn.ReLU, se_act_layer=nn.ReLU
         )
         self.local1 = local(out_dim, quiet=False)
         self.ffn1 = Residual(FFN(out_dim))
@@ -97,21 +94,10 @@ class Stem(nn.Sequential):
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
-        self.conv1 = ConvNormAct(in_chans, dim // 8, 3, 2, act_layer=ReLU)
-        self.conv2 = ConvNormAct(dim // 8, dim // 4, 3, 2, act_layer=ReLU)
-        self.conv3 = ConvNormAct(dim // 4, dim // 2, 3, 2, act_layer=ReLU)
+        self.conv1 = ConvNormAct(in_chans, dim // 8, 3, 2, act_layer=nn.ReLU)
+        self.conv2 = ConvNormAct(dim // 8, dim // 4, 3, 2, act_layer=nn.ReLU)
+        self.conv3 = ConvNormAct(dim // 4, dim // 2, 3, 2, act_layer=nn.ReLU)
         self.conv4 = ConvNormAct(dim // 2, dim, 3, 2)
-
-
-class Head(PooledHead):
-    """Pooling, batch norm, classifier; `fuse()` folds the norm into the classifier."""
-
-    after: nn.BatchNorm1d | nn.Identity
-
-    def fuse(self) -> None:
-        if isinstance(self.after, nn.BatchNorm1d) and isinstance(self.fc, nn.Linear):
-            self.fc = fuse_norm_layer_eval(self.after, self.fc)
-            self.after = nn.Identity()
 
 
 class EfficientViTMSRA(Backbone):
@@ -133,7 +119,7 @@ class EfficientViTMSRA(Backbone):
     """
 
     memory_format = torch.channels_last
-    head: Head
+    head: PooledHead
 
     def __init__(
         self,
@@ -164,7 +150,7 @@ class EfficientViTMSRA(Backbone):
             stages.append(Stage(blocks, Downsample(cfg.dims[i - 1], dim) if i else None))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.Identity()
-        self.head = Head(
+        self.head = PooledHead(
             nn.Identity(), nn.BatchNorm1d(self.num_features), self.num_features, num_classes, global_pool, drop_rate
         )
         init_linear(self.head.fc)

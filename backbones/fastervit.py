@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from functools import partial
 from typing import Any
 
@@ -29,8 +28,6 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
-from hybridzoo.layers.linear import Linear
-from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 _logger = logging.getLogger(__name__)
@@ -64,9 +61,6 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_images(self._forward, x, math.prod(x.shape[1:]), self.training)
-
-    def _forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.conv2(self.conv1(x)))
 
 
@@ -79,9 +73,9 @@ class BiasedAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.bias = CoordinateBias(num_heads)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int], extra: int = 0, mask: Tensor | None = None) -> Tensor:
         query, key, value = self.qkv(x).chunk(3, dim=-1)
@@ -167,10 +161,6 @@ class AttentionStage(Stage):
         self.carrier_tokens = CarrierTokens(dim, self.window[0]) if hierarchical else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = 2 * MLP_RATIO * math.prod(x.shape[1:]) // 4  # twice the channels on a quarter of the tokens
-        return by_images(self._forward, x, hidden, self.training)
-
-    def _forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % self.window[1], 0, -height % self.window[0]))
@@ -208,16 +198,11 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, stem_dim: int, dim: int) -> None:
         super().__init__()
-        relu = partial(nn.ReLU, inplace=True)
-        make = partial(ConvNormAct, norm_layer=partial(nn.BatchNorm2d, eps=1e-4), act_layer=relu)
+        make = partial(ConvNormAct, norm_layer=partial(nn.BatchNorm2d, eps=1e-4), act_layer=nn.ReLU)
         self.conv1 = make(in_chans, stem_dim, 3, 2)
         self.conv2 = make(stem_dim, dim, 3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv2.conv.in_channels * x.shape[2] * x.shape[3] // 4
-        return by_images(self._forward, x, hidden, self.training)
-
-    def _forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
         return self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
 

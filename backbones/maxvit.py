@@ -14,16 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import DropPath, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
-from hybridzoo.layers import ConvNormAct, GELUTanh, MBConv, PoolShortcut, Stage, WindowAttention
-from hybridzoo.layers.mlp import Mlp
+from hybridzoo.layers import ConvNormAct, MBConv, PoolShortcut, Stage, WindowAttention
 from hybridzoo.layers.relative_position import Resize
-from hybridzoo.layers.slicing import by_images
 from hybridzoo.layers.windows import fit_window, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -32,7 +30,7 @@ EXPANSION = 4  # of MBConv (counted from its output's width) and of the MLPs
 SE_RATIO = 0.25  # of MBConv's output width, not of its hidden width
 
 batch_norm = partial(nn.BatchNorm2d, eps=1e-3)  # TensorFlow's
-gelu: Any = partial(GELUTanh, inplace=True)  # for what a convolution or linear layer has just made
+gelu = partial(nn.GELU, approximate="tanh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ class PartitionAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, dim // HEAD_DIM, window, table_resize)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, EXPANSION * dim, gelu)
+        self.mlp = Mlp(dim, EXPANSION * dim, act_layer=gelu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,12 +81,11 @@ class Block(nn.Module):
         self, in_dim: int, dim: int, stride: int, window: tuple[int, int], drop_path: float, table_resize: Resize
     ) -> None:
         super().__init__()
-        self.hidden_dim = EXPANSION * dim
         self.conv = MBConv(
             in_dim,
             dim,
             stride,
-            hidden_dim=self.hidden_dim,
+            hidden_dim=EXPANSION * dim,
             norms=(True, True, False),
             pre_norm=True,
             se_dim=int(SE_RATIO * dim),
@@ -102,10 +99,6 @@ class Block(nn.Module):
         self.attn_grid = PartitionAttention(dim, window, True, drop_path, table_resize)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.hidden_dim * x.shape[1] * x.shape[2]  # MBConv widens before it strides
-        return by_images(self._forward, x, hidden, self.training)
-
-    def _forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.attn_grid(self.attn_block(x))
 
@@ -119,10 +112,6 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv2.in_channels * x.shape[2] * x.shape[3] // 4
-        return by_images(self._forward, x, hidden, self.training)
-
-    def _forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
         x = self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
         return x.permute(0, 2, 3, 1).contiguous()

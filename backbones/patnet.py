@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +35,12 @@ from hybridzoo.layers.partial_attention import (
     PartialChannelAttention,
     SpatialGate,
 )
-from hybridzoo.layers.slicing import watched
 
 STRIDES = (4, 8, 16, 32)
 PARTS = 4  # one of them is convolved
 MLP_RATIO = 2
 HIDDEN_DIM = 1280  # between pooling and classifier
-ACTIVATIONS: dict[str, ActLayer] = {"gelu": nn.GELU, "relu": partial(nn.ReLU, inplace=True)}
+ACTIVATIONS: dict[str, ActLayer] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +61,10 @@ class Mlp(nn.Module):
         super().__init__()
         self.expand = ConvNormAct(dim, MLP_RATIO * dim, act_layer=ACTIVATIONS[act])
         self.project = nn.Conv2d(MLP_RATIO * dim, dim, 1, bias=False)
-        self.gate: nn.Module = SpatialGate(dim) if spatial_gate else nn.Identity()
+        self.gate = SpatialGate(dim) if spatial_gate else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.project(self.expand(x))
-        return self.gate(x.clone() if watched(self.project, self.gate) else x)  # a folded gate overwrites it
+        return self.gate(self.project(self.expand(x)))
 
 
 class Block(nn.Module):
@@ -88,14 +85,6 @@ class Block(nn.Module):
         if self.two_residuals:
             x = mixed = x + mixed
         return x + self.drop_path(self.mlp(mixed))
-
-    def fuse(self) -> Block:
-        """Fold the mixer's norms and the spatial gate's linear maps into the MLP's convolutions, in place."""
-        if isinstance(self.mixer, PartialChannelAttention) and not self.mixer.folded:
-            self.mlp.expand.conv = self.mixer.fold(self.mlp.expand.conv)
-        if isinstance(self.mlp.gate, SpatialGate):
-            self.mlp.project, self.mlp.gate = self.mlp.gate.fold(self.mlp.project)
-        return self
 
 
 class PATNet(Backbone):

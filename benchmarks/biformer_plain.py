@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from plain_layers import use_plain_layers
 from torch import Tensor, nn
 
 from hybridzoo.kernels.routed.grid import Grid
@@ -74,8 +73,8 @@ class PlainBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 
 def make_plain(model: nn.Module) -> nn.Module:
-    """Give `model` plain routed layers and PyTorch's own linear layers and MLPs, in place."""
+    """Give `model` plain routed layers, in place."""
     for module in model.modules():
         if type(module) is BiLevelRoutingAttention:
             module.__class__ = PlainBiLevelRoutingAttention
-    return use_plain_layers(model)
+    return model

@@ -32,7 +32,6 @@ import measuring
 import timm
 import torch
 import torch.nn.functional as F
-from plain_layers import use_plain_layers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -213,7 +212,7 @@ def plain(model: nn.Module) -> nn.Module:
 
     What is PyTorch's stays: layer norms, heads, DeiT's stem and its own softmax attention.
     """
-    model = use_plain_layers(copy.deepcopy(model))
+    model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if type(module) in PLAIN:
             model.set_submodule(name, PLAIN[type(module)](module))

@@ -27,7 +27,6 @@ import measuring
 import timm
 import torch
 import torch.nn.functional as F
-from plain_layers import use_plain_layers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -135,7 +134,7 @@ def contestants(job: Job, device: torch.device) -> dict[str, nn.Module]:
         other = timm.create_model(f"{job.model}_tf_224", **grown).to(device)
         ours.load_state_dict(convert(other.state_dict(), job.model))
     else:
-        other = PlainFasterViT(use_plain_layers(copy.deepcopy(ours)))
+        other = PlainFasterViT(copy.deepcopy(ours))
     last = copy.deepcopy(other).to(memory_format=torch.channels_last)
     models: dict[str, nn.Module] = {"other": other, "channels-last": last, "ours": ours}
     if job.mode == "eager":

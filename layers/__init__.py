@@ -5,9 +5,6 @@ from hybridzoo.layers.bi_level_routing import BiLevelRoutingAttention
 from hybridzoo.layers.cascaded_group_attention import CascadedGroupAttention
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
-from hybridzoo.layers.eval_cache import EvalCache
-from hybridzoo.layers.folding import fuse
-from hybridzoo.layers.gelu import GELUTanh
 from hybridzoo.layers.head import PooledHead
 from hybridzoo.layers.inline_attention import InLineAttention
 from hybridzoo.layers.linear_attention import MultiScaleLinearAttention
@@ -26,9 +23,7 @@ __all__ = [
     "ConvNormAct",
     "CoordinateBias",
     "CoordinateEmbedding",
-    "EvalCache",
     "FusedMBConv",
-    "GELUTanh",
     "InLineAttention",
     "MBConv",
     "MultiScaleLinearAttention",
@@ -40,5 +35,4 @@ __all__ = [
     "Stage",
     "TransformerBlock",
     "WindowAttention",
-    "fuse",
 ]

@@ -15,17 +15,13 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from hybridzoo.layers.eval_cache import EvalCache
-from hybridzoo.layers.heads import add_product, merge_heads, softmax_attention, split_heads
-from hybridzoo.layers.linear import Linear, is_plain, linear_rows
+from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
 from hybridzoo.layers.resize import adaptive_pool, resize_map
-from hybridzoo.layers.slicing import lean, watched
 
 COARSE = 7  # side of the block biases `an_bias` and `na_bias`, whatever the map
-UNPROJECTED_BELOW = 1.0  # of the work it replaces; measured on a CPU, see benchmarks/linear_attention_families.py
 
 
-class AgentAttention(EvalCache):
+class AgentAttention(nn.Module):
     """Global attention through agent tokens, plus a depthwise 3x3 convolution of the values; cost linear in tokens.
 
     Works on the tokens of any map, with any grid of agents: the bias tables, trained for one map and one grid, are
@@ -75,9 +71,9 @@ class AgentAttention(EvalCache):
         self.class_token = class_token
         rows, columns = _pair("table_size", table_size)
         count = self.agents[0] * self.agents[1]
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         # Named as published: a = agent, n = map ("neighbours"), h / w = its rows / columns, c = class token.
         self.an_bias = nn.Parameter(torch.empty(num_heads, count, COARSE, COARSE))
         self.na_bias = nn.Parameter(torch.empty(num_heads, count, COARSE, COARSE))
@@ -114,132 +110,72 @@ class AgentAttention(EvalCache):
                 f"size must be the (rows, columns) of the {x.shape[1]} tokens"
                 f"{' less the class token' if first else ''}; got {size}"
             )
-        unprojected = is_plain(self.qkv) and self.skips_projection(size)
-        return self.proj(self._unprojected(x, size) if unprojected else self._projected(x, size))
-
-    def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Tables for a map of this size and the current grid, each `(heads, agents, tokens)`.
-
-        The first is added to the scores of agents (as queries) and tokens (as keys), the second to those of tokens (as
-        queries) and agents (as keys). In evaluation they are kept, see `EvalCache`.
-        """
-        spread, gather = self._tables(size)
-        return gather, spread
-
-    def skips_projection(self, size: tuple[int, int]) -> bool:
-        """Whether few enough agents look at a map of this size that queries and keys need not be formed.
-
-        Agents times queries is agents times query weights times tokens: with fewer agents than channels, the first
-        product is the small one. Compares the multiplications that differ, an image.
-        """
-        dim, tokens, agents = self.proj.in_features, size[0] * size[1], self.grid[0] * self.grid[1]
-        unprojected = self.num_heads * agents * (4 * tokens + 2 * dim // self.num_heads)
-        return unprojected < UNPROJECTED_BELOW * tokens * (2 * dim + 4 * agents)
-
-    def _projected(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attention as the paper writes it, and the convolution: `(batch, tokens, dim)`."""
-        if lean(x):  # values for themselves, which the convolution wants dense
-            query, key = self._project(x, 0, 2).chunk(2, dim=-1)
-            value = self._project(x, 2, 3)
-        else:
-            query, key, value = self.qkv(x).chunk(3, dim=-1)
-        agent = self._pool(query, size)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        agent = self.pool(query, size)
         q, a, k, v = (split_heads(t, self.num_heads) for t in (query, agent, key, value))
-        form = ("attention", tuple(size), self.grid)
-        gather_bias, spread_bias = self.cached(form, lambda: self._attention_biases(size))
-        out = agent_attention(q, a, k, v, gather_bias.to(value.dtype), spread_bias.to(value.dtype))
-        if not lean(x):
-            return merge_heads(out) + self._local(value, size)
-        out = merge_heads(out)
-        out[:, int(self.class_token) :] += self._convolved(value, size)
-        return out
+        out = agent_attention(q, a, k, v, *(bias.to(value.dtype) for bias in self.biases(size)))
+        return self.proj(merge_heads(out) + self.local(value, size))
 
-    def _unprojected(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The same numbers without queries and keys; scores are agent-major, so that both softmaxes run over rows."""
-        dim, heads = x.shape[-1], self.num_heads
-        value = self._project(x, 2, 3)
-        # Pooling commutes with the projection.
-        agent = split_heads(self._project(self._pool(x, size), 0, 1), heads)[:, None] * (dim // heads) ** -0.5
-        # What the agents of all heads look for in the tokens themselves, as keys of queries and as queries of keys.
-        probe = agent @ self.qkv.weight[: 2 * dim].unflatten(0, (2, heads, -1))  # (batch, 2, heads, agents, dim)
-        bias = self.qkv.weight.new_zeros(2 * dim) if self.qkv.bias is None else self.qkv.bias[: 2 * dim]
-        tables = self._tables(size) + agent @ bias.view(2, heads, -1, 1)
-        scores = add_product(tables.flatten(1, 3), probe.flatten(1, 3), x.mT)
-        spread, gather = scores.unflatten(1, probe.shape[1:4]).unbind(1)
-        spread, gather = spread.softmax(2).to(value.dtype), gather.softmax(-1).to(value.dtype)
-        # All heads in one product, of which the blocks on the diagonal count: cheaper than to set the heads apart.
-        agent_value = (gather.flatten(1, 2) @ value).view(x.shape[0], heads, agent.shape[3], heads, dim // heads)
-        blocks = agent_value * torch.eye(heads, dtype=value.dtype, device=x.device)[:, None, :, None]
-        mixing, keep = blocks.flatten(3).flatten(1, 2), watched(self.dwc)
-        return add_product(self._local(value, size), spread.flatten(1, 2).mT, mixing, keep=keep)
-
-    def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Of queries (0), keys (1) and values (2), those from `start` to before `stop`."""
-        return linear_rows(self.qkv, x, start * x.shape[-1], stop * x.shape[-1])
-
-    def _local(self, value: Tensor, size: tuple[int, int]) -> Tensor:
-        """The convolution of the values, `(batch, tokens, dim)`; zero for the class token."""
-        local = self._convolved(value, size)
-        return F.pad(local, (0, 0, 1, 0)) if self.class_token else local
-
-    def _convolved(self, value: Tensor, size: tuple[int, int]) -> Tensor:
-        maps = value[:, int(self.class_token) :].unflatten(1, size)
-        return self.dwc(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-
-    def _pool(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def pool(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The current grid's means of the tokens, `(batch, agents, dim)`; the class token counts in none."""
         return adaptive_pool(x[:, int(self.class_token) :].unflatten(1, size), self.grid).flatten(1, 2)
 
-    def _tables(self, size: tuple[int, int]) -> Tensor:
-        """`(2, heads, agents, tokens)`: for the queries, for the keys."""
-        return self.cached(("tables", tuple(size), self.grid), lambda: torch.stack(self._resized(size)))
+    def local(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        """The convolution of the values, `(batch, tokens, dim)`; zero for the class token."""
+        first = int(self.class_token)
+        maps = value[:, first:].unflatten(1, size).permute(0, 3, 1, 2)
+        local = self.dwc(maps).permute(0, 2, 3, 1).flatten(1, 2)
+        return F.pad(local, (0, 0, first, 0)) if first else local
 
-    def _attention_biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """For `agent_attention`, as it reads them."""
-        spread, gather = self._resized(size)
-        return gather[None], spread.mT.contiguous()[None]
+    def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """For a map of this size and the current grid, of `agent_attention`: `aggregation_bias` and `broadcast_bias`.
 
-    def _resized(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """For the queries and for the keys, each `(heads, agents, tokens)`."""
-        tables = []
-        for block, rows, columns, of_class in (
-            (self.na_bias, self.ha_bias, self.wa_bias, "ca_bias"),
-            (self.an_bias, self.ah_bias, self.aw_bias, "ac_bias"),
-        ):
-            # First the agents, which commutes: the tables are small until they get the map's size.
-            coarse, along_rows, along_columns = (self._regridded(t.flatten(2)) for t in (block, rows, columns))
-            # Rows and columns resize each along their own axis: both have length 1 along the other. What is added
-            # before the columns are resized, whose weights sum to one, is the same after it.
-            table = resize_map(coarse.unflatten(2, (COARSE, COARSE)), (size[0], COARSE))
-            table = resize_map(table + resize_map(along_rows[..., None], (size[0], 1)), size)
-            table = (table + resize_map(along_columns[:, :, None], (1, size[1]))).flatten(2)
-            if self.class_token:
-                table = torch.cat([self._regridded(getattr(self, of_class)[..., None]), table], dim=2)
-            tables.append(table)
-        return tables[0], tables[1]
+        `(heads, agents, tokens)` and `(heads, tokens, agents)`.
+        """
+        aggregation = self._table(size, self.an_bias, self.ah_bias, self.aw_bias)
+        broadcast = self._table(size, self.na_bias, self.ha_bias, self.wa_bias)
+        if self.class_token:
+            aggregation = torch.cat([self._regridded(self.ac_bias[..., None]), aggregation], dim=2)
+            broadcast = torch.cat([self._regridded(self.ca_bias[..., None]), broadcast], dim=2)
+        return aggregation, broadcast.transpose(1, 2)
+
+    def _table(self, size: tuple[int, int], block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The sum of three tables, each resized to the map, `(heads, agents, tokens)`."""
+        # First the agents, which commutes: the tables are small until they get the map's size.
+        block, rows, columns = (self._regridded(table.flatten(2)) for table in (block, rows, columns))
+        # Rows and columns resize each along their own axis: both have length 1 along the other. What is added before
+        # the columns are resized, whose weights sum to one, is the same after it.
+        table = resize_map(block.unflatten(2, (COARSE, COARSE)), (size[0], COARSE))
+        table = resize_map(table + resize_map(rows[..., None], (size[0], 1)), size)
+        return (table + resize_map(columns[:, :, None], (1, size[1]))).flatten(2)
 
     def _regridded(self, table: Tensor) -> Tensor:
         """`(heads, agents, entries)` from the trained grid of agents to the current one."""
         if self.grid == self.agents:
             return table
-        return resize_map(table.mT.unflatten(2, self.agents), self.grid).flatten(2).mT
+        agents = table.transpose(1, 2).unflatten(2, self.agents)
+        return resize_map(agents, self.grid).flatten(2).transpose(1, 2)
 
 
 def agent_attention(
-    query: Tensor, agent: Tensor, key: Tensor, value: Tensor, gather_bias: Tensor, spread_bias: Tensor
+    query: Tensor, agent: Tensor, key: Tensor, value: Tensor, aggregation_bias: Tensor, broadcast_bias: Tensor
 ) -> Tensor:
     """The two softmax attentions alone; scores are scaled by `head_dim ** -0.5` before the biases are added.
+
+    Aggregation: agents, as queries, gather the values. Broadcast: queries gather what agents have, as keys.
 
     Args:
         query: `(batch, heads, queries, head_dim)`.
         agent: `(batch, heads, agents, head_dim)`.
         key, value: `(batch, heads, keys, head_dim)`.
-        gather_bias: `(1 or batch, heads, agents, keys)`.
-        spread_bias: `(1 or batch, heads, queries, agents)`.
+        aggregation_bias: `(heads, agents, keys)`.
+        broadcast_bias: `(heads, queries, agents)`.
 
     Returns:
         `(batch, heads, queries, head_dim)`.
     """
-    return softmax_attention(query, agent, softmax_attention(agent, key, value, gather_bias), spread_bias)
+    agent_value = softmax_attention(agent, key, value, aggregation_bias[None])
+    return softmax_attention(query, agent, agent_value, broadcast_bias[None])
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

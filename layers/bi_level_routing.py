@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from hybridzoo.kernels import arguments, bi_level_route, routed_attention2d
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.layers.heads import softmax_attention
-from hybridzoo.layers.linear import Linear
 
 Padding = Literal["bias", "zeros", "mask"]
 PADDINGS = ("bias", "zeros", "mask")
@@ -75,10 +74,10 @@ class BiLevelRoutingAttention(nn.Module):
         self.region_size = None if region_size is None else arguments.positive("region_size", region_size)
         self.padding = padding
         self.scale = dim**-0.5  # of the full width, not of a head: the published softmax temperature
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         lepe_kernel = arguments.odd("lepe_kernel", lepe_kernel)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def region_grid(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Number of regions (rows, columns) on a map of this size, and tokens per region (height, width)."""

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct
-from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.windows import from_windows, to_windows
 
 
-class AbsoluteOffsetBias(EvalCache):
-    """Position bias from a table over `(|rows apart|, |columns apart|)`, gathered once per weights in evaluation.
+class AbsoluteOffsetBias(nn.Module):
+    """Position bias from a table over `(|rows apart|, |columns apart|)`.
 
     A state dict whose table belongs to another window is resized while it is loaded: bicubically without antialiasing,
     as the published detectors did.
@@ -32,9 +31,6 @@ class AbsoluteOffsetBias(EvalCache):
 
     def forward(self, height: int, width: int) -> Tensor:
         """Bias `(heads, tokens, tokens)` of a map not larger than the window, tokens row by row."""
-        return self.cached((height, width), lambda: self._gather(height, width))
-
-    def _gather(self, height: int, width: int) -> Tensor:
         rows, columns = (torch.arange(side, device=self.table.device) for side in (height, width))
         down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
         offset = down[:, None, :, None] * self.window + across[:, None, :]  # query row, column, key row, column
@@ -97,7 +93,7 @@ class CascadedGroupAttention(nn.Module):
         self.depthwise = nn.ModuleList(
             ConvNormAct(key_dim, key_dim, kernel, groups=key_dim) for kernel in kernel_sizes[:num_heads]
         )
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()
         self.proj = ConvNormAct(dim, dim)
         self.bias = AbsoluteOffsetBias(num_heads, window)
 
@@ -121,9 +117,11 @@ class CascadedGroupAttention(nn.Module):
         for head, (to_qkv, depthwise) in enumerate(zip(self.qkvs, self.depthwise, strict=True)):
             share = shares[head] + outs[-1] if head else shares[head]
             query, key, value = to_qkv(share).split((self.key_dim, self.key_dim, self.value_dim), dim=1)
-            query, key, value = (part.flatten(2).mT for part in (depthwise(query), key, value))  # tokens, by view
-            logits = torch.baddbmm(bias[head].expand(x.shape[0], -1, -1), query, key.mT, alpha=self.key_dim**-0.5)
-            outs.append((logits.softmax(-1) @ value).mT.unflatten(2, size))
+            # (B, channels, tokens) each, so that keys are transposed already
+            query, key, value = (part.flatten(2) for part in (depthwise(query), key, value))
+            query, value = query.transpose(1, 2), value.transpose(1, 2)
+            scores = torch.baddbmm(bias[head].expand(x.shape[0], -1, -1), query, key, alpha=self.key_dim**-0.5)
+            outs.append((scores.softmax(-1) @ value).transpose(1, 2).unflatten(2, size))
         return self.proj(self.act(torch.cat(outs, dim=1)))
 
 

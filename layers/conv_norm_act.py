@@ -7,10 +7,6 @@ from typing import Literal
 
 from timm.layers import create_conv2d
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from hybridzoo.layers.onednn import conv_act, in_turn
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Callable[[], nn.Module]
@@ -62,13 +58,4 @@ class ConvNormAct(nn.Module):
         self.act = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.Identity):
-            return conv_act(self.conv, x, self.act)
-        return in_turn(self.norm, self.conv(x), self.act)
-
-    def fuse(self) -> ConvNormAct:
-        """Fold a batch norm's running statistics into the convolution, in place; exact in evaluation only."""
-        if isinstance(self.norm, _BatchNorm):
-            self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
-            self.norm = nn.Identity()
-        return self
+        return self.act(self.norm(self.conv(x)))

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from hybridzoo.layers.eval_cache import EvalCache
 from hybridzoo.layers.relative_position import gather_bias
 
 HIDDEN_DIM = 512
 
 
-class CoordinateEmbedding(EvalCache):
+class CoordinateEmbedding(nn.Module):
     """Embedding of every token of a map from its place in it.
 
     Coordinates are counted from `side // 2` in units of it: from -1 to 1 if the side is odd, a step less if even.
@@ -27,17 +26,14 @@ class CoordinateEmbedding(EvalCache):
         self.mlp = _mlp(dim)
 
     def forward(self, size: tuple[int, int]) -> Tensor:
-        """`(rows * columns, dim)`, row by row; remembered in evaluation."""
-        return self.cached(size, lambda: self._compute(size))
-
-    def _compute(self, size: tuple[int, int]) -> Tensor:
+        """`(rows * columns, dim)`, row by row."""
         weight = self.mlp.fc1.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
         axes = [(torch.arange(n, dtype=exact, device=weight.device) - n // 2) / max(n // 2, 1) for n in size]
         return self.mlp(_pairs(*axes).to(weight.dtype)).flatten(0, 1)
 
 
-class CoordinateBias(EvalCache):
+class CoordinateBias(nn.Module):
     """Relative position bias from the offset of query and key, by log-spaced coordinates; between 0 and 16.
 
     Offsets are taken relative to the largest of the map, so that the bias widens with it.
@@ -51,15 +47,12 @@ class CoordinateBias(EvalCache):
         self.mlp = _mlp(num_heads)
 
     def forward(self, size: tuple[int, int], extra: int = 0) -> Tensor:
-        """`(heads, extra + tokens, extra + tokens)`, query by key; remembered in evaluation.
+        """`(heads, extra + tokens, extra + tokens)`, query by key.
 
         Args:
             size: `(rows, columns)` of the tokens.
             extra: tokens without a position in front of the others; their rows and columns are zero.
         """
-        return self.cached((size, extra), lambda: self._compute(size, extra))
-
-    def _compute(self, size: tuple[int, int], extra: int) -> Tensor:
         weight = self.mlp.fc1.weight
         axes = []
         for n in size:

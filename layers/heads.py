@@ -1,4 +1,4 @@
-"""Heads of an attention: apart for the attention, together for the projection; products of all of them."""
+"""Heads of an attention: apart for the attention, together for the projection."""
 
 from __future__ import annotations
 
@@ -44,18 +44,12 @@ def softmax_attention(
 ) -> Tensor:
     """`softmax(scale * query @ key^T + bias) @ value`, all `(batch, heads, tokens, ...)`; `dropout` of the weights.
 
-    By PyTorch's fused attention, but
-
-    * where a CPU trains the bias: there that is several slower operators;
-    * where a GPU trains, without cuDNN's: its backward pass broke off with an illegal memory access on an H100
-      (PyTorch 2.11, bfloat16, 98 tokens of 32 channels in InLine-CSwin), and with a bias it may give NaN there
-      (pytorch/pytorch#196678).
+    PyTorch's fused attention, but where a GPU trains, without cuDNN's: its backward pass broke off with an illegal
+    memory access on an H100 (PyTorch 2.11, bfloat16, 98 tokens of 32 channels in InLine-CSwin), and with a bias it may
+    give NaN there (pytorch/pytorch#196678).
 
     `scale` is `head_dim ** -0.5` by default.
     """
-    if query.device.type == "cpu" and bias is not None and torch.is_grad_enabled() and bias.requires_grad:
-        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT + bias
-        return F.dropout(scores.softmax(-1).to(value.dtype), dropout) @ value
     with _without_cudnn() if _trains_on_cuda(query) else contextlib.nullcontext():
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
 
@@ -71,13 +65,3 @@ def _without_cudnn() -> contextlib.AbstractContextManager[None]:
     rest = [backend for backend, enabled in BESIDES_CUDNN.items() if enabled()]
     wanted = rest and torch.backends.cuda.cudnn_sdp_enabled()
     return sdpa_kernel(rest) if wanted else contextlib.nullcontext()
-
-
-def add_product(base: Tensor, left: Tensor, right: Tensor, *, keep: bool = False) -> Tensor:
-    """`base + left @ right`, all with one batch axis, in one pass.
-
-    `base` is lost where nothing needs a gradient, unless somebody else holds it (`keep`).
-    """
-    if keep or torch.is_grad_enabled() or not base.dtype == left.dtype == right.dtype:
-        return torch.baddbmm(base, left, right)
-    return base.baddbmm_(left, right)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct, NormLayer
+from hybridzoo.layers.heads import merge_heads
+from hybridzoo.layers.precision import without_autocast
 
 EPS = 1e-15  # of the published weights; exists in float32, is 0 in float16
 
@@ -62,28 +62,17 @@ class MultiScaleLinearAttention(nn.Module):
         self.proj = ConvNormAct(dim * (1 + len(scales)), dim, norm_layer=norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        images = (batch, height * width)
         qkv = self.qkv(x)
-        # One scale after the other: joining their outputs moves a third of what joining their inputs would.
-        # By head, each part (heads, batch, tokens, head_dim):
-        outs = [self._attend(*self._rows(qkv).permute(2, 1, 0, 3).contiguous().unflatten(2, images))]
-        scale: Any  # a pair of convolutions
-        for scale in self.aggregate:
-            depthwise, mix = scale
-            # The grouped 1x1 convolution as batched products: faster, and they leave the parts as they are wanted.
-            rows, weight = self._rows(depthwise(qkv)), mix.weight.view(-1, 3, self.head_dim, self.head_dim)
-            parts = (torch.bmm(rows[:, :, i].transpose(0, 1), weight[:, i].mT) for i in range(3))
-            outs.append(self._attend(*(part.unflatten(1, images) for part in parts)))
-        tokens = torch.cat([out.permute(1, 2, 0, 3) for out in outs], dim=2).flatten(2)
-        return self.proj(tokens.mT.unflatten(2, (height, width)))  # a map with channels last
+        scales = [qkv, *(aggregate(qkv) for aggregate in self.aggregate)]
+        return self.proj(torch.cat([self._attend(scale) for scale in scales], dim=1))
 
-    def _rows(self, qkv: Tensor) -> Tensor:
-        """`(B, heads * 3 * head_dim, H, W)` -> `(B * tokens, heads, 3, head_dim)`, a view where channels are last."""
-        return qkv.permute(0, 2, 3, 1).flatten(0, 2).unflatten(1, (-1, 3, self.head_dim))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return relu_linear_attention(F.relu(query), F.relu(key), value)
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """Channels of queries, keys and values, head by head -> those of the attended values, `(B, dim, H, W)`."""
+        size = qkv.shape[2:]
+        tokens = qkv.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (-1, 3, self.head_dim))
+        query, key, value = tokens.permute(3, 0, 2, 1, 4).unbind(0)
+        out = relu_linear_attention(F.relu(query), F.relu(key), value)
+        return merge_heads(out).transpose(1, 2).unflatten(2, size)
 
 
 def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -97,13 +86,6 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with without_autocast(value):
         query, key, value = query.to(accurate), key.to(accurate), value.to(accurate)
         # Columns 0..d-1: sum of key x value; column d: sum of the keys.
-        state = torch.cat([key.mT @ value, key.sum(-2).unsqueeze(-1)], dim=-1)
+        state = torch.cat([key.transpose(-2, -1) @ value, key.sum(-2).unsqueeze(-1)], dim=-1)
         sums = query @ state
         return (sums[..., :-1] / (sums[..., -1:] + EPS)).to(dtype)
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A region where matrix products keep their inputs' precision; nothing if autocast is off, for exporters' sake."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()

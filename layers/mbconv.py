@@ -10,10 +10,8 @@ from typing import Any, Literal
 
 from timm.layers import DropPath, SqueezeExcite
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hybridzoo.layers.conv_norm_act import ActLayer, ConvNormAct, NormLayer
-from hybridzoo.layers.folding import fuse_norm_layer_eval
 
 Padding = Literal["symmetric", "same"]
 
@@ -85,13 +83,6 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.project(self.se(self.depthwise(self.expand(self.pre_norm(x)))))
         return branch if self.shortcut is None else self.shortcut(x) + self.drop_path(branch)
-
-    def fuse(self) -> MBConv:
-        """Fold the norm of the input into the expansion, in place; exact in evaluation only."""
-        if isinstance(self.pre_norm, _BatchNorm):
-            self.expand.conv = fuse_norm_layer_eval(self.pre_norm.eval(), self.expand.conv)
-            self.pre_norm = nn.Identity()
-        return self
 
 
 class FusedMBConv(nn.Module):
@@ -176,7 +167,11 @@ class PoolShortcut(nn.Module):
 
 
 def _squeeze_excite(dim: int, se_dim: int, act_layer: Any) -> nn.Module:  # timm asks for a class, takes any factory
-    return SqueezeExcite(dim, rd_channels=se_dim, act_layer=act_layer) if se_dim else nn.Identity()
+    if not se_dim:
+        return nn.Identity()
+    squeeze_excite = SqueezeExcite(dim, rd_channels=se_dim, act_layer=act_layer)
+    squeeze_excite.act.inplace = False  # timm's default, which neither hooks nor their gradients allow
+    return squeeze_excite
 
 
 def _check(in_dim: int, out_dim: int, stride: int, shortcut: nn.Module | None, drop_path: float) -> None:

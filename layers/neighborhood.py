@@ -9,7 +9,6 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, na2d
-from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.relative_position import resize_table
 
 Padding = Literal["bias", "mask"]
@@ -72,12 +71,12 @@ class NeighborhoodAttention2d(nn.Module):
         self.kernel_size = arguments.window("kernel_size", kernel_size)
         self.dilation = None if dilation == "auto" else arguments.pair("dilation", dilation)  # None: by the map's size
         self.padding = padding
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
             self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size)))
             trunc_normal_(self.rpb, std=0.02)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, dim = x.shape

@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, trunc_normal_
 from torch import Tensor, nn
 
-from hybridzoo.layers.eval_cache import EvalCache
-
 Resize = Literal["bilinear", "bicubic", "geometric"]
 RESIZES = ("bilinear", "bicubic", "geometric")
 
 
-class RelativePositionBias(EvalCache):
-    """Bias of window attention from a table over offsets, gathered once per weights and size in evaluation.
+class RelativePositionBias(nn.Module):
+    """Bias of window attention from a table over offsets.
 
     The entry for a query at `(i, j)` and a key at `(x, y)` is `table[head, x - i + rows - 1, y - j + columns - 1]`:
     key minus query, heads first, as TensorFlow's MaxViT publishes it. (Swin publishes query minus key, heads last,
@@ -49,8 +47,7 @@ class RelativePositionBias(EvalCache):
 
     def forward(self, window: tuple[int, int] | None = None) -> Tensor:
         """Bias `(heads, tokens, tokens)`, query by key, of a window not larger than the table's (the default)."""
-        window = window or self.window
-        return self.cached(window, lambda: gather_bias(self.table, window))
+        return gather_bias(self.table, window or self.window)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}table")

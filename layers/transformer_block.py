@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ActLayer
-from hybridzoo.layers.gelu import GELU
-from hybridzoo.layers.mlp import Mlp
 
 
 class TransformerBlock(nn.Module):
@@ -34,14 +32,14 @@ class TransformerBlock(nn.Module):
         eps: float = 1e-5,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        act_layer: ActLayer = GELU,
+        act_layer: ActLayer = nn.GELU,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attn
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer)
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.relative_position import RelativePositionBias, Resize
 from hybridzoo.layers.windows import attend
 
@@ -27,9 +26,9 @@ class WindowAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads; got dim={dim}, num_heads={num_heads}")
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.bias = RelativePositionBias(num_heads, window, table_resize)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask`: bool `(windows, tokens)` or `(windows, tokens, tokens)`, which keys may be seen; `None` for all."""

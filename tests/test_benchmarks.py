@@ -42,7 +42,6 @@ def test_every_command_starts():
 @pytest.mark.parametrize("host", ["deit", "pvt", "swin", "cswin"])
 @pytest.mark.parametrize("family", ["agent", "inline"])
 def test_plain_transcriptions_are_the_same_networks(family, host, monkeypatch):
-    """Every kind of block, nothing of ours in the plain one."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     plain = importlib.import_module("linear_attention_families").plain
     depths = dict() if host == "deit" else dict(depths=(2, 2, 2, 2))
@@ -51,7 +50,3 @@ def test_plain_transcriptions_are_the_same_networks(family, host, monkeypatch):
     x = torch.randn(1, 3, 224, 224, dtype=torch.double)
     with torch.no_grad():
         torch.testing.assert_close(other(x), ours(x))
-    assert not any(
-        type(module).__name__ in ("Linear", "Mlp", "GELU") and "hybridzoo" in type(module).__module__
-        for module in other.modules()
-    )

@@ -19,8 +19,6 @@ from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
-from hybridzoo.layers.linear import Linear, linear_rows
-from hybridzoo.layers.slicing import lean
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -60,43 +58,29 @@ class StripeAttention(nn.Module):
             raise ValueError(f"num_heads must be {even}a divisor of the stage's {dim} channels; got {num_heads}")
         self.stripe = stripe
         self.num_heads = num_heads // branches
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         width = dim // branches
         self.lepe = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(branches))
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, height, width, dim = x.shape
-        if self.stripe is None:
-            return self.proj(self._branch(x, 0, (height, width)))
-        stripes = ((height, _even(width, self.stripe)), (_even(height, self.stripe), width))
-        if not lean(x):
-            return self.proj(torch.cat([self._branch(x, i, stripe) for i, stripe in enumerate(stripes)], dim=-1))
-        out = torch.empty_like(x)
-        for i, (stripe, half) in enumerate(zip(stripes, out.split(dim // 2, dim=-1), strict=True)):
-            self._branch(x, i, stripe, half)
-        return self.proj(out)
+        _, height, width, _ = x.shape
+        windows = [(height, width)]
+        if self.stripe is not None:
+            windows = [(height, _even(width, self.stripe)), (_even(height, self.stripe), width)]
+        branches = self.qkv(x).unflatten(-1, (3, len(windows), -1)).unbind(-2)
+        parts = zip(branches, self.lepe, windows, strict=True)
+        return self.proj(torch.cat([self._attend(qkv.flatten(3), lepe, window) for qkv, lepe, window in parts], dim=-1))
 
-    def _branch(self, x: Tensor, i: int, window: tuple[int, int], out: Tensor | None = None) -> Tensor:
-        """Attention of the `i`-th part of the heads, as a map; written into `out` where one is given."""
-        _, height, width, dim = x.shape
-        channels = dim // len(self.lepe)
-        windows = to_windows(x, window)  # before the projection, which makes three times as much to move
-        tokens = windows.flatten(3, 4).flatten(0, 2)
-        # Values for themselves: the convolution wants them dense.
-        rows = range(i * channels, 3 * dim, dim)
-        query, key, value = (linear_rows(self.qkv, tokens, start, start + channels) for start in rows)
-        mask = padding_mask(height, width, window, device=x.device)
-        if mask is not None:  # what lies beyond the edge is projected to the bias; a convolution expects zero
-            value = value * mask.repeat(x.shape[0], 1)[..., None]
-        local = self.lepe[i](value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        attended = attend(query, key, value, self.num_heads, mask=mask)
-        shape = (*windows.shape[:-1], channels)
-        if out is None or mask is not None:
-            result = from_windows((attended.view(local.shape) + local).view(shape), height, width)
-            return result if out is None else out.copy_(result)
-        torch.add(attended.view(shape), local.view(shape), out=to_windows(out, window))
-        return out
+    def _attend(self, qkv: Tensor, lepe: nn.Module, window: tuple[int, int]) -> Tensor:
+        """Attention of one branch's heads: map `(B, H, W, 3 * channels)` -> `(B, H, W, channels)`."""
+        _, height, width, _ = qkv.shape
+        windows = to_windows(qkv, window)
+        query, key, value = windows.flatten(3, 4).flatten(0, 2).chunk(3, dim=-1)
+        local = lepe(value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        mask = padding_mask(height, width, window, device=qkv.device)
+        out = attend(query, key, value, self.num_heads, mask=mask) + local
+        return from_windows(out.view(*windows.shape[:-1], -1), height, width)
 
 
 def _even(side: int, stripe: int) -> int:

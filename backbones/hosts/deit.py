@@ -21,7 +21,6 @@ from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.heads import merge_heads, softmax_attention
 from hybridzoo.layers.init import init_linear
-from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.resize import resize_map
 
 PATCH = 16
@@ -56,8 +55,8 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

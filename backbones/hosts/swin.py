@@ -20,7 +20,6 @@ from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock, WindowAttention
 from hybridzoo.layers.init import init_linear
-from hybridzoo.layers.linear import Linear
 from hybridzoo.layers.windows import fit_window, from_windows, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -93,7 +92,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))

@@ -38,11 +38,8 @@ def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
     assert all(again[key] is value for key, value in converted.items())
 
 
-@pytest.mark.parametrize("projected", [False, True], ids=["unprojected", "projected"])
 @pytest.mark.parametrize("fixture", goldens.names("agent", numeric=True))
-def test_equals_the_published_network(fixture, projected, monkeypatch):
-    if projected:
-        monkeypatch.setattr(layer, "UNPROJECTED_BELOW", 0.0)
+def test_equals_the_published_network(fixture):
     model = model_of(fixture).double().eval()
     model.load_state_dict(convert(goldens.published_state("agent", fixture), fixture))
     data = goldens.numbers("agent", fixture)
@@ -65,22 +62,13 @@ def gmacs(model: torch.nn.Module, *shape: int) -> float:
 
 @pytest.mark.parametrize("card", cards("agent*"), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card, monkeypatch):
-    """Counted as published: with queries and keys, pooling and the tables' resizing (products here) for nothing."""
-    monkeypatch.setattr(layer, "UNPROJECTED_BELOW", 0.0)
+    """Counted as published: pooling and the tables' resizing (products here) for nothing."""
     monkeypatch.setattr(layer, "resize_map", lambda x, size: x.new_empty(*x.shape[:-2], *size))
     monkeypatch.setattr(layer, "adaptive_pool", lambda x, size: x.new_empty(x.shape[0], *size, x.shape[3]))
     with torch.device("meta"):
         model = timm.create_model(card.name)
         assert sum(p.numel() for p in model.parameters()) == card.params
         assert gmacs(model, *card.input_size) == pytest.approx(card.gmacs, abs=6e-4)
-
-
-def test_to_skip_queries_and_keys_spares_work(monkeypatch):
-    with torch.device("meta"):
-        model = timm.create_model("agent_swin_tiny")
-        spared = gmacs(model, 3, 224, 224)
-        monkeypatch.setattr(layer, "UNPROJECTED_BELOW", 0.0)
-        assert spared < 0.98 * gmacs(model, 3, 224, 224)
 
 
 @pytest.mark.parametrize(

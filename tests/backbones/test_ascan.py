@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridzoo.backbones import ascan
 from hybridzoo.backbones.ascan import AsCANConfig, PositionBias
 from hybridzoo.checkpoints import cards, convert
-from hybridzoo.layers import MBConv, fuse
+from hybridzoo.layers import MBConv
 
 SMALL = dict(pattern="CC/C/CT/TT", dims=(16, 24, 32, 64), head_dim=16, stem_dim=8, num_classes=5)
 
@@ -103,7 +103,7 @@ def test_folding_changes_nothing(choice):
         model(x)
     with torch.no_grad():
         expected = model.eval()(x)
-        goldens.assert_close(fuse(model)(x), expected)
+        goldens.assert_close(model.fuse()(x), expected)
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 

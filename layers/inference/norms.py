@@ -1,0 +1,65 @@
+"""Batch norms fold into the linear layer or convolution before or after them."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.head import PooledHead
+from hybridzoo.layers.inference.fusing import folds
+from hybridzoo.layers.mbconv import MBConv
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+@folds(ConvNormAct)
+def _(block: ConvNormAct) -> None:
+    if isinstance(block.norm, _BatchNorm):
+        block.conv = fuse_conv_bn_eval(block.conv, block.norm)
+        block.norm = nn.Identity()
+
+
+@folds(MBConv)
+def _(block: MBConv) -> None:
+    if isinstance(block.pre_norm, _BatchNorm):
+        block.expand.conv = fuse_norm_layer_eval(block.pre_norm, block.expand.conv)
+        block.pre_norm = nn.Identity()
+
+
+@folds(PooledHead)
+def _(head: PooledHead) -> None:
+    if isinstance(head.after, nn.BatchNorm1d) and isinstance(head.fc, nn.Linear):
+        head.fc = fuse_norm_layer_eval(head.after, head.fc)
+        head.after = nn.Identity()
+
+
+@torch.no_grad()
+def fuse_norm_layer_eval(norm: _BatchNorm, layer: Layer) -> Layer:
+    """A layer that computes `layer(norm(x))` with the norm's running statistics: linear, or a 1x1 convolution.
+
+    Exact because no padding comes between the two. PyTorch has the other order, `torch.nn.utils.fusion`.
+    """
+    scale, shift = scale_shift(norm)
+    fused = copy.deepcopy(layer)
+    weight = layer.weight.flatten(1)
+    bias = weight @ shift
+    fused.weight.copy_((weight * scale).view_as(layer.weight))
+    fused.bias = nn.Parameter(bias if layer.bias is None else bias + layer.bias)
+    return fused
+
+
+def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies its input by in evaluation, and what it adds then, channel by channel."""
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale, shift = torch.rsqrt(norm.running_var + norm.eps), 0.0
+    if norm.affine:
+        scale, shift = scale * norm.weight, norm.bias
+    return scale, shift - norm.running_mean * scale
