@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates
+from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -133,6 +133,7 @@ class PositionBias(RelativePositionBias):
         return gather_bias(resize_table(self.table, size, self.resize), size)
 
 
+@register_notrace_module
 class Attention(nn.Module):
     """Full softmax attention over the map's tokens, `(B, tokens, dim)` in and out."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ class BiFormerConfig:
     init_linear: bool = True  # stl_nchw's projections are convolutions, left at PyTorch's initialisation
 
 
+@register_notrace_module
 class FullAttention(nn.Module):
     """Stage 4: softmax attention over the whole map plus LePE. `(B, H, W, dim)` in and out."""
 

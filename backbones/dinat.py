@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class ConvStem(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1))
 
 
+@register_notrace_module
 class PatchStem(nn.Module):
     """Image (B, in_chans, H, W) -> (B, H/patch, W/patch, dim), rounded up: a convolution of its own stride, norm."""
 

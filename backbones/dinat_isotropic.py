@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ class IsotropicConfig:
     padding: Padding = "bias"  # what stands beyond the edge of a small map, see NeighborhoodAttention2d
 
 
+@register_notrace_module
 class FullAttention(nn.Module):
     """Attention over the whole map with a relative position bias, `(B, H, W, dim)` in and out (vitrpb).
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -144,6 +144,7 @@ class AttentionBlock(nn.Module):
         return x, from_windows(per_window.reshape(carried.shape), *size)
 
 
+@register_notrace_module
 class AttentionStage(Stage):
     """A stage of attention blocks: the map is padded, cut into windows once, and put together at the end. NCHW.
 

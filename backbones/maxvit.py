@@ -14,7 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import (
+    DropPath,
+    Mlp,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    register_notrace_module,
+    to_2tuple,
+)
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -42,6 +49,7 @@ class MaxViTConfig:
     stem_dim: int = 64
 
 
+@register_notrace_module
 class PartitionAttention(nn.Module):
     """Attention in windows (`dilated=False`) or on the grid (`True`), then an MLP; `(B, H, W, dim)` in and out.
 

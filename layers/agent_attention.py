@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
@@ -21,6 +21,7 @@ from hybridzoo.layers.resize import adaptive_pool, resize_map
 COARSE = 7  # side of the block biases `an_bias` and `na_bias`, whatever the map
 
 
+@register_notrace_module
 class AgentAttention(nn.Module):
     """Global attention through agent tokens, plus a depthwise 3x3 convolution of the values; cost linear in tokens.
 

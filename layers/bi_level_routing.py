@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, bi_level_route, routed_attention2d
@@ -16,6 +17,7 @@ Padding = Literal["bias", "zeros", "mask"]
 PADDINGS = ("bias", "zeros", "mask")
 
 
+@register_notrace_module
 class BiLevelRoutingAttention(nn.Module):
     """Every token attends to all tokens of the `topk` regions most like its own region; local detail is added by LePE.
 

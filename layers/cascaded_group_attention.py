@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct
@@ -43,6 +44,7 @@ class AbsoluteOffsetBias(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@register_notrace_module
 class CascadedGroupAttention(nn.Module):
     """Heads that each see their own share of the channels, plus what the head before them made of its share.
 

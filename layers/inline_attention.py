@@ -11,12 +11,14 @@ make the output `mean(v) + s * q_i @ Cov(k, v)`: the whole attention is one `hea
 from __future__ import annotations
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.kernels import dynamic_depthwise_conv2d
 from hybridzoo.layers.heads import merge_heads, split_heads
 
 
+@register_notrace_module
 class InLineAttention(nn.Module):
     """Global linear attention with an input-generated local residual; nothing in it depends on the map's size.
 

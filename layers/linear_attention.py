@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct, NormLayer
@@ -15,6 +16,7 @@ from hybridzoo.layers.precision import without_autocast
 EPS = 1e-15  # of the published weights; exists in float32, is 0 in float16
 
 
+@register_notrace_module
 class MultiScaleLinearAttention(nn.Module):
     """Global attention whose cost is linear in the map's area, over tokens and over aggregates of their neighbourhoods.
 

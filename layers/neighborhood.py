@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, na2d
@@ -16,6 +16,7 @@ PADDINGS = ("bias", "mask")
 Dilation = int | tuple[int, int] | Literal["auto"]
 
 
+@register_notrace_module
 class NeighborhoodAttention2d(nn.Module):
     """Every token attends to a window of `kernel_size` tokens around it, `dilation` tokens apart.
 

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.layers.heads import merge_heads, softmax_attention
@@ -18,6 +19,7 @@ BUCKETS = 81  # entries of a distance table; the first 40 are never used
 NEAR, FAR, FARTHEST = 20, 40, 160  # distances up to NEAR have their own entry; FARTHEST falls into the last, NEAR + FAR
 
 
+@register_notrace_module
 class PartialChannelAttention(nn.Module):
     """PAT_ch: 3x3 convolution of the first channels, a gate per channel and batch norm for the rest.
 
@@ -51,6 +53,7 @@ class PartialChannelAttention(nn.Module):
         return norm(gate)
 
 
+@register_notrace_module
 class PartialAttention(nn.Module):
     """PAT_sf: 3x3 convolution of the first channels, softmax attention over all pixels for the rest.
 
@@ -141,6 +144,7 @@ class SpatialGate(nn.Module):
         return torch.cat((gated, self.conv(self.conv_norm(mixed))), 1)
 
 
+@register_notrace_module
 class DynamicPartialConv(nn.Module):
     """DPConv (PartialNet): a 3x3 convolution that learns how many channels it needs.
 

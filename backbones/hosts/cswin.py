@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone, check_per_stage
@@ -35,6 +35,7 @@ class CSwinConfig:
     img_size: int = 224
 
 
+@register_notrace_module
 class StripeAttention(nn.Module):
     """Softmax attention of half the heads in vertical, half in horizontal stripes of a `(B, H, W, dim)` map.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import calculate_drop_path_rates, global_pool_nlc, trunc_normal_
+from timm.layers import calculate_drop_path_rates, global_pool_nlc, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
@@ -49,6 +49,7 @@ class Tokens(NamedTuple):
         return self.x[:, 1:].transpose(1, 2).unflatten(2, self.size)
 
 
+@register_notrace_module
 class SoftmaxAttention(nn.Module):
     """Ordinary multi-head attention; `size` is not needed."""
 
@@ -70,6 +71,7 @@ class TokenBlock(TransformerBlock):
         return Tokens(super().forward(tokens.x, tokens.size), tokens.size)
 
 
+@register_notrace_module
 class PatchTokens(nn.Module):
     """Image -> tokens: patches (what does not fill one is cut off), class token, position embedding of any size."""
 

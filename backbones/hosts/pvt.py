@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone, check_per_stage
@@ -36,6 +36,7 @@ class PVTConfig:
     img_size: int = 224
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """NHWC (or, for the image, NCHW) map -> `(B, H/patch, W/patch, dim)`, with a position embedding of any size."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone, check_per_stage
@@ -36,6 +36,7 @@ class SwinConfig:
     img_size: int = 224
 
 
+@register_notrace_module
 class ShiftedWindowAttention(WindowAttention):
     """Softmax attention in windows of a `(B, H, W, dim)` map, shifted by half a window if `shifted`.
 
