@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -74,6 +75,13 @@ class Backbone(Fusible):
         if model and state_dict and not state_dict.keys() <= self.state_dict().keys():
             state_dict = in_our_names(state_dict, model)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def example_image(self, size: int | tuple[int, int] | None) -> Tensor:
+        """One black image: of `size` pixels, or of the size that the weights were published for."""
+        cfg: dict[str, Any] = self.pretrained_cfg  # type: ignore[assignment]  # timm's builder sets it
+        weight = self.get_submodule(cfg["first_conv"]).weight
+        height, width = cfg["input_size"][1:] if size is None else to_2tuple(size)
+        return torch.zeros(1, weight.shape[1], height, width, dtype=weight.dtype, device=weight.device)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -45,28 +45,32 @@ class IsotropicConfig:
     padding: Padding = "bias"  # what stands beyond the edge of a small map, see NeighborhoodAttention2d
 
 
+class MapBias(RelativePositionBias):
+    """A table for maps of 14 x 14 tokens: smaller ones use its middle, larger ones a bicubically resized table."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__(num_heads, (PUBLISHED_MAP, PUBLISHED_MAP), "bicubic")
+
+    def forward(self, window: tuple[int, int] | None = None) -> Tensor:
+        rows, columns = window or self.window
+        table = resize_table(self.table, (max(rows, PUBLISHED_MAP), max(columns, PUBLISHED_MAP)), self.resize)
+        return gather_bias(table, (rows, columns))
+
+
 @register_notrace_module
 class FullAttention(nn.Module):
-    """Attention over the whole map with a relative position bias, `(B, H, W, dim)` in and out (vitrpb).
-
-    Maps smaller than the published 14 x 14 use the middle of the bias table, larger ones a bicubically resized one.
-    """
+    """Attention over the whole map with a relative position bias, `(B, H, W, dim)` in and out (vitrpb)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.bias = RelativePositionBias(num_heads, (PUBLISHED_MAP, PUBLISHED_MAP), "bicubic")
+        self.bias = MapBias(num_heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[1:3]
-        if max(size) <= PUBLISHED_MAP:
-            bias = self.bias((size[0], size[1]))
-        else:
-            window = (max(size[0], PUBLISHED_MAP), max(size[1], PUBLISHED_MAP))
-            bias = gather_bias(resize_table(self.bias.table, window, "bicubic"), (size[0], size[1]))
         query, key, value = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)
+        bias = self.bias((x.shape[1], x.shape[2]))
         return self.proj(attend(query, key, value, self.num_heads, bias)).view(x.shape)
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from hybridzoo.backbones import patnet
-from hybridzoo.layers.inference import folds
+import torch
+from torch import Tensor, nn
+
+from hybridzoo.backbones import ascan, dinat_isotropic, fastervit, maxvit, patnet
+from hybridzoo.backbones.hosts import cswin
+from hybridzoo.layers.inference.attention import part
+from hybridzoo.layers.inference.fusing import Fixed, folds, swaps
+from hybridzoo.layers.inference.packed import FewImages
 from hybridzoo.layers.inference.partial import FusedPartialConv, fold_channel_attention, fold_spatial_gate
 from hybridzoo.layers.partial_attention import DynamicPartialConv, PartialChannelAttention, SpatialGate
+from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
+
+swaps(ascan.PositionBias)(Fixed)
+swaps(dinat_isotropic.MapBias)(Fixed)
 
 
 @folds(patnet.Block)
@@ -18,3 +28,57 @@ def _(block: patnet.Block) -> None:
         block.mixer = FusedPartialConv(block.mixer)
     if isinstance(mlp.gate, SpatialGate):
         mlp.project, mlp.gate = fold_spatial_gate(mlp.gate, mlp.project)
+
+
+@swaps(cswin.StripeAttention)
+class FusedStripeAttention(nn.Module):
+    """`StripeAttention` that cuts the map before the projection makes three times as much of it to move."""
+
+    def __init__(self, layer: cswin.StripeAttention) -> None:
+        super().__init__()
+        self.stripe, self.num_heads = layer.stripe, layer.num_heads
+        self.lepe, self.proj = layer.lepe, layer.proj
+        dim, count = layer.proj.in_features, len(layer.lepe)
+        width = dim // count
+        self.qkv = nn.ModuleList(
+            nn.ModuleList(part(layer.qkv, start, start + width) for start in range(i * width, 3 * dim, dim))
+            for i in range(count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(torch.cat([self._branch(x, i, w) for i, w in enumerate(cswin.stripes(x, self.stripe))], -1))
+
+    def _branch(self, x: Tensor, i: int, window: tuple[int, int]) -> Tensor:
+        _, height, width, _ = x.shape
+        windows = to_windows(x, window)
+        tokens = windows.flatten(3, 4).flatten(0, 2)
+        query, key, value = (projection(tokens) for projection in self.qkv[i])
+        mask = padding_mask(height, width, window, device=x.device)
+        if mask is not None:  # what lies beyond the edge is projected to the bias; a convolution expects zero
+            value = value * mask.repeat(x.shape[0], 1)[..., None]
+        local = self.lepe[i](value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        out = attend(query, key, value, self.num_heads, mask=mask) + local
+        return from_windows(out.view(*windows.shape[:-1], -1), height, width)
+
+
+@swaps(maxvit.Stem, on_cpu=True)
+@swaps(fastervit.Stem, on_cpu=True)
+def _(stem: nn.Module) -> nn.Module:
+    hidden, channels = next(stem.parameters()).shape[:2]
+    return FewImages(stem, hidden / (4 * channels))  # at half the resolution
+
+
+@swaps(maxvit.Block, on_cpu=True)
+def _(block: maxvit.Block) -> nn.Module:
+    hidden, channels = next(block.conv.expand.parameters()).shape[:2]
+    return FewImages(block, hidden / channels)  # MBConv widens before it strides
+
+
+@swaps(fastervit.ConvBlock, on_cpu=True)
+def _(block: fastervit.ConvBlock) -> nn.Module:
+    return FewImages(block, 1)
+
+
+@swaps(fastervit.AttentionStage, on_cpu=True)
+def _(stage: fastervit.AttentionStage) -> nn.Module:
+    return FewImages(stage, 2 * fastervit.MLP_RATIO / 4)  # twice the channels on a quarter of the tokens

@@ -65,10 +65,7 @@ class StripeAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        windows = [(height, width)]
-        if self.stripe is not None:
-            windows = [(height, _even(width, self.stripe)), (_even(height, self.stripe), width)]
+        windows = stripes(x, self.stripe)
         branches = self.qkv(x).unflatten(-1, (3, len(windows), -1)).unbind(-2)
         parts = zip(branches, self.lepe, windows, strict=True)
         return self.proj(torch.cat([self._attend(qkv.flatten(3), lepe, window) for qkv, lepe, window in parts], dim=-1))
@@ -82,6 +79,14 @@ class StripeAttention(nn.Module):
         mask = padding_mask(height, width, window, device=qkv.device)
         out = attend(query, key, value, self.num_heads, mask=mask) + local
         return from_windows(out.view(*windows.shape[:-1], -1), height, width)
+
+
+def stripes(x: Tensor, stripe: int | None) -> list[tuple[int, int]]:
+    """Windows of the branches on a map `(B, H, W, dim)`: vertical and horizontal stripes, or all of it for `None`."""
+    _, height, width, _ = x.shape
+    if stripe is None:
+        return [(height, width)]
+    return [(height, _even(width, stripe)), (_even(height, stripe), width)]
 
 
 def _even(side: int, stripe: int) -> int:

@@ -1,8 +1,8 @@
 """Fusing: what evaluation can merge into a neighbour is merged, and the network computes the same, faster.
 
 One way, in place: folded weights are no longer those of a checkpoint, and training them would train another function.
-A rule says for one class of module how it is folded; layers' rules are in this folder, families' in
-`hybridzoo.backbones.fusing`.
+Rules say what becomes of one class of module: `folds` changes a module in place, `swaps` puts another in its place,
+from the innermost modules outwards. Layers' rules are in this folder, families' in `hybridzoo.backbones.fusing`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Fold = TypeVar("Fold", bound=Callable[[Any], None])
+Rule = TypeVar("Rule", bound=Callable[[Any], Any])
 
 _FOLDS: dict[type[nn.Module], Callable[[Any], None]] = {}
+_SWAPS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
+_SWAPS_ON_CPU: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
 
 class FusedError(RuntimeError):
@@ -41,14 +43,26 @@ class Fusible(nn.Module):
 
     fused: bool = False
 
-    def fuse(self) -> Self:
-        """Fold norms into their neighbours, in place and for good: faster, for inference only.
+    def fuse(self, image_size: int | tuple[int, int] | None = None, *, portable: bool = False) -> Self:
+        """Fold norms, and swap modules for faster ones that compute the same; in place and for good.
+
+        On a CPU in float32, linear layers and convolutions are oneDNN's, with packed weights and their activation, and
+        large blocks take a few images at a time. Fuse on the device that the network is to run on.
+
+        Args:
+            image_size: position tables are fixed for images of this size, in pixels, one number or (height, width); by
+                default the one that the weights were published for. Others work, and make their tables every time.
+            portable: fold norms only, to export: into operators that every runtime knows.
 
         Returns:
             The network itself, in evaluation. All weights are buffers now.
         """
-        fuse(self)
+        fuse(self, None if portable else self.example_image(image_size), portable=portable)
         return self
+
+    def example_image(self, size: int | tuple[int, int] | None) -> Tensor | None:
+        """What to fix position tables with, if the network has any."""
+        return None
 
     def train(self, mode: bool = True) -> Self:
         if mode and self.fused:
@@ -56,23 +70,31 @@ class Fusible(nn.Module):
         return super().train(mode)
 
 
-def folds(kind: type[nn.Module]) -> Callable[[Fold], Fold]:
+def folds(kind: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Decorator of the rule that folds modules of exactly this class in place."""
+    return _registered(_FOLDS, kind)
 
-    def register(rule: Fold) -> Fold:
-        _FOLDS[kind] = rule
-        return rule
 
-    return register
+def swaps(kind: type[nn.Module], *, on_cpu: bool = False) -> Callable[[Rule], Rule]:
+    """Decorator of the rule that makes another module of one of exactly this class, or returns it as it is.
+
+    `on_cpu`: only for float32 weights on a CPU, and after the other rules.
+    """
+    return _registered(_SWAPS_ON_CPU if on_cpu else _SWAPS, kind)
 
 
 @torch.no_grad()
-def fuse(model: nn.Module) -> None:
+def fuse(model: nn.Module, image: Tensor | None = None, *, portable: bool = False) -> None:
     """As `Fusible.fuse`, of any module: a wrapper around networks of ours, or a layer."""
     model.eval()
     for module in list(model.modules()):  # a list: folding replaces modules
-        if rule := _FOLDS.get(type(module)):
-            rule(module)
+        if fold := _FOLDS.get(type(module)):
+            fold(module)
+    if not portable:
+        _swap(model, _SWAPS)
+        weights = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        if all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights):
+            _swap(model, _SWAPS_ON_CPU)
     for module in model.modules():
         if isinstance(module, Fusible) and not module.fused:
             module.fused = True
@@ -81,6 +103,57 @@ def fuse(model: nn.Module) -> None:
             delattr(module, name)
             module.register_buffer(name, parameter.detach())
     model.eval()  # what took another's place too
+    if image is not None:
+        fix(model, image)
+
+
+class Fixed(nn.Module):
+    """A module whose result depends on sizes alone: remembered for those that `fix` meets, else computed anew."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.results: dict[tuple[Any, ...], Tensor] = {}
+        self.remembers = False
+
+    def forward(self, *sizes: Any) -> Tensor:
+        result = self.results.get(sizes)
+        if result is None:
+            result = self.module(*sizes)
+            if self.remembers:
+                self.results[sizes] = result.contiguous()
+        return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.results = {sizes: fn(result) for sizes, result in self.results.items()}
+        return super()._apply(fn, recurse)
+
+
+def fix(model: nn.Module, image: Tensor) -> None:
+    """Let every `Fixed` remember what the model asks it for on this image."""
+    fixed = [module for module in model.modules() if isinstance(module, Fixed)]
+    if fixed:
+        for module in fixed:
+            module.remembers = True
+        model(image)
+        for module in fixed:
+            module.remembers = False
+
+
+def _registered(rules: dict[type[nn.Module], Any], kind: type[nn.Module]) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        rules[kind] = rule
+        return rule
+
+    return register
+
+
+def _swap(module: nn.Module, rules: dict[type[nn.Module], Callable[[Any], nn.Module]]) -> None:
+    for name, child in list(module.named_children()):
+        if not isinstance(child, Fixed):  # runs once
+            _swap(child, rules)
+        if rule := rules.get(type(child)):
+            setattr(module, name, rule(child))
 
 
 def _refuse_weights(*args: Any) -> None:

@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from hybridzoo.layers.inference.norms import scale_shift
 from hybridzoo.layers.partial_attention import DynamicPartialConv, PartialChannelAttention, SpatialGate, mean_std
+from hybridzoo.layers.precision import without_autocast
 
 
 class FusedPartialChannelAttention(nn.Module):
@@ -22,8 +23,11 @@ class FusedPartialChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local, rest = x.split(self.split, 1)
-        gate = F.hardsigmoid(self.gate(torch.cat(mean_std(rest), 1).to(x.dtype)))
-        return torch.cat((self.conv(local), rest * gate[:, :, None, None]), 1)
+        gate = F.hardsigmoid(self.gate(torch.cat(_mean_std(rest), 1).to(x.dtype)))
+        # Of the whole map, which keeps its order in memory; what that makes of the first channels is written over.
+        out = x * F.pad(gate, (self.split[0], 0))[:, :, None, None]
+        out[:, : self.split[0]] = self.conv(local)
+        return out
 
 
 def fold_channel_attention(
@@ -37,7 +41,10 @@ def fold_channel_attention(
 
 
 class FusedSpatialGate(nn.Module):
-    """What is left of `SpatialGate`: `(B, dim + 1, H, W)` -> `(B, dim, H, W)`; the last channel is the gate."""
+    """What is left of `SpatialGate`: `(B, dim + 1, H, W)` -> `(B, dim, H, W)`; the last channel is the gate.
+
+    Overwrites its input, which a convolution has just made.
+    """
 
     def __init__(self, shift: Tensor) -> None:
         super().__init__()
@@ -45,8 +52,9 @@ class FusedSpatialGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gated = self.shift.shape[0]
-        gated, mixed, gate = x.split((gated, x.shape[1] - gated - 1, 1), 1)
-        return torch.cat((torch.addcmul(self.shift, gated, F.hardsigmoid(gate)), mixed), 1)
+        gated, _, gate = x.split((gated, x.shape[1] - gated - 1, 1), 1)
+        gated.mul_(F.hardsigmoid(gate)).add_(self.shift)
+        return x[:, :-1]
 
 
 def fold_spatial_gate(gate: SpatialGate, previous: nn.Conv2d) -> tuple[nn.Conv2d, FusedSpatialGate]:
@@ -78,6 +86,19 @@ class FusedPartialConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         live = self.conv.out_channels
         return torch.cat((self.conv(x[:, :live]), x[:, live:]), 1)
+
+
+def _mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`mean_std`; on a CPU by products with ones, which are several times as fast over maps with channels last."""
+    if x.device.type != "cpu":
+        return mean_std(x)
+    pixels = x.shape[2] * x.shape[3]
+    tokens = x.flatten(2).transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+    with without_autocast(x):
+        ones = tokens.new_ones(1, 1, 1).expand(x.shape[0], 1, pixels)
+        mean = ones @ tokens / pixels
+        std = (ones @ (tokens - mean).square() / max(pixels - 1, 1)).sqrt()
+    return mean[:, 0], std[:, 0]
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import pickle
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from timm.optim import param_groups_layer_decay
 
 import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.checkpoints import cards
+from hybridzoo.layers.inference import FusedError
 
 MODELS = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("hybridzoo.")]
 
@@ -280,3 +282,25 @@ def test_exports_with_a_dynamic_batch_and_onnx_agrees(name):
     (out,) = session.run(None, {session.get_inputs()[0].name: image(batch=5).numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(out), model(image(batch=5)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEADERS)
+def test_a_fused_network_computes_the_same(name):
+    """In float64 by other forms, in float32 by other kernels too, at the size of its tables and at another."""
+    model = shallow(name)
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that branches that start at zero count, and tables
+            parameter.normal_(0.5 if parameter.ndim == 1 else 0, 0.1)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        plain = copy.deepcopy(model).to(dtype)
+        fused = copy.deepcopy(plain).fuse((64, 96))
+        with torch.no_grad():
+            for x in (image(batch=3).to(dtype), image(75, 50).to(dtype)):
+                expected = plain(x)
+                for twin in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+                    assert (twin(x) - expected).abs().max() < tolerance * expected.std()
+    assert not list(fused.parameters())
+    with pytest.raises(FusedError, match="train"):
+        fused.train()
+    with pytest.raises(FusedError, match="load_state_dict"):
+        fused.load_state_dict(model.state_dict())

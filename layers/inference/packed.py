@@ -1,0 +1,190 @@
+"""oneDNN's own kernels on a CPU: a linear layer or convolution and its activation in one, with packed weights.
+
+Wide maps are not read and written again for the activation, and batches are worked on a few images at a time, so that
+what a layer makes stays in the cache. The operators are those that torch.compile's inductor emits, private to PyTorch:
+where one is missing or takes other arguments than those known here, modules stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, Mlp, pad_same
+from torch import Tensor, nn
+
+from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.inference.fusing import swaps
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Elements of the largest tensor of a slice: 8 MB in float32. A few of them fit into what glibc's malloc keeps when they
+# are freed, twice the largest block that it ever asked the operating system for, and into a server's last-level cache.
+SLICE = 2**21
+
+_GEOMETRY = ["padding", "stride", "dilation", "groups"]
+_POST_OPERATION = ["attr", "scalars", "algorithm"]
+
+
+def _operator(name: str, arguments: list[str]) -> Any:
+    packet: Any = getattr(torch.ops.mkldnn, name, None)
+    known = packet is not None and [a.name for a in packet.default._schema.arguments] == arguments
+    return packet.default if known else None
+
+
+CONVOLUTION = _operator("_convolution_pointwise", ["X", "W", "B", *_GEOMETRY, *_POST_OPERATION])
+LINEAR = _operator("_linear_pointwise", ["X", "W", "B", *_POST_OPERATION])
+REORDER = _operator("_reorder_linear_weight", ["self", "batch_size"])
+
+
+def _on_intel() -> bool:
+    file = Path("/proc/cpuinfo")
+    return file.exists() and "GenuineIntel" in file.read_text()
+
+
+# Multiplications below which oneDNN takes longer to call than to compute. On an Intel processor MKL, PyTorch's own way,
+# is as fast at any size and cheaper to call.
+SMALL = math.inf if torch.backends.mkl.is_available() and _on_intel() else 2**23
+
+
+def post_operation(act: nn.Module) -> tuple[str, str] | None:
+    """What oneDNN calls the activation, kind and algorithm; `None` if it has none like it."""
+    kind = type(act)  # subclasses may compute something else
+    if kind is nn.Identity:
+        return "none", ""
+    if kind is nn.ReLU:
+        return "relu", ""
+    if kind is nn.Hardswish:
+        return "hardswish", ""
+    if isinstance(act, nn.GELU) and kind is nn.GELU:
+        return "gelu", act.approximate
+    return None
+
+
+class _Packed(nn.Module):
+    """Weights, in PyTorch's order too: for what oneDNN's kernels do not take (gradients, other dtypes, compilers)."""
+
+    weight: Tensor
+
+    def takes(self, x: Tensor) -> bool:
+        plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad
+        return plain and not torch.compiler.is_compiling()
+
+
+class PackedLinear(_Packed):
+    """`act(linear(x))`."""
+
+    def __init__(self, linear: nn.Linear | PackedLinear, act: nn.Module, post: tuple[str, str]) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.act = act
+        self.post = post
+        self.pack()
+
+    def pack(self) -> None:
+        weight = self.weight.detach()
+        suits = REORDER is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.packed = REORDER(weight, None) if suits else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.post[0] == "none" and x.numel() * self.weight.shape[0] < SMALL
+        if small or not self.takes(x):
+            return self.act(F.linear(x, self.weight, self.bias))
+        return LINEAR(x, self.packed, self.bias, self.post[0], [], self.post[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.pack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pack()
+
+
+class PackedConv(_Packed):
+    """`act(conv(x))`; timm's "same" padding is put around the map before."""
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module, post: tuple[str, str]) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.act = act
+        self.post = post
+        self.same = isinstance(conv, Conv2dSame)
+        self.padding = [0, 0] if self.same else list(conv.padding)
+        self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        if self.takes(x):
+            return CONVOLUTION(x, self.weight, self.bias, *geometry, self.post[0], [], self.post[1])
+        return self.act(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
+
+
+class FewTokens(nn.Module):
+    """Layers that see nothing but channels, on a few tokens `(..., dim)` at a time."""
+
+    def __init__(self, layers: nn.Sequential, hidden_dim: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.tokens = max(1, SLICE // hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        if len(tokens) <= self.tokens or torch.compiler.is_compiling():
+            return self.layers(x)
+        parts = -(-len(tokens) // self.tokens)
+        return torch.cat([self.layers(part) for part in tokens.chunk(parts)]).view(*x.shape[:-1], -1)
+
+
+class FewImages(nn.Module):
+    """A module whose images do not see each other, on a few of them at a time.
+
+    Args:
+        module: from one tensor to another, batch first.
+        growth: elements of the largest tensor inside, in those of the input.
+    """
+
+    def __init__(self, module: nn.Module, growth: float) -> None:
+        super().__init__()
+        self.module = module
+        self.growth = growth
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.module(x)
+        parts = min(len(x), math.ceil(x.numel() * self.growth / SLICE))
+        return torch.cat([self.module(part) for part in x.chunk(parts)]) if parts > 1 else self.module(x)
+
+
+@swaps(Mlp, on_cpu=True)
+def _(mlp: Mlp) -> nn.Module:
+    post = post_operation(mlp.act)
+    linear = type(mlp.fc1) in (nn.Linear, PackedLinear) and isinstance(mlp.norm, nn.Identity)
+    if LINEAR is None or post is None or not linear:
+        return mlp
+    return FewTokens(nn.Sequential(PackedLinear(mlp.fc1, mlp.act, post), mlp.fc2), mlp.fc1.weight.shape[0])
+
+
+@swaps(nn.Linear, on_cpu=True)
+def _(linear: nn.Linear) -> nn.Module:
+    return linear if LINEAR is None or math.inf == SMALL else PackedLinear(linear, nn.Identity(), ("none", ""))
+
+
+@swaps(ConvNormAct, on_cpu=True)
+def _(block: ConvNormAct) -> nn.Module:
+    conv, post = block.conv, post_operation(block.act)
+    plain = type(conv) in (nn.Conv2d, Conv2dSame) and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
+    if CONVOLUTION is None or post is None or not plain or not isinstance(block.norm, nn.Identity):
+        return block
+    return PackedConv(conv, block.act, post)
