@@ -50,10 +50,10 @@ def test_the_whole_command(tmp_path):
     assert {row["op"] for row in timed} == {"na2d", "routed"}
     assert all(row["q1_us"] <= row["median_us"] <= row["q3_us"] and row["bytes"] and row["flops"] for row in timed)
     assert {row["op"] for row in rows if row.get("worst", 2) <= 1} == {"na2d", "routed", "depthwise"}
-    (table,) = tmp_path.glob("*.json")
+    (table,) = tmp_path.glob("dry*.json")
     tuning = importlib.import_module("hybridzoo.kernels.tuning")
     assert {key.operator for key in tuning.read_table(table)} <= {"na2d", "routed"}
-    assert "== At a glance (8)" in said
+    assert "== Operators (12)" in said
 
     command("--minutes", 1, "--workers", 0, "--out", tmp_path, "--parts", "ceilings", "correctness", "networks")
     assert len(rows_of(tmp_path)) == len(rows)
@@ -155,6 +155,69 @@ def test_floors_follow_from_what_must_be_done():
     assert work["both"] == (12 * one, 7 * 2 * 128 * 2 * 32 * 56 * 56 * 49)
     routed = cases.work("routed", dict(side=56, heads=2, topk=4), 128, 2, False)
     assert routed["forward"] == (4 * one, 2 * 2 * 128 * 2 * 32 * 56 * 56 * 4 * 64)
+
+
+def test_forms_are_compared_by_direction_and_with_what_is_aimed_at():
+    report = importlib.import_module("benchmarks.gpu.report")
+    row = dict(task="", device="d", shape=dict(side=56, heads=2, dilation=1), op="na2d")
+    work = {"forward": dict(bytes=2, flops=0), "both": dict(bytes=6, flops=0)}
+
+    def times(part, form, forward, both):
+        return [dict(row, part=part, form=form, way=way, median_us=us, **work[way])
+                for way, us in (("forward", forward), ("both", both))]  # fmt: skip
+
+    copies = [dict(row, part="ceilings", op="copy", rate=rate) for rate in (0.1e6, 0.2e6)]
+    rows = [*copies, *times("tuned", "ours", 20, 80), *times("operators", "ours", 30, 90)]
+    rows += [*times("operators", "gather", 60, 240), *times("flex", "flex", 40, 300)]
+    rows += [dict(row, part="operators", form="sdpa, same mask and bias", way="both", reason="too much")]
+    head, body = report.operators(rows)
+    found = {cells[1]: dict(zip(head, cells, strict=True)) for cells in body}
+    assert [found[way]["ours us"] for way in ("forward", "backward", "both")] == ["20.0", "60.0", "80.0"]
+    assert [found[way]["floor us"] for way in found] == ["10.0", "20.0", "30.0"]
+    assert [found[way]["of the floor"] for way in found] == ["50.0%", "33.3%", "37.5%"]
+    assert [found[way]["gather"] for way in found] == ["3.00x"] * 3
+    assert found["forward"]["target"] == "50%: met; 3x flex: MISSED"
+    assert found["backward"]["target"] == "35%: MISSED"
+    assert found["both"]["target"] == "3x flex: met"
+    assert found["both"]["sdpa, same mask and bias"] == "too large"
+
+
+def test_dense_forms_are_bounded():
+    cases = importlib.import_module("benchmarks.gpu.cases")
+    for op, shape in cases.walk(False):
+        sizes = [cases.written(op, shape, form, "both", 128) for form in cases.FORMS[op]]
+        assert (max(sizes) > cases.MOST_WRITTEN) == (op == "na2d" and shape["side"] == 56)
+
+
+def test_a_run_is_kept_with_what_was_kept_before(tmp_path):
+    report = importlib.import_module("benchmarks.gpu.report")
+    run, results, tuned = tmp_path / "run", tmp_path / "results", tmp_path / "tuned"
+    common = dict(device="A GPU", torch="t", triton="t", version="v")
+    rate = dict(common, part="ceilings", op="copy")
+
+    def keep(*rows):
+        run.mkdir(exist_ok=True)
+        (run / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        report.keep(run, results, tuned)
+        return {row["task"]: row.get("rate") for row in report.read(results / "a-gpu")}
+
+    first, second = dict(rate, task="a", rate=1.23456789), dict(rate, task="b", rate=2)
+    assert keep(first, dict(common, part="x", task="a", done=True), second) == {"a": 1.2346, "b": 2}
+    (run / "a-gpu.json").write_text("{}")
+    assert keep(dict(rate, task="a", rate=3), dict(common, part="x", task="b", cut="ready")) == {"b": 2, "a": 3}
+    assert (tuned / "a-gpu.json").read_text() == "{}"
+    assert "1.23" not in (results / "a-gpu" / "report.md").read_text()
+    with pytest.raises(SystemExit, match="rows of one GPU are kept"):
+        keep(dict(rate, task="a", dry=True))
+
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").iterdir())
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_reports_are_what_their_rows_say(folder):
+    report = importlib.import_module("benchmarks.gpu.report")
+    assert (folder / "report.md").read_text() == report.text(report.read(folder)), "run: python -m benchmarks.gpu keep"
 
 
 def test_the_training_extras_are_not_needed():

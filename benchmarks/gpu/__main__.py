@@ -2,16 +2,18 @@
 
     python -m benchmarks.gpu [--minutes 9] [--out DIR] [--parts NAME ...] [--again] [--dry] [--workers N]
     python -m benchmarks.gpu report DIR
+    python -m benchmarks.gpu keep DIR
     python -m benchmarks.gpu one 'TASK' [--out DIR]
 
 Measures in order of worth, each part in its box of time: ceilings (copy and product, of which floors are made),
 correctness (every kernel and gradient against float64), operators (at the paper's shapes, beside other forms), compile
-and tuning (block sizes; the table is DIR/<GPU>.json: put it into kernels/tuned/ to ship it), tuned (again, with that
+and tuning (block sizes; the table is DIR/<GPU>.json), tuned (again, with that
 table), networks and compiled (images a second), training (a step of every family). A row of DIR/rows.jsonl for each
 measurement as it is made, failures too. What DIR has of this code and GPU is not measured again, but with --again.
 
-`report` makes DIR/report.md and its plots, on any machine. `one` repeats a task in this process. --dry takes a CPU,
-tiny shapes and Triton's interpreter; so does a machine without a GPU.
+`report` makes DIR/report.md and its plots, on any machine. `keep` puts a run into the repository, to be committed: the
+table into kernels/tuned/, where the package reads it, rows and report into benchmarks/results/. `one` repeats a task in
+this process. --dry takes a CPU, tiny shapes and Triton's interpreter; so does a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -25,17 +27,22 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    verb = arguments[0] if arguments and arguments[0] in ("report", "one") else "run"
+    verb = arguments[0] if arguments and arguments[0] in ("report", "keep", "one") else "run"
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if verb == "report":
+    if verb in ("report", "keep"):
         parser.add_argument("verb")
         parser.add_argument("folder", type=Path)
         args = parser.parse_args(arguments)
         from benchmarks.gpu import report
+        from benchmarks.gpu.importable import ROOT, make_importable
 
-        print(report.write(args.folder))
+        make_importable()
+        if verb == "report":
+            print(report.write(args.folder))
+        else:
+            print(*report.keep(args.folder, ROOT / "benchmarks" / "results", ROOT / "kernels" / "tuned"), sep="\n")
         return 0
     if verb == "one":
         parser.add_argument("verb")

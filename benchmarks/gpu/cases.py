@@ -18,7 +18,12 @@ HEAD_DIM = 32
 NA2D = [(56, 2, 1), (56, 2, 8), (28, 4, 1), (28, 4, 4), (14, 8, 1), (14, 8, 2), (7, 16, 1)]  # side, heads, dilation
 ROUTED = [(56, 2, 1), (28, 4, 4), (14, 8, 16), (7, 16, 49)]  # side, heads, regions attended to
 DRY = {"na2d": [(5, 1, 1), (3, 1, 1)], "routed": [(4, 1, 1), (2, 1, 3)]}
-FORMS = ("ours", "auto", "torch", "gather", "sdpa, all tokens", "sdpa, same mask", "sdpa, same mask and bias")
+# In order of worth. "sdpa, all tokens" is another function: what one would run without routing.
+FORMS = {
+    "na2d": ("ours", "sdpa, same mask and bias", "gather", "torch"),
+    "routed": ("ours", "auto", "sdpa, all tokens", "sdpa, same mask", "gather"),
+}
+MOST_WRITTEN = 4 << 30  # bytes of scores or of a mask that a form may write
 Function = Callable[..., Tensor]
 
 
@@ -65,6 +70,14 @@ def work(op: str, shape: dict[str, int], batch: int, itemsize: int, dry: bool) -
     one = batch * tokens * heads * HEAD_DIM * itemsize
     products = 2 * batch * heads * pairs * HEAD_DIM
     return {"forward": (4 * one, 2 * products), "both": (12 * one, 7 * products)}
+
+
+def written(op: str, shape: dict[str, int], form: str, way: str, batch: int) -> int:
+    """Bytes as large as the map squared that a dense form writes: the gradient of a bias, the mask of every image."""
+    square = batch * shape["side"] ** 4 * 2
+    if form == "sdpa, same mask and bias" and way == "both":
+        return square * shape["heads"]
+    return square if form == "sdpa, same mask" else 0
 
 
 def make(op: str, shape: dict[str, int], batch: int, dry: bool, seed: int = 0) -> Case:
@@ -163,3 +176,7 @@ def walk(dry: bool) -> Iterator[tuple[str, dict[str, int]]]:
     for op in ("na2d", "routed"):
         for shape in shapes(op, dry):
             yield op, shape
+
+
+def small_first(dry: bool) -> list[tuple[str, dict[str, int]]]:
+    return sorted(walk(dry), key=lambda pair: pair[1]["side"])

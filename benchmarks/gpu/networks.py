@@ -147,7 +147,7 @@ def _images_per_second(name: str, ways: tuple[str, ...], mode: str, dry: bool) -
             _warm(step)
     yield None
     for way, step in steps.items():
-        for graph in (False,) if dry else (False, True):
+        for graph in (False,) if dry or way == "training" else (False, True):
             row: Row = dict(op=name, way=way, mode=f"{mode}, graph" if graph else mode, batch=batch)
             try:
                 if not graph and not dry:
@@ -170,7 +170,7 @@ def _images_per_second(name: str, ways: tuple[str, ...], mode: str, dry: bool) -
 
 def _warm(step: Callable[[], object]) -> None:
     """Compile, beside others that do; where all of them take memory at once, later."""
-    for wait in (1, 3, 9, None):
+    for wait in (1, 3, 5, 5, 10, 10, 10, None):
         try:
             step()
             break

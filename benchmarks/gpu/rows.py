@@ -23,6 +23,7 @@ class Task(NamedTuple):
     args: dict[str, Any]
     code: tuple[str, ...] = ("kernels",)  # folders or files: when they change, the task is run again
     settings: tuple[tuple[str, str], ...] = ()  # environment variables; a worker has them for this task only
+    limit: float = 60.0  # seconds that it may measure; more is cut off
 
     @property
     def part(self) -> str:
@@ -73,12 +74,14 @@ class Store:
         found = dict(task=task.name, version=task.version, device=self.common.get("device"), done=True)
         return any(all(row.get(k) == v for k, v in found.items()) for row in self.rows)
 
-    def ceilings(self) -> dict[str, float]:
-        """Bytes per second of a copy and products' floating-point operations per second, measured on this device."""
-        device = self.common.get("device")
-        return {
-            r["op"]: r["rate"] for r in self.rows if r["part"] == "ceilings" and r.get("rate") and r["device"] == device
-        }
+
+def ceilings(rows: Sequence[Row]) -> dict[str, float]:
+    """Bytes a second of a copy, floating-point operations a second of a product: of each the highest rate."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row["part"] == "ceilings" and "rate" in row:
+            found[row["op"]] = max(row["rate"], found.get(row["op"], 0.0))
+    return found
 
 
 def read(folder: Path) -> list[Row]:
@@ -91,6 +94,24 @@ def read(folder: Path) -> list[Row]:
         except ValueError:
             continue
     return rows
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Of every task the rows of its last run that came to an end, else of its last run."""
+    runs: dict[str, list[list[Row]]] = {}
+    begun: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["task"]
+        begun.setdefault(name, []).append(row)
+        if row.get("done") or row.get("cut"):
+            runs.setdefault(name, []).append(begun.pop(name))
+    for name, rest in begun.items():
+        runs.setdefault(name, []).append(rest)
+    found: list[Row] = []
+    for of_task in runs.values():
+        whole = [run for run in of_task if run[-1].get("done")]
+        found += (whole or of_task)[-1]
+    return found
 
 
 def machine(dry: bool) -> Row:

@@ -16,7 +16,6 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.rows import Store, Task
 
 PREPARING = 0.65  # of a part's box; what is not ready then is cut off, for measuring wants a quiet machine
-TASK_LIMIT = 60.0  # seconds that one task may measure
 Say = Callable[[str], None]
 
 
@@ -31,6 +30,10 @@ class Worker:
         other.close()
         self.task: Task | None = None
         self.state, self.since = "starting", time.monotonic()
+
+    @property
+    def limit(self) -> float:
+        return self.task.limit if self.task else 0.0
 
     def enter(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
@@ -127,13 +130,14 @@ class Runner:
             for one in self.workers:
                 if pending and one.state == "idle" and (filling or not quiet):
                     one.give(pending.popleft())
-            filling = filling and any(w.state == "idle" for w in self.workers) and bool(pending)
+            # Processes that still start join the wave as long as nobody measures.
+            filling = filling and any(w.state in ("idle", "starting") for w in self.workers) and bool(pending)
             self.listen()
             late = begun + PREPARING * (end - begun)
             for one in self.workers:
                 if quiet and one.state == "preparing" and time.monotonic() > late:
                     self.cut(one, "preparing")
-                elif quiet and one.state == "measuring" and time.monotonic() - one.since > TASK_LIMIT:
+                elif quiet and one.state == "measuring" and time.monotonic() - one.since > one.limit:
                     self.cut(one, "measuring")
             ready = [w for w in self.workers if w.state == "ready"]
             busy = [w for w in self.workers if w.state in ("preparing", "measuring")]
@@ -141,6 +145,7 @@ class Runner:
                 for one in ready:
                     one.go()
             elif ready and not busy:
+                filling = False
                 min(ready, key=lambda w: tasks.index(w.task)).go()
         for one in self.workers:
             if one.task:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import cases, operators, timing
-from benchmarks.gpu.rows import Row, Store, Task
+from benchmarks.gpu.rows import Row, Store, Task, newest
 
 AT_MOST = {"forward": 14, "both": 10}  # candidates a kernel and shape
 NOISE = 0.985  # of the default's time: what is not below is no gain
@@ -31,15 +31,23 @@ def compile_tasks(dry: bool, store: Store) -> list[Task]:
             for part in range(parts):
                 args = dict(op=op, shape=shape, dry=dry, way=way, part=part, parts=parts)
                 name = f"compile/{cases.label(op, shape)}, {way}, {part + 1} of {parts}"
-                found.append(Task(name, "tuning:compile_candidates", args, operators.CODE[op]))
+                found.append(Task(name, "tuning:compile_candidates", args, operators.CODE[op], untuned(store)))
     return sorted(found, key=lambda task: task.args["part"])
 
 
 def tasks(dry: bool, store: Store) -> list[Task]:
     return [
-        Task(f"tuning/{cases.label(op, shape)}", "tuning:tune", dict(op=op, shape=shape, dry=dry), operators.CODE[op])
+        Task(f"tuning/{cases.label(op, shape)}", "tuning:tune", dict(op=op, shape=shape, dry=dry), operators.CODE[op],
+             untuned(store))
         for op, shape in cases.walk(dry)
-    ]
+    ]  # fmt: skip
+
+
+def untuned(store: Store) -> tuple[tuple[str, str], ...]:
+    """Settings under which the kernels run with their defaults, whatever table is shipped for this chip."""
+    file = store.folder / "untuned.json"
+    file.write_text('{"rows": []}\n')
+    return (("HYBRIDZOO_TUNED", str(file)),)
 
 
 def _run(case: cases.Case, way: str) -> object:
@@ -145,15 +153,20 @@ def _quick(everything: list[cases.Case], form: cases.Function, way: str, dry: bo
 
 def write_table(store: Store) -> None:
     """From all rows of this device: for every key what is best on all shapes that share it, and the same for each
-    kernel and width, for shapes that nobody tuned. Less than 1.5 % is noise."""
+    kernel and width, for shapes that nobody tuned; not where blocks follow from the shape. Less than 1.5 % is noise."""
     device = store.common["device"]
-    rows = [r for r in store.rows if r["part"] == "tuning" and r.get("device") == device and "median_us" in r]
+    found = [r for r in store.rows if r["part"] == "tuning" and r.get("device") == device]
+    rows = [r for r in newest(found) if "median_us" in r]
+    from hybridzoo.kernels.neighborhood.triton_configs import WHOLE
+
     table = []
     for length in (5, 4):
         groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
         for row in rows:
             groups[tuple(row["key"][:length])].append(row)
         for key, found in groups.items():
+            if length == 4 and key[1] in WHOLE:
+                continue
             config, ratio = best(found)
             if ratio < NOISE:
                 table.append(_entry((*key, "")[:5], config, ratio))
@@ -165,7 +178,7 @@ def write_table(store: Store) -> None:
 def best(rows: list[Row]) -> tuple[list[Any], float]:
     """The configuration with the least time over the default's, in the geometric mean of the shapes that tried it.
 
-    Only those count that as many shapes tried as any other. A shape that was tuned twice counts by its last time.
+    Only those count that as many shapes tried as any other.
     """
     ratios: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:

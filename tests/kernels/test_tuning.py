@@ -1,11 +1,14 @@
 """Tables of block sizes: what comes before what, what is a table, and that plans follow what is tried."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hybridzoo.kernels import tuning
+from hybridzoo.kernels.neighborhood import triton_configs as na2d_configs
+from hybridzoo.kernels.routed import triton_configs as routed_configs
 from hybridzoo.kernels.tuning import Config, Key
 
 TABLE = {("forward", 32, 2): Config(64, 64, 4, 2, 255)}
@@ -86,3 +89,47 @@ def test_candidates_are_new_and_within_limits(blocks):
 def test_the_tables_that_are_shipped_are_readable():
     for file in tuning.FOLDER.glob("*.json"):
         assert tuning.read_table(file)
+
+
+# ------------------------------------------------------------------------------------------------- tables as shipped
+
+CONFIGS = {"na2d": na2d_configs, "routed": routed_configs}
+SHIPPED = sorted(tuning.FOLDER.glob("*.json"))
+
+
+def accepted(key, config):
+    """Whether a kernel of today takes it: another kernel, or block, is left over from an earlier one."""
+    configs = CONFIGS[key.operator]
+    if key.kernel not in configs.KINDS:
+        return False
+    if key.kernel in getattr(configs, "WHOLE", ()):  # its blocks follow from the shape
+        if not key.shape:
+            return False
+        default = replace(config, warps=0)  # so that the very block is among those tried
+    else:
+        default = configs.TABLE.get(key[1:4]) or configs.TABLE[key.kernel, 32, key.itemsize]
+    return config == default or config in configs.candidates(key, default)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_what_is_shipped_is_what_kernels_take(file):
+    """Where this fails, the rows it names are stale: tune again (`python -m benchmarks.gpu`), or delete them."""
+    table = tuning.read_table(file)
+    assert table
+    assert file.name == tuning.table_name(json.loads(file.read_text())["device"])
+    assert [key for key, config in table.items() if not accepted(key, config)] == []
+
+
+def test_rows_that_fit_no_kernel_of_today_do_no_harm(monkeypatch, tmp_path):
+    """One for a kernel that is no more, and one whose block holds no tile of its map."""
+    axis = na2d_configs.Axis.of(56, 7, 1)
+    where = "forward_whole", axis, axis, 32, 2, torch.device("cpu")
+    default = na2d_configs.whole(*where)
+    key = na2d_configs._key(*where[:5])
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps({"rows": [row(key, Config(16, 16, 1, 1)), row(key._replace(kernel="gone"), TUNED)]}))
+    monkeypatch.setenv(tuning.VARIABLE, str(file))
+    tuning.forget()
+    assert na2d_configs.whole(*where) == default
+    monkeypatch.undo()
+    tuning.forget()
