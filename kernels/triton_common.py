@@ -106,11 +106,13 @@ def precision(query: Tensor) -> str:
 
 
 @triton.jit
-def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[n, BLOCK_D]`, zeros beyond HEAD_DIM."""
+def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, exists=None):
+    """`[n, BLOCK_D]`, zeros beyond HEAD_DIM, and in tokens that do not exist, which cost no transfer."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     pointers = tensor + offsets[:, None] + channel
-    if HEAD_DIM == BLOCK_D:
+    if exists is not None:
+        tokens = tl.load(pointers, mask=exists[:, None] & (channel < HEAD_DIM), other=0.0)
+    elif HEAD_DIM == BLOCK_D:
         tokens = tl.load(pointers)
     else:
         tokens = tl.load(pointers, mask=channel < HEAD_DIM, other=0.0)

@@ -28,6 +28,12 @@ HELD = {
     "backward_query_whole": {32: (64, 4096), 64: (16, 2048)},
     "backward_key_whole": {16: (64, 4096), 32: (64, 4096), 64: (64, 4096)},
 }
+# Registers of a thread in sm_90's code: a base, and more with every score that it holds, by the kernel and own side.
+REGISTERS = {
+    ("forward_whole", 16): (56.0, 3.4),
+    ("forward_whole", 64): (19.0, 3.4),
+    ("backward_key_whole", 16): (50.0, 5.1),
+}
 MAX_OTHER = {"forward_whole": 256, "backward_query_whole": 128, "backward_key_whole": 128}
 MAX_SHARED = 65536  # bytes of the two maps that a program loads most of, in one stage
 DENSE_MAX_BYTES = 8192  # of a block of float32 tokens, whose products take no tensor cores: it stays in registers
@@ -113,7 +119,20 @@ def _holds_all(rows: Axis, columns: Axis, block_d: int, itemsize: int, chip: tup
     Of 64 tokens only where tensor cores read shared memory, from compute capability 9.0 on.
     """
     tokens = rows.members[0] * columns.members[0]
-    return tokens <= 32 or itemsize == 4 or (block_d == 32 and chip >= (9, 0))
+    if itemsize == 4:
+        return tokens <= 32 or block_d == 16
+    return tokens <= 32 or (block_d == 32 and chip >= (9, 0))
+
+
+def at_a_time(kind: str, cut: Cut, block_d: int, itemsize: int) -> int:
+    """Programs of a whole kernel that a multiprocessor runs at a time, about: by its registers and shared memory."""
+    config = cut.config
+    own, other = sorted((config.queries, config.keys))
+    base, each = REGISTERS.get((kind, own), (100.0, 4.0))
+    registers = min(255, base + each * own * other / (32 * config.warps))
+    buffers = config.stages - (own == 16)
+    shared = 5120 + buffers * (own + 2 * other) * block_d * itemsize
+    return max(1, min(int(65536 / (32 * config.warps * registers)), 227 * 1024 // shared))
 
 
 def tiled(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, device: torch.device) -> Cut:
@@ -160,8 +179,15 @@ def _whole_block(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: i
     if not blocks:
         return None
     _, own, other = min(blocks)
-    warps = 8 if itemsize == 4 else 1 if own * other <= 512 and block_d <= 64 else 4
-    stages = 1 if itemsize == 4 or block_d > 64 else 3 if kind == "backward_dense" else 2
+    warps, stages = 4, 3
+    if itemsize == 4:
+        warps, stages = 4 if own <= 32 and block_d == 16 else 8, 1
+    elif block_d > 64:
+        stages = 1
+    elif own * other <= 512:
+        warps, stages = 1, 2
+    elif kind != "backward_query_whole" and own == 16 and other <= 128 and block_d == 32:
+        warps = 2
     queries, keys = (other, own) if kind == "backward_key_whole" else (own, other)
     return Config(queries, keys, warps, stages)
 
@@ -171,7 +197,8 @@ def _blocks(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -
     found = []
     if kind == "backward_dense" or itemsize == 4:
         tokens = max(16, _power_of_two(rows.members[0] * columns.members[0]))
-        fits = tokens <= 64 and (itemsize == 2 or tokens * block_d * itemsize <= DENSE_MAX_BYTES)
+        fits = tokens <= 64 and kind in ("forward_whole", "backward_dense")
+        fits = fits and (itemsize == 2 or tokens * block_d * itemsize <= DENSE_MAX_BYTES)
         return [(0.0, tokens, tokens)] if rows.dense and columns.dense and fits else []
     most, scores = HELD[kind].get(block_d, (0, 0))
     for own, other in itertools.product(OWN, OTHER):

@@ -6,6 +6,7 @@ the tensors' memory is worked out once for every shape, dtype and strides, and k
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ from hybridzoo.kernels import tuning
 from hybridzoo.kernels.neighborhood import triton_configs, triton_kernels
 from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
+from hybridzoo.kernels.tuning import Config
 
-PROGRAMS = 1024  # enough to keep a large GPU busy; beyond it, a program takes several images
-MAX_IMAGES = 32
+MAX_IMAGES = 64  # that one program takes
+START = {"forward_whole": 1.5, "backward_bias": 6.0}  # what a program does once, in images; others: 2.5
+ENTRIES = 64  # of the bias table, that a program of `bias_table` sums
 
 
 def forward(
@@ -106,14 +109,20 @@ def backward_launches(
     """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that one of them fills."""
     tensors = dict(same_strides(query, key, value), grad=grad, rpb=_table(rpb, query), out=out, lse=lse)
     call = _call(tensors["query"], kernel, dilation, scale, rpb is not None)
-    recipes, tables = _backward_recipes(call, rpb is not None and want_rpb, grad_lse is not None)
-    partial = None
-    if tables:
+    recipes = _backward_recipes(call, rpb is not None and want_rpb, grad_lse is not None)
+    partial, blocks = None, lse  # a pointer that nobody reads
+    if rpb is not None and want_rpb:
         heads, entries = query.shape[3], (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
-        partial = torch.empty(tables, heads, entries, dtype=torch.float32, device=query.device)
+        last = recipes[-1]
+        tables = last.programs
+        if last.kernel is triton_kernels.bias_table:
+            tables = last.arguments["groups"]
+            block = last.arguments["QUERIES"] * last.arguments["KEYS"]
+            blocks = torch.empty(recipes[0].programs, block, dtype=torch.float32, device=query.device)
+        partial = torch.empty(tables // heads, heads, entries, dtype=torch.float32, device=query.device)
     tensors |= dict(
         dquery=dquery, dkey=dkey, dvalue=dvalue, grad_lse=lse if grad_lse is None else grad_lse,
-        delta=torch.empty_like(lse) if len(recipes) > 1 else lse, partial=lse if partial is None else partial,
+        delta=torch.empty_like(lse), blocks=blocks, partial=lse if partial is None else partial,
     )  # fmt: skip
     return [recipe.launch(tensors) for recipe in recipes], partial
 
@@ -157,23 +166,38 @@ def _forward_recipe(call: _Call) -> Recipe:
 
 
 @tuning.plan
-def _backward_recipes(call: _Call, want_bias: bool, grad_lse: bool) -> tuple[list[Recipe], int]:
-    """The kernels in order, and how many tables of the bias's gradient each head gets (0 where it is not wanted)."""
+def _backward_recipes(call: _Call, want_bias: bool, grad_lse: bool) -> list[Recipe]:
+    """The kernels in order; the last one leaves tables of the bias's gradient, where that is wanted."""
     fixed: dict[str, Any] = dict(GRAD_LSE=grad_lse, WANT_BIAS=want_bias)
-    entries = (2 * call.kernel[0] - 1) * (2 * call.kernel[1] - 1)
-    columns = min(64, triton.next_power_of_2(entries))  # a kernel holds its table as a matrix, padded
-    fixed |= dict(COLUMNS=columns, ROWS=triton.next_power_of_2(math.ceil(entries / columns)))
     dense = _whole("backward_dense", call)
     if dense is not None:
         recipes = [_recipe("backward_dense", call, dense, fixed | dict(TOKENS=dense.config.queries))]
-        bias = recipes[0]
     else:
         recipes = [_fitting("backward_query", call, fixed), _fitting("backward_key", call)]
-        bias = recipes[0]
-        if want_bias and bias.kernel is triton_kernels.backward_query:  # which leaves the bias to another
-            bias = _recipe("backward_bias", call, _tiled("backward_bias", call), fixed)
-            recipes.append(bias)
-    return recipes, bias.programs // call.shape[3] if want_bias else 0
+    if want_bias:
+        of_query = recipes[0].kernel is triton_kernels.backward_query  # which leaves the bias to another
+        recipes.append(_bias_recipe(call) if of_query else _table_recipe(call, recipes[0]))
+    return recipes
+
+
+def _bias_recipe(call: _Call) -> Recipe:
+    entries = math.prod(2 * k - 1 for k in call.kernel)
+    columns = min(64, triton.next_power_of_2(entries))  # the kernel holds its table as a matrix, padded
+    rows = triton.next_power_of_2(math.ceil(entries / columns))
+    return _recipe("backward_bias", call, _tiled("backward_bias", call), dict(COLUMNS=columns, ROWS=rows))
+
+
+def _table_recipe(call: _Call, first: Recipe) -> Recipe:
+    """Of the launch after `first`, which left a block of sums from each program."""
+    known = first.arguments
+    block = (known["TOKENS"],) * 2 if "TOKENS" in known else (known["QUERIES"], known["KEYS"])
+    tiles = dict(tile_h=call.shape[1], tile_w=call.shape[2], tiles_h=1, tiles_w=1)  # a dense group is one tile
+    tiles |= {name: known[name] for name in tiles if name in known}
+    groups = call.groups * tiles["tiles_h"] * tiles["tiles_w"]
+    arguments = known | tiles
+    arguments |= dict(chunks=first.programs // groups, groups=groups, QUERIES=block[0], KEYS=block[1], ENTRIES=ENTRIES)
+    parts = math.ceil(math.prod(2 * k - 1 for k in call.kernel) / ENTRIES)
+    return Recipe.of(triton_kernels.bias_table, groups * parts, arguments, Config(*block, warps=4, stages=2))
 
 
 def _fitting(direction: str, call: _Call, more: dict[str, Any] | None = None) -> Recipe:
@@ -200,7 +224,8 @@ def _recipe(kind: str, call: _Call, cut: Cut, more: dict[str, Any] | None = None
     programs = call.groups * math.prod(cut.tiles)
     images = 1
     if kind in triton_configs.WHOLE or kind == "backward_bias":
-        images = _images(programs, batch)
+        each = triton_configs.at_a_time(kind, cut, triton.next_power_of_2(head_dim), call.itemsize)
+        images = _images(programs, batch, START.get(kind, 2.5), multiprocessors(call.device) * each)
     arguments = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False)) | dict(
         scale=call.scale, batch=batch, heads=heads, height=height, width=width, images=images,
         dilation_h=call.dilation[0], dilation_w=call.dilation[1],
@@ -212,6 +237,18 @@ def _recipe(kind: str, call: _Call, cut: Cut, more: dict[str, Any] | None = None
     return Recipe.of(kernel, programs * math.ceil(batch / images), arguments | (more or {}), cut.config)
 
 
-def _images(programs: int, batch: int) -> int:
-    """Images per program, given the programs that one image takes."""
-    return max(1, min(MAX_IMAGES, batch, programs * batch // PROGRAMS))
+def _images(groups: int, batch: int, start: float, slots: int) -> int:
+    """Images per program, so that all programs together end soonest.
+
+    `groups` programs take one image; `start` is what each does once, in images; `slots` programs run at a time.
+    """
+    return min(
+        range(1, min(MAX_IMAGES, batch) + 1),
+        key=lambda images: (math.ceil(groups * math.ceil(batch / images) / slots) * (images + start), images),
+    )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -127,37 +127,33 @@ def delta_of(g, o, grad_lse, GRAD_LSE: tl.constexpr):
 
 
 @triton.jit
-def add_by_offset(
-    table, dscores, query_h, query_w, exists, first, start_h, start_w, extent_h, extent_w,
+def sum_by_offset(
+    entry, dscores, query_h, query_w, exists, first, start_h, start_w, extent_h, extent_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
 ):  # fmt: skip
-    """Add `dscores [queries, keys]` to `table [rows, columns]`, which flattens the bias table and pads its end.
+    """Sums of `dscores [queries, keys]` for entries `[n]` of the flattened bias table; 0 beyond its end.
 
     Keys are those of `places(first, ..., start_h, start_w, extent_h, extent_w)`. For every entry of the table each
     query has at most one key; pick it, and sum over queries.
     """
-    rows: tl.constexpr = table.shape[0]
-    columns: tl.constexpr = table.shape[1]
     width: tl.constexpr = 2 * KERNEL_W - 1
     size: tl.constexpr = (2 * KERNEL_H - 1) * width
-    for row in range((size + columns - 1) // columns):
-        entry = row * columns + tl.arange(0, columns)
-        h = query_h[:, None] + (entry // width - (KERNEL_H - 1))[None, :] - start_h
-        w = query_w[:, None] + (entry % width - (KERNEL_W - 1))[None, :] - start_w
-        index = h * extent_w + w - first
-        hit = exists[:, None] & (h >= 0) & (h < extent_h) & (w >= 0) & (w < extent_w)
-        hit = hit & (index >= 0) & (index < dscores.shape[1]) & (entry < size)[None, :]
-        picked = tl.gather(dscores, tl.where(hit, index, 0), 1)
-        total = tl.sum(tl.where(hit, picked, 0.0), 0)
-        table += tl.where(tl.arange(0, rows)[:, None] == row, total[None, :], 0.0)
-    return table
+    h = query_h[:, None] + (entry // width - (KERNEL_H - 1))[None, :] - start_h
+    w = query_w[:, None] + (entry % width - (KERNEL_W - 1))[None, :] - start_w
+    index = h * extent_w + w - first
+    hit = exists[:, None] & (h >= 0) & (h < extent_h) & (w >= 0) & (w < extent_w)
+    hit = hit & (index >= 0) & (index < dscores.shape[1]) & (entry < size)[None, :]
+    picked = tl.gather(dscores, tl.where(hit, index, 0), 1)
+    return tl.sum(tl.where(hit, picked, 0.0), 0)
 
 
 @triton.jit
-def store_table(partial, table, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
-    size: tl.constexpr = (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
-    entry = tl.arange(0, table.shape[0])[:, None] * table.shape[1] + tl.arange(0, table.shape[1])[None, :]
-    tl.store(partial + tl.program_id(0).to(tl.int64) * size + entry, table, mask=entry < size)
+def store_block(blocks, scores):
+    """The program's own block of sums of d(scores), for `bias_table`."""
+    rows: tl.constexpr = scores.shape[0]
+    columns: tl.constexpr = scores.shape[1]
+    entry = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+    tl.store(blocks + tl.program_id(0).to(tl.int64) * (rows * columns) + entry, scores)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -208,10 +204,10 @@ def forward_whole(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_dense(
-    grad, grad_lse, query, key, value, rpb, lse, dquery, dkey, dvalue, partial, scale,
+    grad, grad_lse, query, key, value, rpb, lse, dquery, dkey, dvalue, blocks, scale,
     batch, heads, height, width, dilation_h, dilation_w, images, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, WANT_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, BIAS: tl.constexpr, WANT_BIAS: tl.constexpr,
     GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients from a group of at most TOKENS tokens, which all see each other, in `images` images."""
@@ -231,10 +227,10 @@ def backward_dense(
     for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
         start = tl.cast(image, tl.int64) * stride_b + head * stride_n
         first_pixel = tl.cast(image, tl.int64) * height * width * heads
-        q = load_tokens(query + start, offsets, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
-        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        q = load_tokens(query + start, offsets, HEAD_DIM, BLOCK_D, exists)
+        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D, exists)
+        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D, exists)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D, exists)
         norm = tl.load(lse + first_pixel + pixels) * LOG2E
         # Each gradient is stored before the next is computed: threads hold four matrices of scores as it is.
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -254,20 +250,16 @@ def backward_dense(
         dq = tl.dot(low, k, input_precision=PRECISION) * scale
         store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
     if WANT_BIAS:
-        table = add_by_offset(
-            tl.zeros([ROWS, COLUMNS], tl.float32), dbias, h, w, exists, 0, 0, 0, members_h, members_w,
-            KERNEL_H, KERNEL_W,
-        )  # fmt: skip
-        store_table(partial, table, KERNEL_H, KERNEL_W)
+        store_block(blocks, dbias)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_query_whole(
-    grad, grad_lse, query, key, value, rpb, lse, dquery, delta, partial, scale,
+    grad, grad_lse, query, key, value, rpb, lse, dquery, delta, blocks, scale,
     batch, heads, height, width, dilation_h, dilation_w, images,
     tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr,
     WANT_BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries and of the bias, in `images` images, and `delta` (see `delta_of`) of each."""
@@ -316,11 +308,7 @@ def backward_query_whole(
         dq = tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION) * scale
         store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
     if WANT_BIAS:
-        table = add_by_offset(
-            tl.zeros([ROWS, COLUMNS], tl.float32), dbias, query_h, query_w, exists, 0,
-            start_h, start_w, extent_h, extent_w, KERNEL_H, KERNEL_W,
-        )  # fmt: skip
-        store_table(partial, table, KERNEL_H, KERNEL_W)
+        store_block(blocks, dbias)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -376,6 +364,34 @@ def backward_key_whole(
         dk = tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION) * scale
         store_tokens(dvalue + first_pixel * HEAD_DIM, key_pixels, exists, dv, HEAD_DIM, BLOCK_D)
         store_tokens(dkey + first_pixel * HEAD_DIM, key_pixels, exists, dk, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "chunks", "groups"])
+def bias_table(
+    blocks, partial, chunks, groups, heads, height, width, dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """ENTRIES entries of the bias's gradient from one tile: its programs' blocks, summed, then picked by offset."""
+    size: tl.constexpr = (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    parts: tl.constexpr = (size + ENTRIES - 1) // ENTRIES
+    group = tl.program_id(0) // parts
+    entry = tl.program_id(0) % parts * ENTRIES + tl.arange(0, ENTRIES)
+    _, at_h, at_w, _, _, _, members_h, members_w = locate(
+        group, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, tl.maximum(size_h, 0), tl.maximum(size_w, 0))
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    inside = tl.arange(0, QUERIES)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    dscores = tl.zeros([QUERIES, KEYS], tl.float32)
+    for chunk in range(chunks):
+        dscores += tl.load(blocks + (tl.cast(chunk, tl.int64) * groups + group) * (QUERIES * KEYS) + inside)
+    sums = sum_by_offset(
+        entry, dscores, query_h, query_w, exists, 0, start_h, start_w, extent_h, extent_w, KERNEL_H, KERNEL_W
+    )
+    tl.store(partial + tl.cast(group, tl.int64) * size + entry, sums, mask=entry < size)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -562,7 +578,8 @@ def backward_bias(
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     pixels = (row * width + column) * heads + head
 
-    table = tl.zeros([ROWS, COLUMNS], tl.float32)
+    size: tl.constexpr = (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    table = tl.zeros([ROWS, COLUMNS], tl.float32)  # flattens the bias table and pads its end
     for first in range(0, extent_h * extent_w, KEYS):
         key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
         offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
@@ -586,7 +603,11 @@ def backward_bias(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
             weights = tl.exp2(scores - norm[:, None])
             total += weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
-        table = add_by_offset(
-            table, total, query_h, query_w, exists, first, start_h, start_w, extent_h, extent_w, KERNEL_H, KERNEL_W
-        )
-    store_table(partial, table, KERNEL_H, KERNEL_W)
+        for i in range((size + COLUMNS - 1) // COLUMNS):
+            sums = sum_by_offset(
+                i * COLUMNS + tl.arange(0, COLUMNS), total, query_h, query_w, exists, first,
+                start_h, start_w, extent_h, extent_w, KERNEL_H, KERNEL_W,
+            )  # fmt: skip
+            table += tl.where(tl.arange(0, ROWS)[:, None] == i, sums[None, :], 0.0)
+    entry = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(partial + tl.program_id(0).to(tl.int64) * size + entry, table, mask=entry < size)

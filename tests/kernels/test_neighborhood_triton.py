@@ -182,11 +182,11 @@ def test_a_frozen_bias_costs_no_kernel():
     lse, rpb = torch.empty(1, 9, 9, 2, device="meta"), torch.empty(2, 5, 5, device="meta")
     arguments = (grad, *inputs[:3], rpb, inputs[3], lse, grad, grad, grad, (3, 3), (1, 1), 0.3)
     frozen, trained = (triton_impl.backward_launches(*arguments, want_rpb)[0] for want_rpb in (False, True))
-    assert [n.kernel.__name__ for n in trained] == [*(n.kernel.__name__ for n in frozen), "backward_bias"]
+    assert [n.kernel.__name__ for n in trained] == [*(n.kernel.__name__ for n in frozen), "backward_bias"]  # float32
     half = [t.half() if t.ndim == 5 else t for t in arguments[:10]]
-    launches, partial = triton_impl.backward_launches(*half, *arguments[10:], False)
-    assert partial is None
-    assert not any(n.arguments.get("WANT_BIAS") for n in launches)
+    frozen, trained = (triton_impl.backward_launches(*half, *arguments[10:], want_rpb)[0] for want_rpb in (False, True))
+    assert [n.kernel.__name__ for n in trained] == [*(n.kernel.__name__ for n in frozen), "bias_table"]
+    assert [n.arguments["WANT_BIAS"] for n in (frozen[0], trained[0])] == [False, True]
 
 
 def test_float32_products_are_taken_as_pytorch_takes_its_own():
@@ -248,7 +248,7 @@ def test_a_tile_and_all_it_meets_fit_their_block(size, kernel, dilation, block_d
 def test_what_a_tuning_run_tries_can_run(side, dilation):
     with tuning.asked() as asked:
         default = launches(side, 4, 32, 7, dilation, torch.bfloat16)
-    assert len(asked) == len(default)
+    assert len(asked) == len(default) - 1  # the last one sums what another left
     for key, config in asked.items():
         tried = triton_configs.candidates(key, config)
         assert len(set(tried)) == len(tried) >= 4
@@ -270,9 +270,8 @@ def test_query_key_and_value_may_lie_differently():
 @computes
 def test_a_batch_is_summed_whole_whatever_a_program_takes(monkeypatch):
     """Images share programs in three kernels; an odd batch leaves the last program fewer."""
-    monkeypatch.setattr(triton_impl, "PROGRAMS", 4)
+    monkeypatch.setattr(triton_impl, "_images", lambda *_: 2)
     torch.manual_seed(0)
-    assert triton_impl._images(2, 5) == 2
     for width, dtype in ((3, torch.float32), (4, torch.float32), (4, torch.float16)):  # dense, tiled, whole
         assert_as_good_as_the_definition(leaves(5, 3, width, 2, 32, (3, 3), True, dtype), (3, 3), (1, 1))
 
@@ -337,7 +336,7 @@ def test_what_dinat_runs_compiles(capability, monkeypatch):
     """Half precision, head_dim 32, kernel 7; at 224 pixels the first stage alternates dilation 1 and 8."""
     pretend(capability, monkeypatch)
     tiled, dense = (launches(56, 2, 32, 7, dilation, torch.bfloat16) for dilation in (1, 8))
-    expected = {"forward_whole", "backward_query_whole", "backward_key_whole"}
+    expected = {"forward_whole", "backward_query_whole", "backward_key_whole", "bias_table"}
     assert {launch.kernel.__name__ for launch in tiled} == expected
     triton_builds.assert_builds(capability, [*tiled, *dense, *launches(14, 8, 32, 7, 1, torch.bfloat16)])
     filled = [n for dilation in (1, 8) for n in launches(56, 2, 32, 7, dilation, torch.bfloat16, fill=True)]
