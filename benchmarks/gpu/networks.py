@@ -1,7 +1,8 @@
 """Parts "networks" and "compiled": images a second of whole networks, ours beside timm's and beside plain forms.
 
 bfloat16 weights and channels-last images for inference; float32 weights under bfloat16 autocast for training, forward
-and backward without an optimizer. 224 pixels. "graph" replays a CUDA graph of the same step.
+and backward without an optimizer. 224 pixels. "graph" replays a CUDA graph of the same step,
+"fused" is after `model.fuse()`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from benchmarks.gpu.rows import Row, Store, Task
 
 FIRST = ["dinat_tiny", "plain dinat_tiny", "biformer_small", "plain biformer_small"]
 TIMM = ["convnext_tiny", "swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224"]
-OTHERS = ["maxvit_tiny", "agent_swin_tiny", "inline_swin_tiny", "fastervit_0", "efficientvit_msra_m5"]
-OTHERS += ["efficientvit_mit_b2", "patnet_t2", "ascan_tiny"]
+OTHERS = ["maxvit_tiny", "agent_swin_tiny", "plain agent_swin_tiny", "inline_swin_tiny", "plain inline_swin_tiny"]
+OTHERS += ["fastervit_0", "efficientvit_msra_m5", "efficientvit_mit_b2", "patnet_t2", "ascan_tiny"]
 PROFILED = ["dinat_tiny", "biformer_small", "agent_swin_tiny", "inline_swin_tiny", "swin_tiny_patch4_window7_224"]
 CODE = ("kernels", "layers", "backbones")
 BATCH, PIXELS = 64, 224
@@ -70,6 +71,10 @@ def create(name: str, **arguments: Any) -> nn.Module:
         import biformer_plain
 
         return biformer_plain.make_plain(model)
+    if name.startswith(("agent_", "inline_")):
+        import linear_attention_families
+
+        return linear_attention_families.plain(model)
     for module in model.modules():
         if type(module).__name__ == "NeighborhoodAttention2d":
             module.__class__ = _plain_neighborhood()
@@ -140,8 +145,11 @@ def compiled(name: str, way: str, dry: bool) -> Iterator[Row | None]:
 
 
 def _images_per_second(name: str, ways: tuple[str, ...], mode: str, dry: bool) -> Iterator[Row | None]:
+    from hybridzoo.layers.inference import Fusible
+
     batch = 1 if dry else BATCH
-    steps = {way: step_of(name, way, dry, mode == "compiled")[0] for way in ways}
+    made = {way: step_of(name, way, dry, mode == "compiled") for way in ways}
+    steps = {way: step for way, (step, _) in made.items()}
     if mode == "compiled":
         for step in steps.values():
             _warm(step)
@@ -166,6 +174,19 @@ def _images_per_second(name: str, ways: tuple[str, ...], mode: str, dry: bool) -
     if mode == "eager" and name in PROFILED and not dry:
         for way, step in steps.items():
             yield dict(op=name, way=way, mode="profiler", batch=batch, **shares(step))
+    if mode == "eager" and isinstance(made["inference"][1], Fusible) and not name.startswith("plain "):
+        yield _fused(name, *made["inference"], batch, dry)
+
+
+def _fused(name: str, step: Callable[[], object], model: Any, batch: int, dry: bool) -> Row:
+    row: Row = dict(op=name, way="inference", mode="fused, graph", batch=batch)
+    try:
+        model.fuse()
+        row |= timing.measure([step], dry, 0.4)
+        row["images_per_s"] = batch / row["median_us"] * 1e6
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:2000]
+    return row
 
 
 def _warm(step: Callable[[], object]) -> None:
