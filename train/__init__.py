@@ -1,4 +1,15 @@
-"""The engine around the backbones: one way to train, test and predict for three tasks, and the command line's verbs.
+"""Training: one engine for three tasks, and what a config of mmengine, mmdet or mmseg needs to use this package.
 
-Importing this package imports nothing else: the command line passes through here, and its help answers at once.
+Importing it (`custom_imports = dict(imports=["hybridzoo.train"])` in a config) registers our backbone, necks, hooks and
+optimizers, puts torchvision's operators in the place of mmcv's compiled ones where those are missing, and lets
+`_base_ = "hybridzoo::mask-rcnn"` name our recipes. A process of our command line does all that when a verb needs it.
 """
+
+from hybridzoo import _is_our_command
+
+if not _is_our_command():
+    try:
+        from hybridzoo.train import registration  # noqa: F401
+    except ModuleNotFoundError as missing:  # without the [train] extra, the modules that do without it work
+        if (missing.name or "").partition(".")[0] not in ("mmengine", "rich", "wandb"):
+            raise

@@ -76,14 +76,16 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
         print(f"hybridzoo {__version__}")
 
 
-@app.command("list", epilog=examples("list", "list 'biformer_s*'", "list --configs digits"))
+@app.command("list", epilog=examples("list", "list 'biformer_s*'", "list --recipes upernet"))
 def list_(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="A part of the name, or with * and ?.")] = "",
-    configs: Annotated[bool, typer.Option("--configs", help="List training configs instead of models.")] = False,
+    recipes: Annotated[
+        bool, typer.Option("--recipes", "--configs", help="List what may be trained by name instead of models.")
+    ] = False,
 ) -> None:
-    """List the models, or the training configs."""
-    if configs:
-        tables.show(tables.configs(model_info.find_configs(pattern)))
+    """List the models, or the recipes."""
+    if recipes:
+        tables.show(tables.recipes(model_info.find_recipes(pattern)))
     else:
         tables.show(tables.models([model_info.summarize(name) for name in model_info.find_models(pattern)]))
 

@@ -44,7 +44,6 @@ class Network:
         mean, std: of the input, for values in [0, 1].
         interpolation, crop_pct: of its published evaluation.
         any_size: arguments without which it would take its published size alone.
-        takes: whether it has the argument `drop_path_rate`.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Network:
     interpolation: str
     crop_pct: float
     any_size: tuple[tuple[str, Any], ...]
-    drops_paths: bool
 
     @property
     def layer_decay(self) -> float | None:
@@ -111,7 +109,6 @@ def _read(name: str, frozen: Any) -> Network:
         interpolation=cfg.get("interpolation") or "bicubic",
         crop_pct=float(cfg.get("crop_pct") or 0.875),
         any_size=tuple(_any_size(name, arguments, bool(cfg.get("fixed_input_size"))).items()),
-        drops_paths=_takes(name, "drop_path_rate"),
     )
 
 
@@ -124,9 +121,11 @@ def _make(name: str, arguments: dict[str, Any]) -> Any:
         raise UserError(f"model {name}: {error}") from error
 
 
-def _takes(name: str, argument: str) -> bool:
+@lru_cache(maxsize=256)
+def _takes(name: str, argument: str, value: float = 0.0) -> bool:
+    """Whether a model has an argument and can be made with that value of it."""
     try:
-        _make(name, {argument: 0.0})
+        _make(name, {argument: value})
     except UserError:
         return False
     return True
@@ -196,9 +195,10 @@ def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[
         UserError: a network that the recipe cannot use.
     """
     holder = network_of(config)
-    network = read_network(holder["name"], **network_arguments(config))
-    if holder.get("drop_path_rate") is not None and not network.drops_paths:
+    check_network(holder["name"])
+    if holder.get("drop_path_rate") is not None and not _takes(holder["name"], "drop_path_rate"):
         del holder["drop_path_rate"]
+    network = read_network(holder["name"], **network_arguments(config))
     groups = config.get("optim_wrapper", {}).get("paramwise_cfg") or {}
     if "layer_decay" in groups and "optim_wrapper.paramwise_cfg.layer_decay" not in given:
         groups["layer_decay"] = network.layer_decay
@@ -208,6 +208,13 @@ def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[
         _fit_dense(config, network, given)
     else:
         _fit_classifier(config, network, given)
+
+
+def fit_dense(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Put the network's widths into the necks and heads of a detector or segmentor, in place; nothing else changes."""
+    backbone = config.model.backbone
+    if backbone.get("type") == "PyramidBackbone":
+        _fit_dense(config, read_network(backbone["name"], **network_arguments(config)), given)
 
 
 def _fit_classifier(config: Config, network: Network, given: set[str]) -> None:
@@ -233,9 +240,9 @@ def _for_size(network: Network, size: int, arguments: dict[str, Any]) -> dict[st
     """Arguments with which a network of fixed size is built for another one."""
     if not network.any_size and not timm.get_pretrained_cfg(network.name).fixed_input_size:
         return {}
-    if _takes(network.name, "img_size") is False or "img_size" in arguments:
-        return dict(network.any_size)
-    return {"img_size": size}
+    if "img_size" not in arguments and _takes(network.name, "img_size", size):
+        return {"img_size": size}
+    return dict(network.any_size)
 
 
 def _fit_dense(config: Config, network: Network, given: set[str]) -> None:
@@ -254,7 +261,7 @@ def _fit_dense(config: Config, network: Network, given: set[str]) -> None:
         if wanted[0] < own[0]:  # no level as fine as the finest anchors: the published neck of such networks
             _finer_fpn(config, network, wanted)
             return
-    if "strides" in backbone:
+    if backbone.get("strides"):
         if "model.backbone.strides" not in given:  # what a network of three coarse stages computes is not thrown away
             backbone.strides = (*backbone.strides, *(stride for stride in own if stride > max(backbone.strides)))
         widths = [level.width for level in pyramid(info, backbone.strides)]

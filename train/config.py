@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import atexit
+import copy
 import difflib
+import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,41 @@ from mmengine import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.names import TASKS, find_config, is_model, list_configs
+from hybridzoo.train.names import TASKS, Recipe, find_config, is_model, recipes
 
 # `mmseg::` bases: mmengine looks for a distribution called mmsegmentation, which may be onedl's.
 MODULE2PACKAGE["mmseg"] = "mmseg"
+
+_mmengines_path = Config._get_cfg_path
+
+
+def _path_of_base(base: str, filename: str) -> tuple[str, str | None]:
+    """mmengine's way from a `_base_` to its file, and ours where it is `hybridzoo::NAME`.
+
+    mmengine looks for `package::folder/file.py` inside a package; a published run of ours has no file, and no recipe a
+    folder.
+    """
+    package, colons, name = base.partition("::")
+    if not colons or package != "hybridzoo":
+        return _mmengines_path(base, filename)
+    recipe = recipes().get(name.removesuffix(".py"))
+    if recipe is None or not recipe.published:
+        return str(find_config(name)), None
+    composed = Path(_folder_of_runs(), f"{recipe.name}.py")
+    if not composed.is_file():
+        load_config(recipe.name).dump(composed)
+    return str(composed), None
+
+
+@functools.cache
+def _folder_of_runs() -> str:
+    """A folder for published runs as files, which goes when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="hybridzoo-recipes-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+Config._get_cfg_path = staticmethod(_path_of_base)
 
 # Top-level keys that mmengine's Runner or our engine reads although a config need not name them.
 _OPTIONAL_KEYS = {
@@ -76,8 +111,11 @@ def load_config(
     if model is None and is_model(str(name_or_path)):
         name_or_path, model = "finetune", str(name_or_path)
     path = find_config(name_or_path)
+    recipe = recipes().get(str(name_or_path).removesuffix(".py"))
     try:
-        config = Config.fromfile(path)
+        config = Config.fromfile(path, import_custom_modules=False)  # the task imports them when it needs them
+        if recipe is not None and recipe.published:
+            config = _published(config, recipe)
     except Exception as error:  # a config is Python: anything can go wrong inside it
         raise UserError(f"config {path}: {type(error).__name__}: {_first_line(error)}") from error
     if config.get("task") not in TASKS:
@@ -95,14 +133,67 @@ def load_config(
         config, epochs=epochs, batch_size=batch_size, lr=lr, img_size=img_size, freeze=freeze, workers=workers
     )
     left = dict(config.pop("settle", None) or {})
+    published = recipe is not None and recipe.published
     if left.pop("network", False) or model is not None:
         compose.fit(config, given)
         network = compose.network_of(config)["name"]
-        if path in list_configs().values():  # of a file of one's own the name says enough
-            config = _renamed(config, f"{path.stem}_{network}.py")
+        if recipe is not None:  # of a file of one's own the name says enough
+            config = _renamed(config, f"{recipe.name}_{network}.py" if not published or model else f"{recipe.name}.py")
+    elif published and config.task != "classification":
+        compose.fit_dense(config, given)
     if left:
         config.settle = {**left, "given": sorted(given)}
+    _complete(config)
     return config
+
+
+def _complete(config: Config) -> None:
+    """Add what mmdet's and mmseg's own entry points ask of a config: their visualizer, a test pipeline, our modules."""
+    task = config.task
+    imports = ["hybridzoo.train", f"hybridzoo.train.{task}"]
+    own = config.get("custom_imports") or {}
+    config.custom_imports = {
+        "allow_failed_imports": False,
+        **own,
+        "imports": [*imports, *(name for name in _listed(own.get("imports")) if name not in imports)],
+    }
+    if task == "classification":
+        return
+    if not config.get("visualizer"):
+        kind = {"detection": "DetLocalVisualizer", "segmentation": "SegLocalVisualizer"}[task]
+        config.visualizer = {"type": kind, "vis_backends": [{"type": "LocalVisBackend"}], "name": "visualizer"}
+    dataset = (config.get("test_dataloader") or config.get("val_dataloader") or {}).get("dataset") or {}
+    if dataset.get("pipeline"):
+        config.test_pipeline = copy.deepcopy(dataset["pipeline"])
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _published(config: Config, recipe: Recipe) -> Config:
+    """A published run: a recipe with the facts of its row."""
+    changes = copy.deepcopy(dict(recipe.changes))
+    network = {"name": recipe.network, **recipe.arguments}
+    if "backbone" in config.model:
+        changes["model"] = merged(changes.get("model", {}), {"backbone": network})
+    else:
+        changes["model"] = merged(changes.get("model", {}), network)
+    config.merge_from_dict(changes)
+    if "val_dataloader" in changes and config.get("test_dataloader"):
+        config.merge_from_dict({"test_dataloader": changes["val_dataloader"]})
+    if recipe.weights:
+        config.start = recipe.weights
+    return _renamed(config, f"{recipe.name}.py")
+
+
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two nested dicts as one; the second's values win."""
+    result = dict(one)
+    for key, value in other.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
 
 
 def _renamed(config: Config, filename: str) -> Config:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from mmengine import Config
 
-import hybridzoo.train.backbone  # registers PyramidBackbone
-import hybridzoo.train.necks  # noqa: F401 - registers FinerFPN
+import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmdet asks
 from hybridzoo.train import coco, scenes
 from hybridzoo.train.layouts import SPLITS, How, inspect_detection
 

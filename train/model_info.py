@@ -1,9 +1,7 @@
 """What `hybridzoo list` and `hybridzoo info` know about models: our cards; of timm's own, the network itself."""
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridzoo.checkpoints import Card, cards
@@ -145,22 +143,14 @@ def count_macs(model: "nn.Module", input_size: Sequence[int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def find_configs(pattern: str = "") -> list[tuple[str, str, str]]:
-    """(name, task, first line of the docstring) of the training configs that match, as `find_models` matches.
-
-    The docstrings are read without running the configs, which would import mmdet and mmseg.
+def find_recipes(pattern: str = "") -> list[names.Recipe]:
+    """The recipes that match, as `find_models` matches; nothing of them is run.
 
     Raises:
         UserError: nothing matches; the message has the nearest names.
     """
-    known = names.list_configs()
-    found = names.matching(pattern, known, "config", "type: hybridzoo list --configs")
-    return [(name, known[name].parent.name, _title(known[name])) for name in found]
-
-
-def _title(config: Path) -> str:
-    docstring = ast.get_docstring(ast.parse(config.read_text(encoding="utf-8")))
-    return docstring.splitlines()[0] if docstring else ""
+    known = names.recipes()
+    return [known[name] for name in names.matching(pattern, known, "recipe", "type: hybridzoo list --recipes")]
 
 
 def _card(arch: str, tag: str = "") -> Card:

@@ -5,19 +5,28 @@ Nothing here imports torch, timm or mmengine, which take seconds: a name is righ
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib.util
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import hybridzoo.configs
 from hybridzoo.checkpoints import cards
 from hybridzoo.train.errors import UserError
 
 TASKS = ("classification", "detection", "segmentation")
+
+EVERYDAY = {
+    "finetune": "classification",
+    **dict.fromkeys(("mask-rcnn", "cascade-mask-rcnn", "retinanet", "dino"), "detection"),
+    **dict.fromkeys(("upernet", "fpn", "segformer", "mask2former"), "segmentation"),
+}
 
 _TIMM_ENTRYPOINT = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
 
@@ -81,11 +90,59 @@ def check_weights(name: str) -> None:
         raise UserError(f"weights {name}: no such file, and no published weights are called so; {near}")
 
 
-def list_configs() -> dict[str, Path]:
-    """Short name (the file's stem) -> path of every config that comes with the package, by task, then name."""
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What one may train by name, as `hybridzoo list --recipes` shows it.
+
+    Attributes:
+        name: as `train` takes it.
+        path: the config file, or the one that a published run is made of.
+        task: of `TASKS`.
+        network: the published run's, or the recipe's default one.
+        arguments: of the network, for the published run.
+        changes: what else of the config is this run's own.
+        score: as published, and `source` says where; empty where nothing is known.
+        weights: published ones to start from; empty where the run starts from scratch.
+        time: how long it takes, measured or estimated.
+        note: what differs from the authors' training, or is not known of it.
+        published: a run of its authors, not a recipe for own data or a demo.
+    """
+
+    name: str
+    path: Path
+    task: str
+    network: str = ""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    score: str = ""
+    source: str = ""
+    weights: str = ""
+    time: str = ""
+    note: str = ""
+    published: bool = False
+
+
+@functools.cache
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name: those for own data, the demos on the embedded digits, then the published runs by family."""
     root = Path(hybridzoo.configs.__path__[0])
-    files = [*sorted(root.glob("*.py")), *(path for task in TASKS for path in sorted((root / task).glob("*.py")))]
-    return {path.stem: path for path in files if path.stem != "__init__"}
+    found = []
+    for path in sorted(root.glob("*.py")):
+        if path.stem != "__init__":
+            found.append(Recipe(path.stem, path, EVERYDAY[path.stem]))
+    for task in TASKS:
+        found += [Recipe(path.stem, path, task) for path in sorted((root / task).glob("*.py"))]
+    for file in sorted((root / "published").glob("*.json")):
+        for name, row in json.loads(file.read_text(encoding="utf-8")).items():
+            base = root / "_base_" / f"{row.pop('recipe')}.py"
+            changes, task = row.pop("config", {}), base.stem.partition("_")[0]
+            found.append(Recipe(name, base, task, changes=changes, published=True, **row))
+    return {recipe.name: recipe for recipe in found}
+
+
+def list_configs() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package; a published run's is the one that it is made of."""
+    return {name: recipe.path for name, recipe in recipes().items()}
 
 
 def find_config(name_or_path: str | Path) -> Path:
@@ -102,7 +159,7 @@ def find_config(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path
     near = difflib.get_close_matches(path.stem, [*known, *our_models()], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list --configs` shows the known ones"
+    hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list --recipes` shows the known ones"
     raise UserError(f"unknown config {text!r}: {hint}")
 
 

@@ -10,9 +10,12 @@ import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim.lamb import Lamb
 from torch import nn
 
 from hybridzoo.train.errors import UserError
+
+OPTIMIZERS.register_module(module=Lamb)
 
 
 @OPTIM_WRAPPERS.register_module()

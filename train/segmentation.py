@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mmengine import Config
 
-import hybridzoo.train.backbone  # noqa: F401 - registers PyramidBackbone
+import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmseg asks
 from hybridzoo.train import scenes
 from hybridzoo.train.images import read_mask
 from hybridzoo.train.layouts import IGNORED, SPLITS, How, inspect_segmentation, masked_images

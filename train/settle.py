@@ -149,8 +149,6 @@ def _resize(config: Config, side: int) -> set[str]:
                         step[name] = resized(step[name])
     if config.model.get("data_preprocessor", {}).get("size"):
         config.model.data_preprocessor.size = resized(config.model.data_preprocessor.size)
-    if config.get("test_pipeline"):
-        config.test_pipeline = config.val_dataloader.dataset.pipeline
     return set()
 
 

@@ -11,11 +11,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hybridzoo.train import names
+
 if TYPE_CHECKING:
     from hybridzoo.checkpoints import Card
     from hybridzoo.checkpoints.verification import Verification
     from hybridzoo.train.layouts import Report
     from hybridzoo.train.model_info import Facts, Summary
+    from hybridzoo.train.names import Recipe
     from hybridzoo.train.predict import Prediction
 
 _WIDEST = 10_000  # columns: on a pipe no line is ever wrapped
@@ -50,11 +53,17 @@ def models(summaries: Iterable["Summary"]) -> Table:
     return table
 
 
-def configs(entries: Iterable[tuple[str, str, str]]) -> Table:
-    """One line per config: name, task, what its docstring says first."""
-    table = _table("name!", "task", "about")
+def recipes(entries: Iterable["Recipe"]) -> Table:
+    """One line per recipe: name, task, network, published score and its source, weights that it starts from."""
+    table = _table("name!", "task", "network", "published", "weights")
     for entry in entries:
-        table.add_row(*entry)
+        if entry.published:
+            score = f"{entry.score} ({entry.source})" if entry.score else "-"
+            table.add_row(entry.name, entry.task, entry.network, score, entry.weights or "from scratch")
+        elif entry.name in names.EVERYDAY:
+            table.add_row(entry.name, entry.task, "any: --model NAME", "your data", "the network's own")
+        else:
+            table.add_row(entry.name, entry.task, "biformer_tiny", "embedded digits", "see --help of train")
     return table
 
 

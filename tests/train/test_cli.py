@@ -68,12 +68,15 @@ def test_list_takes_a_pattern(call, pattern):
     assert "biformer_base" not in out
 
 
-def test_list_configs_reads_their_titles(call):
-    code, out, _ = call("list", "--configs", "tiny_digits")
+def test_list_recipes_shows_task_network_score_and_weights(call):
+    code, out, _ = call("list", "--recipes", "rcnn")
     assert code == 0
-    line = next(line for line in out.splitlines() if line.split()[:1] == ["biformer_tiny_digits"])
-    assert "classification" in line
-    assert "handwritten digits" in line
+    lines = {line.split()[0]: re.split(r"  +", line.strip()) for line in out.splitlines() if line.strip()}
+    task, network, score, weights = lines["mask-rcnn_agent_swin_tiny_1x_coco"][1:5]
+    assert (task, network, weights) == ("detection", "agent_swin_tiny", "agent_swin_tiny.in1k")
+    assert score.startswith("box AP 44.6, mask AP 40.7")
+    assert lines["mask-rcnn"][1:3] == ["detection", "any: --model NAME"]
+    assert "upernet" not in lines
 
 
 SMALLEST = {card.family: card.model for card in sorted(cards(), key=lambda c: -c.params)}

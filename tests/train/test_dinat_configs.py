@@ -15,6 +15,7 @@ from hybridzoo.train.names import list_configs
 
 FINE_TUNED = {name for name in list_configs() if "dinat_" in name and "_in22k_ft_in1k" in name}
 OURS = {name for name in list_configs() if "nat_" in name or name.startswith("vitrpb_")} - FINE_TUNED
+OURS -= {"mask2former_dinat_large_160k_ade20k"}
 ISOTROPIC = ("nat_isotropic", "dinat_isotropic", "vitrpb")
 DROP_PATH = {  # method: by size, or by model where it differs from NAT's and DiNAT's of that size
     "classification": dict(mini=0.2, tiny=0.2, small=0.3, base=0.5)

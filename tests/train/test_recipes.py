@@ -1,0 +1,360 @@
+"""Any network with any recipe by one line: what follows from the network, the data and the machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+import photographs
+from mmengine import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner as MMRunner
+
+from hybridzoo.__main__ import main
+from hybridzoo.train import published, settle
+from hybridzoo.train.compose import read_network
+from hybridzoo.train.config import load_config
+from hybridzoo.train.engine import prepare
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.names import EVERYDAY
+
+DENSE = [name for name, task in EVERYDAY.items() if task != "classification"]
+# Four levels; a stem level before them; three coarse stages; one stride.
+NETWORKS = ("test_convnext", "test_resnet", "efficientvit_msra_m0", "test_vit")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    return photographs.scenes(tmp_path_factory.mktemp("scenes"), side=96, count=4)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    return photographs.image_folder(tmp_path_factory.mktemp("photographs"), side=48, count=4)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def dense_model(config, device="meta"):
+    prepare(config)
+    with DefaultScope.overwrite_default_scope(config.default_scope), torch.device(device):
+        return MODELS.build(config.model).eval()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("recipe", DENSE)
+def test_any_network_fits_any_dense_recipe(recipe, network):
+    config = load_config(recipe, model=network)
+    device = "cpu" if recipe == "mask2former" else "meta"  # its pixel decoder reads numbers out of tensors
+    model = dense_model(config, device)
+    with torch.no_grad():
+        features = model.extract_feat(torch.zeros(2, 3, 96, 128, device=device))
+    if config.task == "detection":
+        head = getattr(model, "rpn_head", model.bbox_head if hasattr(model, "bbox_head") else None)
+        if hasattr(head, "prior_generator"):
+            sizes = [(-(-96 // s), -(-128 // s)) for s, _ in head.prior_generator.strides]
+            assert [tuple(level.shape[2:]) for level in features] == sizes
+        assert {level.shape[1] for level in features} == {256}
+    elif recipe != "mask2former":
+        assert model.decode_head(features).shape == (2, 150, 24, 32)
+    else:
+        mask_features, _ = model.decode_head.pixel_decoder(features)
+        assert mask_features.shape == (2, 256, 24, 32)
+
+
+def test_a_three_stage_network_has_its_published_neck():
+    for recipe, finer, coarser in (("mask-rcnn", 2, 0), ("retinanet", 1, 1)):
+        for network in ("efficientvit_msra_m4", "shvit_s4"):
+            neck = load_config(recipe, model=network).model.neck
+            assert (neck.type, neck.finer, neck.coarser) == ("FinerFPN", finer, coarser)
+            assert list(neck.in_channels) == [width for width, _ in read_network(network).levels]
+
+
+def test_a_networks_name_fine_tunes_it():
+    config = load_config("maxvit_tiny")
+    assert config.model.name == "maxvit_tiny"
+    assert config.filename == "finetune_maxvit_tiny.py"
+    assert load_config("finetune", model="maxvit_tiny").to_dict() == config.to_dict()
+
+
+def test_the_input_follows_from_the_network():
+    config = load_config("vit_tiny_patch16_224")
+    cfg = timm.get_pretrained_cfg("vit_tiny_patch16_224")
+    for loader in (config.train_dataloader, config.val_dataloader):
+        assert tuple(loader.dataset.transform.mean) == cfg.mean
+        assert loader.dataset.transform.input_size == 224
+    assert config.val_dataloader.dataset.transform.crop_pct == cfg.crop_pct
+    small = load_config("vit_tiny_patch16_224", img_size=64)
+    assert small.val_dataloader.dataset.transform.input_size == 64
+    model = timm.create_model(small.model.name, img_size=small.model.img_size)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("network", ["dinat_mini", "maxvit_tiny", "test_vit", "shvit_s1"])
+def test_the_stem_learns_at_a_tenth_whatever_the_depth(network):
+    found = read_network(network)
+    assert found.layer_decay**found.depth == pytest.approx(0.1, rel=0.01)
+
+
+def test_an_argument_that_a_network_lacks_is_left_out():
+    assert "drop_path_rate" in load_config("finetune", model="test_convnext").model
+    assert "drop_path_rate" not in load_config("finetune", model="shvit_s1").model
+
+
+def test_short_options():
+    options = {"epochs": 40, "batch_size": 6, "lr": 3e-4, "img_size": 320, "freeze": 2, "workers": 3}
+    config = load_config("mask-rcnn", model="test_convnext", **options)
+    warmup, cosine = config.param_scheduler
+    assert (config.train_cfg.max_epochs, warmup.end, cosine.begin, cosine.end) == (40, 2, 2, 40)
+    assert (config.train_dataloader.batch_size, config.optim_wrapper.optimizer.lr) == (6, 3e-4)
+    assert config.model.backbone.frozen_stages == 2
+    assert config.train_dataloader.num_workers == config.val_dataloader.num_workers == 3
+    pipelines = (config.train_dataloader.dataset.pipeline, config.test_pipeline)
+    sizes = [step[key] for steps in pipelines for step in steps for key in ("scale", "crop_size") if key in step]
+    assert sizes
+    assert all(tuple(size) == (320, 320) for size in sizes)
+    segmentor = load_config("upernet", img_size=256)
+    assert tuple(segmentor.model.data_preprocessor.size) == (256, 256)
+    published_run = load_config("mask-rcnn_nat_mini_3x_coco", epochs=12)
+    assert list(published_run.param_scheduler[1].milestones) == [9, 11]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"epochs": 0}, "--epochs 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"lr": 0.0}, "--lr 0"),
+        ({"img_size": 8}, "--img-size 8"),
+        ({"freeze": -1}, "--freeze -1"),
+        ({"workers": -1}, "--workers -1"),
+        ({"model": "convnext_tinny"}, "convnext_tiny"),
+    ],
+)
+def test_bad_short_options(options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        load_config("finetune", **options)
+
+
+def test_iterations_have_no_epochs():
+    with pytest.raises(UserError, match=r"counts iterations.*max_iters"):
+        load_config("upernet_dinat_mini_160k_ade20k", epochs=3)
+
+
+def test_options_win_over_what_follows_from_the_network():
+    options = ["model.neck.in_channels=[1,2,3,4]", "optim_wrapper.paramwise_cfg.layer_decay=0.5"]
+    config = load_config("mask-rcnn", options, model="test_convnext")
+    assert list(config.model.neck.in_channels) == [1, 2, 3, 4]
+    assert config.optim_wrapper.paramwise_cfg.layer_decay == 0.5
+
+
+def test_what_follows_from_the_number_of_images():
+    def settled(images, *, started=True, **options):
+        config = load_config("finetune", model="test_convnext", **options)
+        settle.fit_data(config, images, started=started)
+        assert "settle" not in config
+        return config
+
+    few, many = settled(50), settled(50_000)
+    assert (few.train_dataloader.batch_size, few.train_cfg.max_epochs) == (12, 100)
+    assert (many.train_dataloader.batch_size, many.train_cfg.max_epochs) == (32, 10)
+    assert "custom_hooks" not in few
+    assert many.custom_hooks[0].type == "TimmEMAHook"
+    for config in (few, many):
+        warmup, cosine = config.param_scheduler
+        assert warmup.end == cosine.begin == pytest.approx(config.train_cfg.max_epochs / 20)
+    scratch = settled(1000, started=False)
+    assert "layer_decay" not in scratch.optim_wrapper.paramwise_cfg
+    assert scratch.train_cfg.max_epochs > settled(1000).train_cfg.max_epochs
+    own = settled(50, epochs=3, batch_size=7, lr=1e-5)
+    assert (own.train_cfg.max_epochs, own.train_dataloader.batch_size) == (3, 7)
+    assert own.optim_wrapper.optimizer.lr == 1e-5
+    assert settled(4, epochs=1).param_scheduler == []
+
+
+def test_freeze_leaves_the_classifiers_stages_as_they_are():
+    from hybridzoo.train.classification import ImageClassifier
+
+    model = ImageClassifier("test_convnext", num_classes=3, frozen_stages=1).train()
+    learning = {
+        name.split(".")[1] for name, p in model.model.named_parameters() if p.requires_grad and "stages" in name
+    }
+    assert learning == {"1", "2", "3"}
+    assert not model.model.stem.training
+    with pytest.raises(UserError, match="freeze 9"):
+        ImageClassifier("test_convnext", frozen_stages=9)
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_cannot_be_had_are_one_line(capsys):
+    config = load_config("finetune", model="dinat_mini")
+    assert settle.starting_weights(config, None) is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("from scratch: no weights of dinat_mini here (")
+    assert line.endswith("; give --weights FILE")
+    assert settle.starting_weights(config, "none") is None
+    assert capsys.readouterr().out == ""
+
+
+def test_timms_own_weights_are_brought_once_and_fit(tmp_path, monkeypatch):
+    """A repository of the hub in the cache, as timm would leave it there."""
+    from safetensors.torch import save_file
+
+    name = "test_convnext.r160_in1k"
+    file = tmp_path / "model.safetensors"
+    save_file(timm.create_model(name).state_dict(), file)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: str(file))
+    found = published.weights_of("test_convnext")
+    assert found.is_file()
+    file.unlink()
+    assert published.weights_of("test_convnext") == found  # kept
+    with pytest.raises(published.Unavailable, match="none are published"):
+        published.weights_of("ascan_tiny")
+
+
+# Whole runs, and what they leave to the entry points of mmengine, mmdet and mmseg -------------------------------------
+
+
+def run(*words: object) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([str(word) for word in words]) == 0
+
+
+TINY = ("--epochs", 1, "--workers", 0, "--no-wandb", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def detector(scenes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("detector")
+    run("train", "retinanet", "--model", "test_convnext", "--data", scenes, "--img-size", 96, "--batch-size", 2, *TINY,
+        "--work-dir", folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmentor(scenes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("segmentor")
+    run("train", "segformer", "--model", "test_resnet", "--data", scenes, "--img-size", 96, "--batch-size", 2, *TINY,
+        "--work-dir", folder)  # fmt: skip
+    return folder
+
+
+def saved_config(folder: Path) -> str:
+    (file,) = folder.glob("*.py")
+    return str(file)
+
+
+def test_a_classifier_in_one_line(images, tmp_path, capsys):
+    run("train", "test_convnext", "--data", images, "--img-size", 48, "--freeze", 1, *TINY, "--work-dir", tmp_path)
+    assert "from scratch: no weights of test_convnext here" in capsys.readouterr().out
+    config = Config.fromfile(saved_config(tmp_path))
+    assert config.model.num_classes == 4
+    assert config.train_cfg.max_epochs == 1
+    assert "settle" not in config
+    assert (tmp_path / "final.pth").is_file()
+
+
+def test_mmdets_entry_points_take_a_run(detector, scenes, tmp_path):
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
+
+    picture = str(next((scenes / "images/val").iterdir()))
+    model = init_detector(saved_config(detector), str(detector / "final.pth"), device="cpu")
+    assert model.dataset_meta["classes"] == photographs.COINS
+    assert hasattr(inference_detector(model, picture), "pred_instances")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inferencer = DetInferencer(
+            saved_config(detector), str(detector / "final.pth"), device="cpu", show_progress=False
+        )
+        found = inferencer(picture, out_dir=str(tmp_path), no_save_pred=False)
+    assert set(found["predictions"][0]) >= {"bboxes", "labels", "scores"}
+    assert list((tmp_path / "vis").iterdir())
+
+
+def test_mmsegs_entry_points_take_a_run(segmentor, scenes, tmp_path):
+    from mmseg.apis import MMSegInferencer, inference_model, init_model
+
+    picture = str(next((scenes / "images/val").iterdir()))
+    model = init_model(saved_config(segmentor), str(segmentor / "final.pth"), device="cpu")
+    assert inference_model(model, picture).pred_sem_seg.data.shape == (1, 96, 96)
+    inferencer = MMSegInferencer(saved_config(segmentor), str(segmentor / "final.pth"), device="cpu")
+    inferencer(picture, out_dir=str(tmp_path))
+    assert list((tmp_path / "vis").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmentor"])
+def test_mmengines_runner_trains_what_a_run_left(kind, request, tmp_path):
+    config = Config.fromfile(saved_config(request.getfixturevalue(kind)))
+    config.work_dir = str(tmp_path)
+    runner = MMRunner.from_cfg(config)
+    runner.train()
+    assert list(tmp_path.glob("epoch_1.pth"))
+    logging.getLogger().handlers.clear()
+
+
+# Configs of one's own -------------------------------------------------------------------------------------------------
+
+
+def test_a_config_of_ones_own_in_two_lines(scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(f'_base_ = "hybridzoo::mask-rcnn"\ndata_root = {str(scenes)!r}\n')
+    config = Config.fromfile("mine.py")
+    assert config.model.type == "MaskRCNN"
+    assert list(config.model.neck.in_channels) == [64, 128, 256, 512]
+    composed = load_config("mine.py", model="test_resnet", epochs=2)
+    assert composed.data_root == str(scenes)
+    assert list(composed.model.neck.in_channels) == [width for width, stride in read_network("test_resnet").levels[1:]]
+
+
+def test_a_published_run_as_a_base(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text('_base_ = "hybridzoo::upernet_nat_tiny_160k_ade20k"\ntrain_dataloader = dict(batch_size=1)\n')
+    config = Config.fromfile(file)
+    assert (config.model.backbone.name, config.model.backbone.drop_path_rate) == ("nat_tiny", 0.3)
+    assert config.train_dataloader.batch_size == 1
+    file.write_text('_base_ = "hybridzoo::mask-rccn"\n')
+    with pytest.raises(UserError, match="mask-rcnn"):
+        load_config(file)
+
+
+def test_a_strangers_config_needs_one_import(tmp_path):
+    file = tmp_path / "stranger.py"
+    file.write_text(
+        'custom_imports = dict(imports=["hybridzoo.train"])\n'
+        '_base_ = ["mmdet::_base_/models/retinanet_r50_fpn.py"]\n'
+        'model = dict(backbone=dict(_delete_=True, type="PyramidBackbone", name="test_convnext"),'
+        " neck=dict(in_channels=[24, 32, 48, 64]))\n"
+    )
+    import subprocess
+    import sys
+
+    code = f"""
+import json
+from mmengine import Config
+config = Config.fromfile({str(file)!r})
+import torch, warnings
+warnings.simplefilter("ignore")
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+register_all_modules()
+from mmcv.ops import nms
+kept = nms(torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9]]), torch.tensor([0.9, 0.8]), 0.5)[1]
+print(json.dumps([type(MODELS.build(config.model).backbone).__name__, kept.tolist()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["PyramidBackbone", [0]]

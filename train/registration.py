@@ -1,0 +1,17 @@
+"""Make mmengine, mmdet and mmseg know this package: imported by `hybridzoo.train`, for its effects."""
+
+import importlib.util
+
+import hybridzoo.backbones
+import hybridzoo.train.backbone
+import hybridzoo.train.config
+import hybridzoo.train.hooks
+import hybridzoo.train.necks
+import hybridzoo.train.optim
+import hybridzoo.train.progress
+import hybridzoo.train.tracking  # noqa: F401
+
+if importlib.util.find_spec("mmcv") is not None:
+    from hybridzoo.train import mmcv_ops
+
+    mmcv_ops.install()
