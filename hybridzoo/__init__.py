@@ -24,5 +24,7 @@ def _is_our_command() -> bool:
     return Path(program).stem == "hybridzoo"
 
 
-if not _is_our_command():
+IS_OUR_COMMAND = _is_our_command()  # asked now: Python changes the words once it has found the module to run
+
+if not IS_OUR_COMMAND:
     from hybridzoo import backbones
