@@ -58,9 +58,17 @@ def classification(
 
 
 def detection(
-    root: Path, change: Callable[[dict[str, Any]], Any] = lambda coco: None, split: str = "train", **encoding: Any
+    root: Path,
+    change: Callable[[dict[str, Any]], Any] = lambda coco: None,
+    split: str | None = "train",
+    **encoding: Any,
 ) -> Path:
-    """Two objects an image, of categories 1 "cat" and 2 "cup"; `change` edits the annotations of `split` in place."""
+    """Two objects an image, of categories 1 "cat" and 2 "cup".
+
+    Args:
+        change: edits the annotations of `split`, or of both, in place.
+        **encoding: of the JSON files.
+    """
     (root / "annotations").mkdir(parents=True)
     for part, count in (("train", 4), ("val", 2)):
         (root / "images" / part).mkdir(parents=True)
@@ -75,7 +83,7 @@ def detection(
                 annotations.append({**box, "area": w * h, "iscrowd": 0, "segmentation": [corners]})
         categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "cup"}]
         coco = {"images": images, "annotations": annotations, "categories": categories}
-        if part == split:
+        if split in (part, None):
             change(coco)
         text = json.dumps(coco)
         (root / "annotations" / f"{part}.json").write_text(text, **{"encoding": "utf-8", **encoding})

@@ -55,7 +55,7 @@ def evaluators(config: Config, kind: str) -> Iterator[Any]:
 
 def read_by_ours(config: Config) -> None:
     """Let every pipeline of `config` load its pictures by our reader, with the config's `white_value`."""
-    for step in dicts(config):
+    for step in dicts(list(config.values())):
         kind = step.get("type")
         if isinstance(kind, type) and issubclass(kind, mmcv.transforms.LoadImageFromFile):
             step["type"] = kind = kind.__name__  # a class in a config would pass the registry by
