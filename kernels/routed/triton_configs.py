@@ -36,7 +36,7 @@ TABLE: Table = {
     ("backward_single", 16, 2): Config(64, 64, 4, 1, 168),
     ("backward_single", 32, 2): Config(64, 64, 4, 1),
     ("backward_single", 64, 2): Config(32, 64, 4, 1),
-    ("forward_small", 32, 2): Config(64, 64, 4, 2),
+    ("forward_small", 32, 2): Config(64, 32, 4, 3),
     ("backward_small", 32, 2): Config(256, 32, 8, 1),
 }
 
@@ -50,20 +50,21 @@ def candidates(key: Key, default: Config) -> list[Config]:
     """What a tuning run tries for `key` beside `default`. In `backward_small`, queries are those of the whole map."""
     if key.kernel == "forward_small":
         blocks = [
-            (64, 64, 4),
             (64, 32, 4),
-            (32, 32, 2),
             (32, 64, 2),
-            (32, 64, 4),
+            (64, 64, 4),
+            (16, 64, 1),
+            (32, 32, 2),
+            (16, 32, 1),
             (128, 64, 8),
-            (128, 32, 8),
-            (64, 64, 8),
+            (64, 128, 4),
         ]
-        found = [Config(*block, stages) for stages in (2, 3, 1) for block in blocks]
+        found = [Config(*block, stages) for stages in (3, 2, 4) for block in blocks]
     elif key.kernel == "backward_single":  # keys are those of a region
         found = [Config(queries, 64, warps, n) for queries in (64, 32) for warps in (4, 8, 2) for n in (1, 2)]
     elif key.kernel == "backward_small":
-        found = [Config(256, keys, warps, stages) for keys in (64, 32, 16) for warps in (8, 16, 4) for stages in (1, 2)]
+        blocks = [(64, 4), (64, 8), (32, 4), (32, 8), (64, 16), (128, 8)]
+        found = [Config(256, *block, stages) for stages in (1, 2) for block in blocks]
     else:
         found = tuning.candidates(default)
     return [config for config in found if config != default]

@@ -272,8 +272,11 @@ def _small(kind: str, call: _Call) -> Recipe:
     keys = min(config.keys, all_tokens)
     while keys > 32 and (grid.tokens - 1 + keys - 1) // grid.tokens > 31:  # a block may reach into 32 regions
         keys //= 2
+    # A smaller block for what is left of the keys, if that saves half of one.
+    last = max(SMALLEST_BLOCK, triton.next_power_of_2(tokens % keys))
+    last = last if tokens % keys and last <= keys // 2 else 0
     arguments = _sizes(call) | dict(
-        tiles=tiles, QUERIES=queries, KEYS=keys,
+        tiles=tiles, QUERIES=queries, KEYS=keys, LAST=last, SLOTS=triton.next_power_of_2(call.topk),
         REGIONS=grid.regions, COLUMNS=grid.columns, REGION_H=grid.height, REGION_W=grid.width,
     )  # fmt: skip
     return Recipe.of(getattr(triton_kernels, kind), call.shape[3] * tiles * call.shape[0], arguments, config)

@@ -406,21 +406,50 @@ def tokens_of(first, height, width, COLUMNS: tl.constexpr, REGION_H: tl.constexp
 
 
 @triton.jit
-def masks(routes, query_region, exists, height, width, topk, COLUMNS: tl.constexpr, REGION_H: tl.constexpr,
-          REGION_W: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def masks(
+    routes, first, query_region, exists, height, width, topk,
+    REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
+    QUERIES: tl.constexpr, SLOTS: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
     """Of every query: a bit for each region listed, how many listed tokens lie beyond the map; whether one is twice."""
-    mask = tl.zeros_like(query_region).to(tl.uint64)
-    again = mask
-    number = mask.to(tl.float32)
-    for slot in range(topk):
-        region = tl.load(routes + query_region * topk + slot).to(tl.int32)
-        bit = tl.full([1], 1, tl.uint64) << (region & 63).to(tl.uint64)
-        again |= mask & bit
-        mask |= bit
+    TOKENS: tl.constexpr = REGION_H * REGION_W
+    if (TOKENS & (TOKENS - 1)) == 0 and QUERIES % TOKENS == 0:
+        # The routes of all of the tile's regions at once, next to each other in memory; then one mask for each token.
+        region = first // TOKENS + tl.arange(0, QUERIES // TOKENS)
+        slot = tl.arange(0, SLOTS)
+        there = (region < REGIONS)[:, None] & (slot < topk)[None, :]
+        listed = tl.load(routes + region[:, None] * topk + slot[None, :], mask=there, other=0).to(tl.int32)
+        bits = tl.where(there, tl.full([1, 1], 1, tl.uint64) << (listed & 63).to(tl.uint64), 0)
+        of_region = tl.reduce(bits, 1, either)
+        pairs = of_region - ((of_region >> 1) & 0x5555555555555555)  # bits are counted: pairs, fours, eights, all
+        fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
+        eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
+        repeated = tl.sum(there.to(tl.int32), 1) - ((eights * 0x0101010101010101) >> 56).to(tl.int32)
+        mask = tl.reshape(tl.broadcast_to(of_region[:, None], [QUERIES // TOKENS, TOKENS]), [QUERIES])
+        twice = tl.max(repeated, 0) > 0
+        number = tl.zeros([QUERIES], tl.float32)
         if FILL:
-            number += beyond_of(region, COLUMNS, REGION_H, REGION_W, height, width)
-    mask = tl.where(exists, mask, 0)
-    return mask, tl.where(exists, number, 0.0), tl.max((again != 0).to(tl.int32), 0) > 0
+            beyond = tl.where(there, beyond_of(listed, COLUMNS, REGION_H, REGION_W, height, width), 0.0)
+            number = tl.broadcast_to(tl.sum(beyond, 1)[:, None], [QUERIES // TOKENS, TOKENS])
+            number = tl.reshape(number, [QUERIES])
+    else:
+        mask = tl.zeros_like(query_region).to(tl.uint64)
+        again = mask
+        number = mask.to(tl.float32)
+        for slot in range(topk):
+            region = tl.load(routes + query_region * topk + slot).to(tl.int32)
+            bit = tl.full([1], 1, tl.uint64) << (region & 63).to(tl.uint64)
+            again |= mask & bit
+            mask |= bit
+            if FILL:
+                number += beyond_of(region, COLUMNS, REGION_H, REGION_W, height, width)
+        twice = tl.max((again != 0).to(tl.int32), 0) > 0
+    return tl.where(exists, mask, 0), tl.where(exists, number, 0.0), twice
 
 
 @triton.jit
@@ -448,16 +477,67 @@ def times(weights, routes, query_region, first, topk, TOKENS: tl.constexpr, KEYS
     return total
 
 
+@triton.jit
+def attend_block(
+    first, q, key, value, mask, query_region, routes, largest, total, result, factor,
+    height, width, topk, stride_h, stride_w,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
+    TWICE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`forward_small` for one block; `largest` is in the units of the products, `factor` of them to base 2."""
+    TOKENS: tl.constexpr = REGION_H * REGION_W
+    _, key_row, key_column, key_exists = tokens_of(first, height, width, COLUMNS, REGION_H, REGION_W, REGIONS, KEYS)
+    offsets = key_row * stride_h + key_column * stride_w
+    k = load_tokens(key, offsets, HEAD_DIM, BLOCK_D)
+    v = load_tokens(value, offsets, HEAD_DIM, BLOCK_D)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = tl.where(chosen(mask, first, key_exists, TOKENS, KEYS, EXACT), scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    base = tl.where(larger == float("-inf"), 0.0, larger * factor)  # of a row that has seen no key yet: any number
+    shrink = tl.exp2(largest * factor - base)
+    weights = tl.exp2(scores * factor - base[:, None])
+    if TWICE:
+        weights = times(weights, routes, query_region, first, topk, TOKENS, KEYS)
+    total = total * shrink + tl.sum(weights, 1)
+    result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
+    return larger, total, result
+
+
+@triton.jit
+def attend_small(
+    q, key, value, mask, query_region, routes, largest, total, result, factor,
+    height, width, topk, stride_h, stride_w,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr,
+    REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
+    TWICE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`forward_small` for all keys: blocks of KEYS, and where a smaller one takes the rest, one of LAST."""
+    WHOLE: tl.constexpr = REGIONS * REGION_H * REGION_W // KEYS * KEYS
+    for first in range(0, WHOLE if LAST else REGIONS * REGION_H * REGION_W, KEYS):
+        largest, total, result = attend_block(
+            first, q, key, value, mask, query_region, routes, largest, total, result, factor,
+            height, width, topk, stride_h, stride_w, HEAD_DIM, BLOCK_D, KEYS, REGIONS, COLUMNS, REGION_H, REGION_W,
+            TWICE, EXACT, PRECISION,
+        )  # fmt: skip
+    if LAST:
+        largest, total, result = attend_block(
+            WHOLE, q, key, value, mask, query_region, routes, largest, total, result, factor,
+            height, width, topk, stride_h, stride_w, HEAD_DIM, BLOCK_D, LAST, REGIONS, COLUMNS, REGION_H, REGION_W,
+            TWICE, EXACT, PRECISION,
+        )  # fmt: skip
+    return largest, total, result
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_small(
     query, key, value, routes, fill, out, lse, scale,
     heads, height, width, topk, tiles, stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
-    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of queries against the whole map, KEYS at a time."""
-    TOKENS: tl.constexpr = REGION_H * REGION_W
     program = tl.program_id(0)
     head = program % heads
     tile = program // heads % tiles
@@ -468,11 +548,17 @@ def forward_small(
     start = image * stride_b + head * stride_n
     q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
     routes += image * REGIONS * topk
-    mask, number, twice = masks(routes, query_region, exists, height, width, topk, COLUMNS, REGION_H, REGION_W, FILL)
+    mask, number, twice = masks(
+        routes, tile * QUERIES, query_region, exists, height, width, topk,
+        REGIONS, COLUMNS, REGION_H, REGION_W, QUERIES, SLOTS, FILL,
+    )  # fmt: skip
 
+    # The largest score is found among products, so the factor on them must not be negative; nor 0, times infinity.
+    q = tl.where(scale < 0, -q, q)
+    factor = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
     if FILL:  # tokens beyond the map are all alike: one key with a multiplicity, seen before the others
         fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
-        score = tl.sum(q.to(tl.float32) * fill_key, 1) * (scale * LOG2E)
+        score = tl.sum(q.to(tl.float32) * fill_key, 1)
         largest = tl.where(number > 0, score, float("-inf"))
         total = number
         result = number[:, None] * fill_value
@@ -480,27 +566,24 @@ def forward_small(
         largest = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    for first in range(0, REGIONS * TOKENS, KEYS):
-        _, key_row, key_column, key_exists = tokens_of(first, height, width, COLUMNS, REGION_H, REGION_W, REGIONS, KEYS)
-        offsets = key_row * stride_h + key_column * stride_w
-        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where(chosen(mask, first, key_exists, TOKENS, KEYS, EXACT), scores, UNSEEN)
-        # A row that has seen no key yet holds equal weights for UNSEEN ones; the first seen key scales them to 0.
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        shrink = tl.exp2(largest - larger)
-        weights = tl.exp2(scores - larger[:, None])
-        if twice:
-            weights = times(weights, routes, query_region, first, topk, TOKENS, KEYS)
-        total = total * shrink + tl.sum(weights, 1)
-        result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
-        largest = larger
+    if twice:
+        largest, total, result = attend_small(
+            q, key + start, value + start, mask, query_region, routes, largest, total, result, factor,
+            height, width, topk, stride_h, stride_w, HEAD_DIM, BLOCK_D, KEYS, LAST,
+            REGIONS, COLUMNS, REGION_H, REGION_W, True, EXACT, PRECISION,
+        )  # fmt: skip
+    else:
+        largest, total, result = attend_small(
+            q, key + start, value + start, mask, query_region, routes, largest, total, result, factor,
+            height, width, topk, stride_h, stride_w, HEAD_DIM, BLOCK_D, KEYS, LAST,
+            REGIONS, COLUMNS, REGION_H, REGION_W, False, EXACT, PRECISION,
+        )  # fmt: skip
 
+    total = tl.where(exists, total, 1.0)  # other rows are routed to nothing
     pixels = (row * width + column) * heads + head  # into contiguous (height, width, heads)
     first_pixel = image * height * width * heads
     store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+    tl.store(lse + first_pixel + pixels, (largest * factor + tl.log2(total)) / LOG2E, mask=exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -509,7 +592,7 @@ def backward_small(
     heads, height, width, topk, stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
-    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: all gradients of one head of an image. QUERIES are all of them; a loop over KEYS at a time."""
     TOKENS: tl.constexpr = REGION_H * REGION_W
@@ -527,7 +610,10 @@ def backward_small(
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     routes += image * REGIONS * topk
     # Rows that repeat the last query, or stand for one beyond the map, have an empty mask, so they add nothing.
-    mask, number, twice = masks(routes, query_region, exists, height, width, topk, COLUMNS, REGION_H, REGION_W, FILL)
+    mask, number, twice = masks(
+        routes, 0, query_region, exists, height, width, topk,
+        REGIONS, COLUMNS, REGION_H, REGION_W, QUERIES, SLOTS, FILL,
+    )  # fmt: skip
 
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     if FILL:
