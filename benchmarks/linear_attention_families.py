@@ -1,31 +1,25 @@
 """Agent attention and InLine attention: every host's smallest network beside a plain transcription of its paper.
 
     python benchmarks/linear_attention_families.py [--models NAME ...] [--batch N] [--repeats 15] [--threads N]
-        [--compile] [--kernels] [--no-training] [--out FILE.md]
+        [--no-training] [--out FILE.md]
 
 The plain network is ours, weights and all, with everything that is ours in it (attentions, MLPs, stems, merging of
 patches) swapped for modules that say what the papers say, line by line, over PyTorch's own layers. Both must agree
-before anything is timed. Inference as created, then a training step (forward and backward). `fuse()` changes nothing
-here: no host has a batch norm.
+before anything is timed. Inference as created, then a training step (forward and backward).
 
-Medians of interleaved runs, in one process a network; on a GPU if there is one (batch 64, bf16, channels-last; there
-networks get ready, which with `--compile` takes minutes, side by side, and are measured one after the other), else on
-the CPU (batch 8, float32). `--kernels` counts the time in which a GPU's kernels run, as the profiler says, and not the
-gaps between them, in which it waits for Python. Absolute times of a shared machine prove nothing: read the ratios.
+Medians of interleaved runs on the CPU (batch 8, float32), in one process a network; for a GPU see `python -m
+benchmarks.gpu`. Absolute times of a shared machine prove nothing: read the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from threading import Barrier, Lock
 from typing import Any
 
 import measuring
@@ -219,47 +213,20 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def prepared(model: nn.Module, device: torch.device) -> nn.Module:
-    if device.type == "cuda":
-        return model.to(device, torch.bfloat16, memory_format=torch.channels_last)
-    return model
-
-
-def images(batch: int, side: int, device: torch.device) -> Tensor:
-    x = torch.randn(batch, 3, side, side, device=device)
-    return x.to(torch.bfloat16, memory_format=torch.channels_last) if device.type == "cuda" else x
-
-
-together: tuple[Barrier, Lock] | None = None  # of the processes that share a GPU: all are ready; whose turn it is
-
-
-def meet(ready: Barrier, turn: Lock) -> None:
-    global together
-    together = ready, turn
-
-
-def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+def measure_host(name: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of both networks, forward and forward + backward, every run; checks that they agree."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     ours = timm.create_model(name).eval()
     pair = {"plain": plain(ours), "ours": ours}
-    x = images(2, 224, torch.device("cpu")).float()
+    x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected, out = pair["plain"](x), pair["ours"](x)
     error = ((out - expected).abs().max() / expected.std()).item()
     assert error < 1e-4, f"{name}: the outputs differ by {error:.1e} of their deviation"
-    pair = {key: prepared(model, device) for key, model in pair.items()}
-    if device.type == "cuda":
-        x = x.to(device, torch.bfloat16, memory_format=torch.channels_last)
-        with torch.no_grad():
-            off = {key: (model(x).float().cpu() - expected).abs().max() for key, model in pair.items()}
-        assert off["ours"] < 2 * off["plain"] + 0.02 * expected.std(), f"{name}: bfloat16 is off by {off}"
-    run = {key: torch.compile(model) if args.compile else model for key, model in pair.items()}
-    x = images(args.batch, 224, device)
+    x = torch.randn(args.batch, 3, 224, 224)
     times: dict[str, list[float]] = {}
-    watch = measuring.kernel_time if args.kernels else measuring.timed
 
     def forward(model: Callable[[Tensor], Tensor]) -> None:
         with torch.no_grad():
@@ -272,28 +239,18 @@ def measure_host(name: str, args: argparse.Namespace, device: torch.device) -> d
         for model in pair.values():
             model.train(way == "both")
         for _ in range(count):
-            for key, model in run.items():
-                seconds = watch(lambda m=model: step(m), device)
+            for key, model in pair.items():
+                seconds = measuring.timed(lambda m=model: step(m), torch.device("cpu"))
                 times.setdefault(f"{key} {way}", []).append(seconds)
 
     ways = {"forward": (forward, args.repeats), "both": (both_ways, max(2, args.repeats // 2))}
     if not args.training:
         del ways["both"]
-    turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if together:
-        for way, (step, _) in ways.items():
-            repeat(way, step, 2)  # compiles
-            torch.cuda.empty_cache()
-        ready, turn = together
-        ready.wait()
-    with turn:
-        for way, (step, count) in ways.items():
-            repeat(way, step, 2)  # the first ones warm up, malloc's thresholds too
-            for key in pair:
-                del times[f"{key} {way}"]
-            repeat(way, step, count)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    for way, (step, count) in ways.items():
+        repeat(way, step, 2)  # the first ones warm up, malloc's thresholds too
+        for key in pair:
+            del times[f"{key} {way}"]
+        repeat(way, step, count)
     return times
 
 
@@ -306,46 +263,23 @@ def cells(times: dict[str, list[float]], way: str) -> list[str]:
     return [*both, f"{middle:.2f}x ({low:.2f}-{high:.2f})"]
 
 
-def threads_each(args: argparse.Namespace) -> int:
-    return args.threads or max(1, (os.cpu_count() or 1) // len(args.models))
-
-
-def measure_together(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """`measure_host` among others: nobody waits for one that failed."""
-    assert together
-    torch.set_num_threads(threads_each(args))
-    try:
-        return measure_host(name, args, device)
-    except BaseException:
-        together[0].abort()
-        raise
-
-
-def measure_all(args: argparse.Namespace, device: torch.device) -> list[dict[str, list[float]]]:
+def measure_all(args: argparse.Namespace) -> list[dict[str, list[float]]]:
     """What `measure_host` gives, in a process each: what malloc keeps of one network would speed up the next."""
-    spawn, screen, names = multiprocessing.get_context("spawn"), Console(stderr=True), args.models
-    if device.type == "cuda":
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads_each(args)))
-        meeting = spawn.Barrier(len(names)), spawn.Lock()
-        with ProcessPoolExecutor(len(names), spawn, meet, meeting) as pool:
-            jobs = [pool.submit(measure_together, name, args, device) for name in names]
-            return [job.result() for job in track(jobs, "measuring", console=screen)]
     times = []
-    for name in track(names, "measuring", console=screen):
-        with ProcessPoolExecutor(1, spawn) as alone:
-            times.append(alone.submit(measure_host, name, args, device).result())
+    for name in track(args.models, "measuring", console=Console(stderr=True)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            times.append(alone.submit(measure_host, name, args).result())
     return times
 
 
-def compare(args: argparse.Namespace, device: torch.device, where: str) -> None:
+def compare(args: argparse.Namespace, where: str) -> None:
     columns = ["network", "plain, ms", "ours", "ratio"]
     columns += ["plain, training step", "ours", "ratio"] if args.training else []
     ways = ("forward", "both") if args.training else ("forward",)
     rows = []
-    for name, times in zip(args.models, measure_all(args, device), strict=True):
+    for name, times in zip(args.models, measure_all(args), strict=True):
         rows.append([name, *(cell for way in ways for cell in cells(times, way))])
-    how = ("compiled" if args.compile else "eager") + (", kernels alone" if args.kernels else "")
-    title = f"Whole networks at 224 px beside a plain transcription, {how}, batch {args.batch}, {where}"
+    title = f"Whole networks at 224 px beside a plain transcription, eager, batch {args.batch}, {where}"
     report(
         title,
         columns,
@@ -368,23 +302,15 @@ def report(title: str, columns: list[str], rows: list[list[str]], out: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, help="registered names")
-    parser.add_argument("--batch", type=int, help="default 64 on a GPU, 8 on a CPU")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15, help="of inference; half as many of training")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
-    parser.add_argument("--kernels", action="store_true", help="time of a GPU's kernels alone")
     parser.add_argument("--no-training", dest="training", action="store_false", help="inference only")
     parser.add_argument("--out", type=Path, help="also write the table as Markdown")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.kernels and device.type != "cuda":
-        parser.error("--kernels: PyTorch finds no GPU here")
-    args.batch = args.batch or (64 if device.type == "cuda" else 8)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    where += ", bfloat16" if device.type == "cuda" else ""
-    compare(args, device, f"{where}, torch {torch.__version__}")
+    compare(args, f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -43,15 +43,6 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def kernel_time(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds that the kernels of one call run on a GPU, without the gaps in which it waits for the next one."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        timed(step, device)
-    events = profiler.key_averages()
-    return sum(e.self_device_time_total for e in events if e.device_type.name == "CUDA") * 1e-6
-
-
 def medians(steps: Mapping[str, Callable[[], object]], budget: float, device: torch.device) -> dict[str, float]:
     """Median seconds of each step after one run to warm up; in turns, at least three, until `budget` seconds are over.
 
@@ -91,13 +82,6 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def copy_speed(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy on a GPU."""
-    source = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return 2 * FLUSH_BYTES / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
 class Traffic(TorchDispatchMode):

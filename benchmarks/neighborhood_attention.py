@@ -1,17 +1,15 @@
 """Neighborhood attention at DiNAT-Tiny shapes, kernel 7, with a trainable bias: ours beside what else one can run.
 
-    python benchmarks/neighborhood_attention.py [--batch 128] [--shapes 224] [--out neighborhood_attention.md]
+    python benchmarks/neighborhood_attention.py [--batch 2] [--shapes 224] [--out neighborhood_attention.md]
 
-On a GPU if there is one (bfloat16), else on the CPU (float32). One process, medians of interleaved runs, after a check
+On the CPU, float32; for a GPU see `python -m benchmarks.gpu`. One process, medians of interleaved runs, after a check
 that all agree. Absolute times of a shared machine prove nothing: read the ratios. Contenders:
 
-* torch, triton: `na2d` with that `impl`;
+* torch: `na2d` with that `impl`;
 * gather: every query's neighborhood of keys and values gathered by indexing, then attended to;
 * dense: PyTorch's `scaled_dot_product_attention` over the whole map, mask and bias given as one matrix, for maps of up
-  to 4096 tokens;
-* flex: compiled FlexAttention with the same mask and bias (CUDA only: elsewhere it has no gradient).
+  to 4096 tokens.
 
-"Floor" is the time in which the maps that must move (4 forward, 8 backward) move at this GPU's measured copy speed.
 "Memory" is the peak of forward + backward above what is there before.
 """
 
@@ -35,9 +33,8 @@ from torch import Tensor
 from hybridzoo.kernels import na2d
 from hybridzoo.kernels.neighborhood import reference
 
-KERNEL, HEAD_DIM = 7, 32
+KERNEL, HEAD_DIM, CPU = 7, 32, torch.device("cpu")
 DENSE_MAX_TOKENS = 4096  # its bias is quadratic
-OURS = ("torch", "triton")
 Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -98,51 +95,16 @@ def dense(shape: Shape, device: torch.device) -> Function:
     return attend
 
 
-def flex(shape: Shape, device: torch.device) -> Function:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def seen(query: Tensor, key: Tensor, length: int) -> Tensor:
-        residue, members = query % shape.dilation, (length - query % shape.dilation - 1) // shape.dilation + 1
-        start = (query // shape.dilation - KERNEL // 2).clamp(torch.zeros_like(members), (members - KERNEL).clamp(0))
-        place = key // shape.dilation
-        return (key % shape.dilation == residue) & (place >= start) & (place < start + KERNEL)
-
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        rows = seen(i // shape.width, j // shape.width, shape.height)
-        return rows & seen(i % shape.width, j % shape.width, shape.width)
-
-    tokens = shape.height * shape.width
-    block_mask = create_block_mask(mask, None, None, tokens, tokens, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
-        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            steps_h = torch.div(j // shape.width - i // shape.width, shape.dilation, rounding_mode="floor")
-            steps_w = torch.div(j % shape.width - i % shape.width, shape.dilation, rounding_mode="floor")
-            # Masked pairs of a visited block are looked up too, and must stay inside the table.
-            row, column = (s.clamp(1 - KERNEL, KERNEL - 1) + KERNEL - 1 for s in (steps_h, steps_w))
-            return score + rpb[h, row, column]
-
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-        out = compiled(q, k, v, score_mod=add_bias, block_mask=block_mask)
-        return out.transpose(1, 2).unflatten(1, shape[:2])
-
-    return attend
-
-
 class Case:
     """One shape's tensors; runs and measures functions on them."""
 
-    def __init__(self, shape: Shape, batch: int, device: torch.device) -> None:
+    def __init__(self, shape: Shape, batch: int) -> None:
         torch.manual_seed(0)
-        self.device = device
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         size = (batch, shape.height, shape.width, 3, shape.heads, HEAD_DIM)
-        self.packed = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+        self.packed = torch.randn(size, requires_grad=True)
         table = 2 * KERNEL - 1
-        self.rpb = torch.randn(shape.heads, table, table, device=device, dtype=dtype, requires_grad=True)
-        self.grad = torch.randn(*size[:3], *size[4:], device=device, dtype=dtype)
-        self.map_bytes = self.grad.nbytes
+        self.rpb = torch.randn(shape.heads, table, table, requires_grad=True)
+        self.grad = torch.randn(*size[:3], *size[4:])
 
     def forward(self, function: Function) -> Tensor:
         return function(*self.packed.unbind(3), self.rpb)
@@ -154,21 +116,19 @@ class Case:
         return torch.autograd.grad(out, (self.packed, self.rpb), self.grad)
 
     def check(self, functions: dict[str, Function], truth: Function) -> None:
-        """All results and gradients of the first image against `truth` in float32."""
+        """All results and gradients of the first image against `truth`."""
         inputs = [self.packed[:1], self.rpb]
 
-        def run(function: Function, dtype: torch.dtype) -> list[Tensor]:
-            packed, rpb = (t.detach().to(dtype).requires_grad_() for t in inputs)
+        def run(function: Function) -> list[Tensor]:
+            packed, rpb = (t.detach().requires_grad_() for t in inputs)
             out = function(*packed.unbind(3), rpb)
-            return [out, *torch.autograd.grad(out, (packed, rpb), self.grad[:1].to(dtype))]
+            return [out, *torch.autograd.grad(out, (packed, rpb), self.grad[:1])]
 
-        expected = run(truth, torch.float32)
+        expected = run(truth)
         for name, function in functions.items():
-            tolerance = 2e-2 if self.packed.dtype == torch.bfloat16 else 1e-4
-            tolerance *= 1 if name in OURS else 3  # others round more of what they compute to bfloat16
-            for what, ours, right in zip(("out", "dqkv", "drpb"), run(function, self.rpb.dtype), expected, strict=True):
-                error = ((ours.float() - right).abs().max() / right.abs().max()).item()
-                if not error <= tolerance:
+            for what, ours, right in zip(("out", "dqkv", "drpb"), run(function), expected, strict=True):
+                error = ((ours - right).abs().max() / right.abs().max()).item()
+                if not error <= 1e-4:
                     raise SystemExit(f"{name} disagrees with the gather formulation: {what} off by {error:.1e}")
 
     def times(self, functions: dict[str, Function], repeats: int) -> dict[str, tuple[float, float]]:
@@ -178,27 +138,22 @@ class Case:
             for name, function in functions.items():
                 with torch.no_grad():
                     self.forward(function)  # what other contenders left in caches and allocator is not its own cost
-                    samples[name][0].append(measuring.seconds(lambda f=function: self.forward(f), self.device))
+                    samples[name][0].append(measuring.seconds(lambda f=function: self.forward(f), CPU))
                 self.both_ways(function)
                 out = self.forward(function)
-                samples[name][1].append(measuring.seconds(lambda out=out: self.backward(out), self.device))
+                samples[name][1].append(measuring.seconds(lambda out=out: self.backward(out), CPU))
                 del out
         return {name: (statistics.median(f), statistics.median(b)) for name, (f, b) in samples.items()}
 
 
-def measure(
-    shape: Shape, batch: int, repeats: int, device: torch.device, speed: float | None
-) -> tuple[list[list[str]], str | None]:
+def measure(shape: Shape, batch: int, repeats: int) -> tuple[list[list[str]], str | None]:
     """Rows of the table, one a contender; and a sentence where dense attention needs less time than ours."""
-    case = Case(shape, batch, device)
-    functions: dict[str, Function] = {"gather": gather(shape, device), "torch": ours(shape, "torch")}
-    if device.type == "cuda":
-        functions["triton"] = ours(shape, "triton")
-        functions["flex"] = flex(shape, device)
+    case = Case(shape, batch)
+    functions: dict[str, Function] = {"gather": gather(shape, CPU), "torch": ours(shape, "torch")}
     if shape.height * shape.width <= DENSE_MAX_TOKENS:
-        functions["dense"] = dense(shape, device)
+        functions["dense"] = dense(shape, CPU)
     case.check(functions, functions["gather"])
-    memory = {n: measuring.peak_memory(lambda f=f: case.both_ways(f), device) for n, f in functions.items()}
+    memory = {n: measuring.peak_memory(lambda f=f: case.both_ways(f), CPU) for n, f in functions.items()}
     seconds = case.times(functions, repeats)
     rows, slow = [], seconds["gather"]
     for name, (forward, backward) in seconds.items():
@@ -206,11 +161,8 @@ def measure(
         cells = [size, str(shape.heads), str(shape.dilation), name, *(_milliseconds(t) for t in (forward, backward))]
         cells += [f"{slow[0] / forward:.1f}x", f"{sum(slow) / (forward + backward):.1f}x"]
         cells.append("" if used is None else f"{used / 2**20:.0f}")
-        if speed:
-            cells += [f"{maps * case.map_bytes / speed / t:.0%}" for maps, t in ((4, forward), (8, backward))]
         rows.append(cells)
-    best = "triton" if "triton" in seconds else "torch"
-    mine, whole = seconds[best], seconds.get("dense", (float("inf"),) * 2)
+    mine, whole = seconds["torch"], seconds.get("dense", (float("inf"),) * 2)
     wins = [way for way, i in (("forward", 0), ("backward", 1)) if whole[i] < mine[i]]
     where = f"{shape.height}x{shape.width}, dilation {shape.dilation}"
     numbers = [f"{_milliseconds(whole[i])} to {_milliseconds(mine[i])} ms" for i in (0, 1)]
@@ -223,28 +175,24 @@ def _milliseconds(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, help="at 224 px; default 128 on a GPU, 2 on a CPU (800x1344: 2 and 1)")
+    parser.add_argument("--batch", type=int, default=2, help="at 224 px; default 2 (800x1344: 1)")
     parser.add_argument("--shapes", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, help="also write the tables as Markdown")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
-    speed = measuring.copy_speed(device) if gpu else None
-    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    where = f"CPU, {torch.get_num_threads()} threads"
     columns = ["map", "heads", "dilation", "", "forward ms", "backward ms", "over gather: forward"]
-    columns += ["forward + backward", "memory MiB", *(["floor: forward", "backward"] if gpu else [])]
+    columns += ["forward + backward", "memory MiB"]
     lines = []
     for name, shapes in SHAPES.items():
         if args.shapes not in (name, "all"):
             continue
-        batch = (args.batch or (128 if gpu else 2)) if name == "224" else (2 if gpu else 1)
+        batch = args.batch if name == "224" else 1
         rows, faster = [], []
         for shape in track(shapes, f"measuring {name}", console=Console(stderr=True)):
-            more, wins = measure(shape, batch, args.repeats, device, speed)
+            more, wins = measure(shape, batch, args.repeats)
             rows += more
             faster += [wins] if wins else []
-            torch._dynamo.reset()  # each shape compiles its own FlexAttention
         title = f"Neighborhood attention, DiNAT-Tiny at {name} px, batch {batch}, {where}, torch {torch.__version__}"
         table = Table(*columns, title=title)
         for i, row in enumerate(rows):
@@ -254,8 +202,6 @@ def main() -> None:
         lines += ["| " + " | ".join(r) + " |" for r in (columns, ["---"] * len(columns), *rows)] + [""]
         if faster:
             lines += [f"Dense attention is faster (its time to ours, forward, backward) at {'; '.join(faster)}.", ""]
-    if speed:
-        lines.append(f"Measured copy speed: {speed / 1e12:.2f} TB/s.")
     if args.out:
         args.out.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -107,7 +107,7 @@ def _na2d(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> Cas
         forms["torch"] = lambda: plain.ours(where, "torch")
         forms["gather"] = lambda: plain.gather(where, packed.device)
         forms["sdpa, same mask and bias"] = lambda: plain.dense(where, packed.device)
-        forms["flex"] = lambda: plain.flex(where, packed.device)
+        forms["flex"] = lambda: _flex_na2d(where, kernel, packed.device)
     return Case("na2d", shape, [packed, rpb], lambda f: f(*packed.unbind(3), rpb), grad, forms)
 
 
@@ -150,6 +150,39 @@ def _routed(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> C
 def _region_of(grid: Any, height: int, width: int, device: torch.device) -> Tensor:
     row = torch.arange(height, device=device) // grid.height
     return (row[:, None] * grid.columns + torch.arange(width, device=device) // grid.width).flatten()
+
+
+def _flex_na2d(shape: Any, kernel: int, device: torch.device) -> Function:
+    """Of FlexAttention, compiled, with the same mask and bias."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(query: Tensor, key: Tensor, length: int) -> Tensor:
+        residue, members = query % shape.dilation, (length - query % shape.dilation - 1) // shape.dilation + 1
+        start = (query // shape.dilation - kernel // 2).clamp(torch.zeros_like(members), (members - kernel).clamp(0))
+        place = key // shape.dilation
+        return (key % shape.dilation == residue) & (place >= start) & (place < start + kernel)
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        rows = seen(i // shape.width, j // shape.width, shape.height)
+        return rows & seen(i % shape.width, j % shape.width, shape.width)
+
+    tokens = shape.height * shape.width
+    block_mask = create_block_mask(mask, None, None, tokens, tokens, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            steps_h = torch.div(j // shape.width - i // shape.width, shape.dilation, rounding_mode="floor")
+            steps_w = torch.div(j % shape.width - i % shape.width, shape.dilation, rounding_mode="floor")
+            # Masked pairs of a visited block are looked up too, and must stay inside the table.
+            row, column = (s.clamp(1 - kernel, kernel - 1) + kernel - 1 for s in (steps_h, steps_w))
+            return score + rpb[h, row, column]
+
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        out = compiled(q, k, v, score_mod=add_bias, block_mask=block_mask)
+        return out.transpose(1, 2).unflatten(1, shape[:2])
+
+    return attend
 
 
 def _flex(seen: Tensor, region: Tensor, scale: float, size: Any) -> Function:
