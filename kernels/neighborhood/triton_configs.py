@@ -155,14 +155,17 @@ def candidates(key: Key, default: Config) -> list[Config]:
     groups, windows = key.shape.split(", kernel ")
     members = (tuple(map(int, side.split("+"))) for side in groups.split(" x "))
     rows, columns = itertools.starmap(Axis, zip(members, map(int, windows.split(" x ")), strict=True))
-    blocks = sorted(_blocks(key.kernel, rows, columns, key.block_d, key.itemsize))
+    own = (*OWN, 32) if key.kernel == "forward_whole" else OWN  # too many registers for a default
+    blocks = sorted(_blocks(key.kernel, rows, columns, key.block_d, key.itemsize, own))
     blocks = [block for block in blocks if block[0] <= 1.7 * blocks[0][0]]
     blocks.sort(key=lambda block: {block[1], block[2]} != {default.queries, default.keys})
     found = []
     for warps, stages in ((2, 3), (1, 3), (4, 3), (2, 2), (4, 2), (1, 2), (8, 2), (4, 1), (2, 1)):
         for order, (_, own, other) in enumerate(blocks[:3]):
             queries, keys = (other, own) if key.kernel == "backward_key_whole" else (own, other)
-            if 8 <= own * other / (32 * warps) <= 128:
+            # Sixteen rows are what a warp multiplies; backward, 64 scores a thread, several times over, are too many.
+            most = 64 if key.kernel == "forward_whole" or own == 64 else 32
+            if warps <= max(4, own // 16) and own // 16 <= 2 * warps and own * other / (32 * warps) <= most:
                 found.append((order * 3, Config(queries, keys, warps, stages)))
     by_worth = sorted(enumerate(found), key=lambda pair: pair[0] + pair[1][0])
     return [config for _, (_, config) in by_worth if config != default]
@@ -192,7 +195,9 @@ def _whole_block(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: i
     return Config(queries, keys, warps, stages)
 
 
-def _blocks(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -> list[tuple[float, int, int]]:
+def _blocks(
+    kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, sides: tuple[int, ...] | None = None
+) -> list[tuple[float, int, int]]:
     """Cost, about cycles of a multiprocessor for an image, and blocks `(own side, other side)` that hold a tile."""
     found = []
     if kind == "backward_dense" or itemsize == 4:
@@ -201,7 +206,7 @@ def _blocks(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -
         fits = fits and (itemsize == 2 or tokens * block_d * itemsize <= DENSE_MAX_BYTES)
         return [(0.0, tokens, tokens)] if rows.dense and columns.dense and fits else []
     most, scores = HELD[kind].get(block_d, (0, 0))
-    for own, other in itertools.product(OWN, OTHER):
+    for own, other in itertools.product(OWN if sides is None else sides, OTHER):
         if own > min(other, most) or own * other > scores or other > MAX_OTHER[kind]:
             continue
         if 2 * other * block_d * itemsize > MAX_SHARED or (block_d == 16 and other == 256):

@@ -191,8 +191,8 @@ def forward_whole(
         start = tl.cast(image, tl.int64) * stride_b + head * stride_n
         first_pixel = tl.cast(image, tl.int64) * height * width * heads
         q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D, some)
+        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D, some)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         largest = tl.max(scores, 1)
         weights = tl.exp2(scores - largest[:, None])
@@ -291,8 +291,8 @@ def backward_query_whole(
         start = tl.cast(image, tl.int64) * stride_b + head * stride_n
         first_pixel = tl.cast(image, tl.int64) * height * width * heads
         q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D, some)
+        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D, some)
         g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
         norm = tl.load(lse + first_pixel + pixels) * LOG2E
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -353,8 +353,8 @@ def backward_key_whole(
         first_pixel = tl.cast(image, tl.int64) * height * width * heads
         k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D)
-        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
-        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D, some)
+        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D, some)
         norm = tl.load(lse + first_pixel + pixels) * LOG2E
         d = tl.load(delta + first_pixel + pixels)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
