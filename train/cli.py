@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybridzoo.train import checkpoint_verbs, model_info, names, tables
-from hybridzoo.train.errors import UserError
+from hybridzoo.train.errors import Terminated, UserError
 from hybridzoo.train.help import examples
+from hybridzoo.train.plain import printable
 
 if TYPE_CHECKING:
     import mmengine
@@ -248,7 +249,8 @@ def run(argv: Sequence[str]) -> int:
         argv: words after the program's name; none shows the help.
 
     Returns:
-        0 when the verb did its work, 2 on bad input or where a package is missing, 130 when interrupted.
+        0 when the verb did its work, 2 on bad input or where a package is missing, 130 when interrupted,
+        143 when terminated.
     """
     command = typer.main.get_command(app)
     try:
@@ -265,6 +267,10 @@ def run(argv: Sequence[str]) -> int:
         return _fail(f'this needs {package}; type: pip install "hybridzoo[{EXTRAS[package]}]"')
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
+    except Terminated as end:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(end, file=sys.stderr)
+        return 143
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # mmengine's bare `except` turns it into another
             return _interrupted()
@@ -323,5 +329,5 @@ def _interrupted() -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

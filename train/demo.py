@@ -25,7 +25,7 @@ from rich.console import Console
 from hybridzoo.train import draw, report
 from hybridzoo.train.config import load_config
 from hybridzoo.train.digits import digits_root
-from hybridzoo.train.engine import train
+from hybridzoo.train.engine import latest_checkpoint, train
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.layouts import check_detection, check_segmentation
 from hybridzoo.train.predict import Prediction, predict
@@ -66,7 +66,8 @@ def run(out: Path, options: list[str] | None = None) -> list[report.Result]:
         console.rule(f"{number}/{len(STEPS)} {step.task}")
         console.print(f"$ hybridzoo train {step.config} --work-dir {work_dir}{start}", style="bold", soft_wrap=True)
         began = time.perf_counter()
-        scores = train(config, work_dir=work_dir, weights=weights, wandb=False)
+        resume = latest_checkpoint(work_dir) is not None  # of a demo that was interrupted, or run before
+        scores = train(config, work_dir=work_dir, weights=weights, wandb=False, resume=resume)
         lines += report.results(step.task, scores, (time.perf_counter() - began) / 60, TARGETS)
         draw_predictions(step.task, config, work_dir / "final.pth", out)
     report.draw_curves({step.task: out / step.task for step in STEPS}, out / "curves.png", TARGETS)

@@ -10,30 +10,38 @@ import importlib
 import itertools
 import logging
 import os
+import re
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 from mmengine import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import BaseLoop
+from mmengine.runner import BaseLoop, CheckpointLoader
 from mmengine.runner import Runner as MMRunner
 from torch import nn
 
 import hybridzoo.backbones  # noqa: F401 - registers the models with timm
-from hybridzoo.train import hooks, optim, progress, seeding, settle
-from hybridzoo.train.errors import UserError
+from hybridzoo.checkpoints.containers import flaw
+from hybridzoo.checkpoints.transfer import DownloadError, fetch
+from hybridzoo.train import hooks, optim, progress, resuming, run_folder, seeding, settle
+from hybridzoo.train.errors import Terminated, UserError
 from hybridzoo.train.tracking import add_wandb
 from hybridzoo.train.weights import load_matching, read_checkpoint, read_state_dict, tell
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_SHARED_MEMORY = re.compile(r"bus error|shared memory|No space left on device", re.IGNORECASE)
+T = TypeVar("T")
 _runs = itertools.count()
 
 
@@ -41,12 +49,17 @@ class Runner(MMRunner):
     """mmengine's runner with a quiet terminal, seeded samples and initial weights that have to fit."""
 
     initial_weights: Path | None = None
+    resumed: resuming.State | None = None
+    run = ""  # name of the run, which its checkpoints hold
+    started = False  # from weights, which they hold too
     _train_dataloader: Any
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(log_level, log_file, **kwargs)
         for handler in logger.handlers:  # everything is in the log file; a person sees ProgressHook
-            if not isinstance(handler, logging.FileHandler):
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = _raise  # type: ignore[method-assign]  # of a full disk; logging would print it
+            else:
                 handler.setLevel(logging.ERROR)
         return logger
 
@@ -66,11 +79,42 @@ class Runner(MMRunner):
     def load_or_resume(self) -> None:
         if self.initial_weights is not None:  # mmengine has initialised the model by now
             start_from(self.model, self.initial_weights)
-        super().load_or_resume()
+        if self.resumed is not None:
+            self.resumed.check_built(self.optim_wrapper, self.param_schedulers)
+            self.resume(str(self.resumed.path))
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What was read and checked before the run began, instead of mmengine's own reading of the file."""
+        assert self.resumed is not None
+        checkpoint = dict(self.resumed.content)
+        checkpoint["meta"] = {**checkpoint["meta"], "seed": self.resumed.seed}
+        checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        inner: Any = self.model.module if is_model_wrapper(self.model) else self.model
+        inner.load_state_dict(checkpoint["state_dict"])
+        return checkpoint
 
     def dump_config(self) -> None:
         if self._train_loop is not None:  # a test leaves the training's config as it is
             super().dump_config()
+
+
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Every local file that mmengine, mmdet or mmseg read, such as an `init_cfg` names, is read as all others are."""
+    return read_checkpoint(filename)
+
+
+@CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
+def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """A file from the network: downloaded into PyTorch's cache, and read as all others are."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(urlsplit(filename).path).name)[-200:] or "weights.pth"
+    target = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        fetch(filename, target, flaw=flaw)
+    except DownloadError as error:
+        raise UserError(str(error)) from error
+    return read_checkpoint(target)
 
 
 def prepare(config: Config) -> ModuleType:
@@ -117,7 +161,8 @@ def train(
         config: from :func:`hybridzoo.train.config.load_config`; it is not changed.
         work_dir: where checkpoints, logs, the resolved config and at the end ``final.pth`` (weights and meta only) go.
             Default ``work_dirs/<config name>``.
-        resume: go on from the newest readable checkpoint in ``work_dir``; from the start where there is none.
+        resume: go on from the checkpoint in ``work_dir`` that has come furthest; from the start where there is none.
+            Without it, ``work_dir`` must not hold a run's checkpoints.
         amp: mixed precision in the config's ``amp_dtype``. Default: in everyday recipes where a GPU has bfloat16, in
             others not.
         launcher: ``"pytorch"`` under torchrun, else ``"none"``.
@@ -133,24 +178,35 @@ def train(
         The metrics of the last validation.
 
     Raises:
-        UserError: bad input, a loss that is not finite, or a full disk.
+        UserError: bad input, a loss that is not finite, a full disk, or a ``work_dir`` that another run is in.
+        Terminated: the process got SIGTERM.
     """
     config = copy.deepcopy(config)
     task = prepare(config)
-    with _process_group(launcher):
+    if weights is None:
+        weights = config.get("load_from")
+    resume = resume or bool(config.get("resume"))
+    config.resume, config.load_from = False, None
+    _check_intervals(config)
+    with _process_group(launcher), run_folder.RunFolder(_folder(config, work_dir)) as place, _running(place.path):
+        state = _beginning(place, resume)
         whole = False
         everyday = bool(config.get("settle"))
-        earlier = latest_checkpoint(_folder(config, work_dir)) if resume else None
-        started = settle.was_started(earlier) if earlier else False
-        if earlier is None:
+        started = state is not None and state.started
+        if state is None:
             weights = settle.starting_weights(config, weights)
             started = weights is not None
+        else:
+            weights = None
         if weights is not None:
             whole = _is_whole_model(weights)  # read before a folder is made, which a bad file would leave behind
         task.configure(config, Path(data) if data is not None else None)
+        if state is not None:
+            state.check(config)
         if everyday:
             settle.fit_data(config, settle.count_images(config), started=started)
         folder = _set_up(config, work_dir, launcher)
+        _first_decides(place.claim)
         if seed is not None:
             config.randomness = {**config.get("randomness", {}), "seed": int(seed)}
         if device is not None:
@@ -159,33 +215,33 @@ def train(
             optim.use_amp(config.optim_wrapper, config.get("amp_dtype", "bfloat16"))
         add_wandb(config, folder, on=wandb)
 
-        checkpoint = latest_checkpoint(folder) if resume else None
         if is_main_process():
             hooks.remove_leftovers(folder)
             if resume:
-                print(f"resuming from {checkpoint}" if checkpoint else f"nothing to resume in {folder}: starting anew")
-        if checkpoint is not None:
-            config.resume, config.load_from = True, str(checkpoint)
+                print(f"resuming from {state.path}" if state else f"nothing to resume in {folder}: starting anew")
+        run = (state.run if state else "") or run_folder.new_run()
+        place.begin(run)
+        if state is not None:
+            config.resume = True  # hooks ask for it
             if seed is None:  # loaders are built before mmengine looks at the checkpoint's seed
-                config.randomness["seed"] = read_checkpoint(checkpoint)["meta"]["seed"]
-            weights = None
+                config.randomness = {**config.get("randomness", {}), "seed": state.seed}
         elif weights is not None and _takes_a_backbone(config.model) and not whole:
             config.model.backbone.weights, weights = str(weights), None
 
-        with _running(folder):
-            runner = Runner.from_cfg(config)
-            runner.initial_weights = weights
-            try:
-                runner.train()
+        runner = Runner.from_cfg(config)
+        runner.initial_weights, runner.resumed = weights, state
+        runner.run, runner.started = run, started
+        try:
+            runner.train()
+            metrics = _validation_metrics(runner)
+            if not metrics and runner.val_loop is not None:  # resumed after the last epoch
+                runner.val_loop.run()
                 metrics = _validation_metrics(runner)
-                if not metrics and runner.val_loop is not None:  # resumed after the last epoch
-                    runner.val_loop.run()
-                    metrics = _validation_metrics(runner)
-                _save_final(runner)
-                if is_main_process():
-                    print(f"weights: {folder / 'final.pth'}")
-            finally:
-                _close(runner)
+            _save_final(runner)
+            if is_main_process():
+                print(f"weights: {folder / 'final.pth'}")
+        finally:
+            _close(runner)
     return metrics
 
 
@@ -214,9 +270,9 @@ def test(
     """
     config = copy.deepcopy(config)
     task = prepare(config)
+    names = class_names(checkpoint)
     with _process_group(launcher):
-        names = class_names(checkpoint) or None
-        task.configure(config, Path(data) if data is not None else None, splits=("val",), classes=names)
+        task.configure(config, Path(data) if data is not None else None, splits=("val",), classes=names or None)
         folder = _set_up(config, work_dir, launcher)
         if not config.get("test_dataloader"):
             config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
@@ -227,6 +283,8 @@ def test(
         for key in ("checkpoint", "seed", "stop_on_nan", "param_scheduler", "sync_buffers", "sampler_seed"):
             config.default_hooks[key] = None
         _drop_missing_hooks(config)
+        config.resume, config.load_from = False, None
+        resuming.compare_classes(checkpoint, names, resuming.class_names(config))
         with _running(folder):
             runner = Runner.from_cfg(config)
             load_weights(runner.model, checkpoint, allow_head_mismatch=False)
@@ -267,22 +325,16 @@ def build_for_inference(config: Config, checkpoint: str | Path, device: str | to
 
 def class_names(checkpoint: str | Path) -> tuple[str, ...]:
     """The classes that a checkpoint of ours was trained on; empty for weights that somebody else trained."""
-    meta = read_checkpoint(checkpoint).get("meta")
-    return tuple(meta.get("class_names", ()) if isinstance(meta, dict) else ())
+    return resuming.names_in(checkpoint, read_checkpoint(checkpoint).get("meta"))
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, by the time written inside it; files that cannot be read are skipped."""
-    found: list[tuple[float, Path]] = []
-    for path in itertools.chain(Path(folder).glob("epoch_*.pth"), Path(folder).glob("iter_*.pth")):
-        try:
-            content = read_checkpoint(path)
-        except UserError as error:
-            print(f"skipping {error}")
-            continue
-        if "optimizer" in content:
-            found.append((float(content["meta"].get("saved_at", path.stat().st_mtime)), path))
-    return max(found)[1] if found else None
+    """The checkpoint that ``--resume`` goes on from: of the folder's own run the one with most progress.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read, or they are of several runs.
+    """
+    return next(run_folder.newest_first(Path(folder)), None)
 
 
 def load_weights(model: nn.Module, path: str | Path, *, allow_head_mismatch: bool) -> None:
@@ -321,6 +373,52 @@ def _folder(config: Config, work_dir: str | Path | None) -> Path:
     return Path(work_dir or config.get("work_dir") or Path("work_dirs", _stem(config)))
 
 
+def _check_intervals(config: Config) -> None:
+    checkpoint: Any = config.default_hooks.get("checkpoint") or {}
+    steps = (config.get("optim_wrapper") or {}).get("accumulative_counts", 1)
+    if not checkpoint.get("by_epoch", True) and checkpoint.get("interval", steps) % steps:
+        raise UserError(  # a checkpoint holds no gradients
+            f"default_hooks.checkpoint.interval={checkpoint.interval}: choose a multiple of accumulative_counts={steps}"
+        )
+
+
+def _beginning(place: run_folder.RunFolder, resume: bool) -> resuming.State | None:
+    """What the run goes on from, if anything; a fresh run wants a folder without another run's files."""
+    state: resuming.State | None = None
+
+    def decide() -> Path | None:
+        nonlocal state
+        if place.path.is_dir():
+            place.claim()
+        if resume:
+            state = resuming.find(place.path)
+        else:
+            run_folder.refuse_old_files(place.path)
+        return state.path if state is not None else None
+
+    path = _first_decides(decide)
+    return resuming.read(path) if path is not None and state is None else state
+
+
+def _first_decides(decide: Callable[[], T]) -> T:
+    """What `decide` says in the first of torchrun's processes, in all of them: files may change between two looks."""
+    answer: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            answer = [decide(), None]
+        except UserError as error:
+            answer = [None, error]
+    if get_world_size() > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _raise(record: logging.LogRecord) -> None:
+    raise
+
+
 def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
     """Fill in what depends on this machine and this call; return the work folder."""
     folder, stem = _folder(config, work_dir), _stem(config)
@@ -336,12 +434,6 @@ def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
         wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
         wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
         config.model_wrapper_cfg = {**wrapper, **(config.get("model_wrapper_cfg") or {})}
-    checkpoint: Any = config.default_hooks.get("checkpoint") or {}
-    steps = (config.get("optim_wrapper") or {}).get("accumulative_counts", 1)
-    if not checkpoint.get("by_epoch", True) and checkpoint.get("interval", steps) % steps:
-        raise UserError(  # a checkpoint holds no gradients
-            f"default_hooks.checkpoint.interval={checkpoint.interval}: choose a multiple of accumulative_counts={steps}"
-        )
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         loader = config.get(key)
         if loader and not loader.get("num_workers"):  # torch refuses both without workers
@@ -371,17 +463,75 @@ def _process_group(launcher: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _running(folder: Path) -> Iterator[None]:
-    """Say a full disk in one line; keep the libraries' advice to their own callers off the terminal."""
+    """Say in one line what a person can do about: a full disk, little shared memory, a lost file, a request to end.
+
+    Also keeps the libraries' advice to their own callers off the terminal.
+    """
+    intact = "the checkpoints there are intact"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminable(folder):
             warnings.filterwarnings("ignore", module=r"(mmengine|mmcv|mmdet|mmseg)\.")
             yield
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise UserError(
-                f"work_dir {folder}: {error.strerror}; the checkpoints there are intact: make room and use --resume"
-            ) from error
+            raise UserError(f"work_dir {folder}: {error.strerror}; {intact}: make room and use --resume") from error
+        if (
+            error.errno in _NOT_OURS
+            and error.filename
+            and Path(error.filename).absolute().is_relative_to(folder.absolute())
+        ):
+            raise UserError(f"work_dir {folder}: cannot be written ({error.strerror}); choose another") from error
+        if "DataLoader worker" in str(error) or isinstance(error, FileNotFoundError):
+            raise UserError(f"{_last_line(error)}; {intact}: bring it back and use --resume") from error
         raise
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if "DataLoader worker" in text and "Terminated" in text:  # whoever ends them wants all to end
+            raise Terminated(_ended(folder)) from error
+        if _SHARED_MEMORY.search(text):
+            raise UserError(
+                "shared memory (/dev/shm) is too small for the data loader's workers: make it larger (docker run "
+                "--shm-size 8g), or train_dataloader.num_workers=0 val_dataloader.num_workers=0; "
+                f"{intact}: use --resume"
+            ) from error
+        if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+            raise UserError(f"{text.partition('. ')[0]}: out of memory?; {intact}: use --resume") from error
+        raise
+    except Exception as error:
+        if isinstance(error.__context__, Terminated):  # mmengine's bare `except` turns it into another
+            raise error.__context__ from error
+        raise
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error says, without the traceback of a loader's worker."""
+    line = str(error).strip().splitlines()[-1]
+    return line.partition("Error: ")[2] or line
+
+
+def _ended(folder: Path) -> str:
+    return f"terminated; the checkpoints in {folder} are intact: use --resume"
+
+
+@contextlib.contextmanager
+def _terminable(folder: Path) -> Iterator[None]:
+    """SIGTERM (a cluster's scheduler, `kill`) ends the run as an exception does; a loader's worker ends at once."""
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise Terminated(_ended(folder))
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not in the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _takes_a_backbone(model: Any) -> bool:

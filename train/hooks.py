@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,10 @@ class AtomicBackend(LocalBackend):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-        except OSError as error:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError):  # somebody stops the run
+                raise
             raise UserError(
                 f"cannot save checkpoint {target}: {error.strerror}; earlier checkpoints are intact: "
                 "make room and continue with --resume"
@@ -69,8 +70,9 @@ class AtomicCheckpointHook(CheckpointHook):
     """mmengine's checkpoints, written atomically; an old one goes only after the new one is on the disk.
 
     A checkpoint holds plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it, and carries in
-    ``meta`` what inference needs: ``task``, ``class_names``, ``cfg`` (the resolved config), ``hybridzoo_version``.
-    mmengine's ``last_checkpoint`` file is not written: see ``engine.latest_checkpoint``.
+    ``meta`` what inference needs: ``task``, ``class_names``, ``cfg`` (the resolved config), ``hybridzoo_version``; and
+    what going on needs: ``run``, the name of the run, and ``started``, whether it began from weights.  mmengine's
+    ``last_checkpoint`` file is not written: see ``run_folder.newest_first``.
     """
 
     best_ckpt_path: str | None
@@ -122,7 +124,7 @@ class AtomicCheckpointHook(CheckpointHook):
         meta["task"] = runner.cfg.get("task")
         meta["class_names"] = list((meta.get("dataset_meta") or {}).get("classes", []))
         meta["hybridzoo_version"] = hybridzoo.__version__
-        meta["saved_at"] = time.time()
+        meta["run"], meta["started"] = getattr(runner, "run", ""), getattr(runner, "started", False)
         hub = checkpoint["message_hub"]
         # The smoothed curves start anew after a resume: their buffers are objects, and scalars.json has the values.
         hub["log_scalars"] = {}

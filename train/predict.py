@@ -20,6 +20,7 @@ from hybridzoo.train.classification import eval_transform
 from hybridzoo.train.engine import build_for_inference
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.notes import Notes
+from hybridzoo.train.plain import printable
 
 TOP = 5  # classes that a classifier's prediction lists
 
@@ -96,7 +97,7 @@ def predict(
     if not found:
         raise UserError(f"{source}: none of {len(paths)} images can be read; the first: {unreadable[0]}")
     for line in [*(f"skipped: {line}" for line in unreadable), *notes.lines()]:
-        quiet.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        quiet.print(printable(line), style="yellow", markup=False, highlight=False, soft_wrap=True)
     return found
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hybridzoo.train.hooks import by_epoch, number
+from hybridzoo.train.plain import printable
 
 
 @HOOKS.register_module()
@@ -27,7 +28,7 @@ class ProgressHook(Hook):
     priority = "LOWEST"
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._losses: list[float] = []
@@ -93,7 +94,7 @@ class ProgressHook(Hook):
 
     def _print(self, line: str) -> None:
         if is_main_process():
-            self.console.print(line)
+            self.console.print(printable(line))
 
 
 def _format(metrics: dict[str, Any] | None) -> str:

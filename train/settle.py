@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from hybridzoo.train.compose import network_of
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.weights import find_weights, read_checkpoint
+from hybridzoo.train.weights import find_weights
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
@@ -193,12 +193,6 @@ def starting_weights(config: Config, weights: str | Path | None) -> str | Path |
         if is_main_process():  # a line of its own: no logger exists yet
             print(f"from scratch: no weights of {network} here ({reason}); give --weights FILE")
         return None
-
-
-def was_started(checkpoint: Path) -> bool:
-    """Whether the run that wrote a checkpoint began from weights, which an everyday recipe goes by."""
-    text = (read_checkpoint(checkpoint).get("meta") or {}).get("cfg") or ""
-    return bool(text) and Config.fromstring(text, ".py").get("start") is not None
 
 
 # What follows from the data and the machine ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hybridzoo.train import names
+from hybridzoo.train.plain import printable
 
 if TYPE_CHECKING:
     from hybridzoo.checkpoints import Card
@@ -21,16 +22,17 @@ if TYPE_CHECKING:
     from hybridzoo.train.names import Recipe
     from hybridzoo.train.predict import Prediction
 
+
 _WIDEST = 10_000  # columns: on a pipe no line is ever wrapped
 
 
 def show(table: Table) -> None:
     """Print to stdout: fitted to a terminal, or plain text without trailing blanks into a pipe or file."""
-    console = Console()
+    console = Console(markup=False)
     if console.is_terminal:
         console.print(table)
         return
-    plain = Console(file=StringIO(), width=_WIDEST, color_system=None, force_terminal=False)
+    plain = Console(file=StringIO(), width=_WIDEST, color_system=None, force_terminal=False, markup=False)
     with plain.capture() as captured:
         plain.print(table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
@@ -39,7 +41,7 @@ def show(table: Table) -> None:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on stderr while something runs that has no steps to count; nothing where stderr is no terminal."""
-    with Console(stderr=True).status(f"{what} ..."):
+    with Console(stderr=True, markup=False).status(Text(f"{printable(what)} ...")):
         yield
 
 
@@ -194,7 +196,7 @@ class _Plain(Table):
     """A table whose cells are texts: names of people's own may hold what rich takes for markup, "tank [/mk2]"."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+        super().add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 def _facts(lines: Mapping[str, str | None]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hybridzoo.checkpoints.conversion import Parts, split
 from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import check_weights
+from hybridzoo.train.plain import printable
 
 
 @contextlib.contextmanager
@@ -31,6 +32,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """See :func:`hybridzoo.checkpoints.reading.read_checkpoint`; a bad file is a UserError here."""
     with _told_to_the_user():
         return reading.read_checkpoint(path)
+
+
+def peek(path: str | Path) -> dict[str, Any]:
+    """See :func:`hybridzoo.checkpoints.reading.peek`; a bad file is a UserError here."""
+    with _told_to_the_user():
+        return reading.peek(path)
 
 
 def read_state_dict(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
@@ -122,19 +129,9 @@ def load_matching(
         if name in own and (value.shape == own[name].shape or name in resized)
     }
     wrong = reading.wrong_numbers(fitting, own)
-    if missing or unexpected or reshaped or wrong:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} missing, first {missing[0]!r}")
-        if unexpected:
-            parts.append(f"{len(unexpected)} unexpected, first {unexpected[0]!r}")
-        if reshaped:
-            first = reshaped[0]
-            shapes = f"{tuple(state[first].shape)}, the model has {tuple(own[first].shape)}"
-            parts.append(f"{len(reshaped)} of another shape, first {first!r}: {shapes}")
-        parts += [f"{len(names)} {what}, first {names[0]!r}" for what, names in wrong]
+    if reasons := _listed(missing, unexpected, reshaped, wrong, state, own):
         which = f"weights {source}:" if source else "the weights"
-        raise UserError(f"{which} do not fit {_name(model)}: {'; '.join(parts)}")
+        raise UserError(f"{which} do not fit {_name(model)}: {reasons}")
     report = f"{len(fitting)} of {len(own)} tensors"
     if resized:
         first = resized[0]
@@ -144,6 +141,34 @@ def load_matching(
         report += f"; newly initialised: {', '.join(sorted({name.rpartition('.')[0] for name in kept}))}"
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def unlike(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps `state` from being all of the tensors that `own` names, in words; empty where nothing does."""
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    reshaped = [name for name in state if name in own and state[name].shape != own[name].shape]
+    return _listed(missing, unexpected, reshaped, reading.wrong_numbers(state, own), state, own)
+
+
+def _listed(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    reshaped: Sequence[str],
+    wrong: Sequence[tuple[str, list[str]]],
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing, first {missing[0]!r}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected, first {unexpected[0]!r}")
+    if reshaped:
+        first = reshaped[0]
+        shapes = f"{tuple(state[first].shape)}, the model has {tuple(own[first].shape)}"
+        parts.append(f"{len(reshaped)} of another shape, first {first!r}: {shapes}")
+    return "; ".join([*parts, *(f"{len(names)} {what}, first {names[0]!r}" for what, names in wrong)])
 
 
 def fitting_out_norms(norms: nn.ModuleList, published: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,7 +184,7 @@ def tell(line: str) -> None:
     from mmengine.logging import print_log
 
     if is_main_process():
-        print(line)
+        print(printable(line))
         print_log(line, logger="current")
 
 

@@ -426,15 +426,6 @@ def test_bad_places(run_config: Any, image_folder: Path, tmp_path: Path, monkeyp
         engine.test(run_config(), tmp_path / "nothing.pth", work_dir=tmp_path, data=image_folder)
 
 
-def test_latest_checkpoint_goes_by_the_time_of_saving(tmp_path: Path) -> None:
-    assert engine.latest_checkpoint(tmp_path) is None
-    for name, saved_at in (("epoch_30.pth", 1.0), ("epoch_2.pth", 3.0), ("iter_900.pth", 2.0)):  # 30: of an older run
-        torch.save({"meta": {"saved_at": saved_at}, "optimizer": {}}, tmp_path / name)
-    torch.save({"meta": {"saved_at": 9.0}}, tmp_path / "epoch_9.pth")  # no training checkpoint
-    torch.save({"meta": {"saved_at": 9.0}, "optimizer": {}}, tmp_path / "final.pth")
-    assert engine.latest_checkpoint(tmp_path) == tmp_path / "epoch_2.pth"
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_counted_in_iterations_resumes_to_the_same_weights(
     run_config: Any, image_folder: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,193 @@
+"""The folder of a run: who may write to it, which run its files belong to, and which checkpoint is the newest.
+
+One process at a time trains in a folder. It holds a lock on `run.json`, which the system frees when the process ends,
+however it ends. The file names the run; every checkpoint names it too (`meta["run"]`), so that what an earlier run or
+a copy left in the folder is never taken for this run's.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.plain import printable
+from hybridzoo.train.weights import peek
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
+NAME = "run.json"
+CHECKPOINTS = ("epoch_*.pth", "iter_*.pth")  # what a run can be resumed from
+OUTPUTS = (*CHECKPOINTS, "best_*.pth", "final.pth")
+_held: set[Path] = set()  # this process's locks: the system's do not keep a process from itself
+
+
+class RunFolder:
+    """A folder that one run works in, once it has claimed it; free again when the context ends.
+
+    Args:
+        path: the folder, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self._key = path / NAME
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            if not os.fstat(self._file).st_size:  # no run began
+                self._key.unlink(missing_ok=True)
+            os.close(self._file)  # frees the lock
+            _held.discard(self._key)
+            self._file = None
+
+    def claim(self) -> None:
+        """Make the folder, and keep others from training in it.
+
+        Raises:
+            UserError: another run is in it, or it cannot be written.
+        """
+        if self._file is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._key = self.path.resolve() / NAME
+            # POSIX locks belong to a process alone: a loader's worker that outlives it does not keep the folder.
+            while self._key not in _held and not self._lock():
+                pass
+        except OSError as error:
+            what = "cannot be made" if not self.path.is_dir() else "cannot be written"
+            raise UserError(f"work_dir {self.path}: {what} ({error.strerror}); choose another --work-dir") from error
+        if self._file is None:
+            raise UserError(
+                f"work_dir {self.path}: another run is training in it; wait for its end, or choose another --work-dir"
+            )
+        _held.add(self._key)
+
+    def _lock(self) -> bool:
+        """Open and lock the file; False where it was deleted meanwhile, and no open file where another has the lock."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.open(self._key, flags, 0o666)
+        if fcntl is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(file)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return True
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                file = os.open(self._key, flags, 0o666)  # a file system without locks
+        try:
+            current = os.path.samestat(os.fstat(file), os.stat(self._key))
+        except FileNotFoundError:
+            current = False
+        if not current:
+            os.close(file)
+            return False
+        self._file = file
+        return True
+
+    def begin(self, run: str) -> None:
+        """Note that the folder belongs to `run` from now on."""
+        if self._file is None:  # another process of the same run has the lock
+            return
+        text = (json.dumps({"run": run}) + "\n").encode()
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, text, 0)
+        os.fsync(self._file)
+
+
+def new_run() -> str:
+    """A name that no other run has."""
+    return uuid.uuid4().hex
+
+
+def refuse_old_files(folder: Path, *, resume: bool = False) -> None:
+    """A fresh run must not mix with another one's files.
+
+    Args:
+        resume: the run was to be resumed, but there is nothing to go on from.
+
+    Raises:
+        UserError: the folder holds checkpoints or weights of a run.
+    """
+    found = sorted(path.name for pattern in OUTPUTS for path in folder.glob(pattern))
+    if found:
+        files = f"{', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
+        what = "but nothing to go on from: choose" if resume else "add --resume to go on with it, or choose"
+        raise UserError(f"work_dir {folder}: holds a run's {files}{',' if resume else ';'} {what} another --work-dir")
+
+
+def run_of(folder: Path) -> str:
+    """The run that the folder belongs to, empty where nothing says it."""
+    try:
+        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    run = found.get("run") if isinstance(found, dict) else None
+    return run if isinstance(run, str) else ""
+
+
+def newest_first(folder: Path) -> Iterator[Path]:
+    """The checkpoints of the folder's run, the one with most progress first, whatever their names and dates say.
+
+    Where the folder does not name its run, as after copying checkpoints into a new one, they have to be of one run.
+    What is left aside is told.
+
+    Raises:
+        UserError: there are checkpoints, but none of this run's can be read, or nothing tells which run is this.
+    """
+    found: list[tuple[tuple[int, int], Path, str]] = []
+    problems: list[str] = []
+    paths = sorted(path for pattern in CHECKPOINTS for path in folder.glob(pattern))
+    for path in paths:
+        try:
+            content = peek(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if "optimizer" not in content:  # weights alone
+            continue
+        meta = content.get("meta")
+        if progress := _progress(meta):
+            found.append((progress, path, str(meta.get("run") or "")))
+        else:
+            problems.append(f"checkpoint {path}: does not say how far its run had come")
+    runs, own = {run for _, _, run in found}, run_of(folder)
+    if own not in runs and len(runs) > 1:
+        raise UserError(
+            f"work_dir {folder}: holds checkpoints of {len(runs)} runs ({', '.join(p.name for _, p, _ in found)}); "
+            "leave those of one run in it"
+        )
+    mine = own if own in runs else next(iter(runs), "")
+    for problem in problems:
+        print(printable(f"skipping {problem}"))
+    for _, path, run in found:
+        if run != mine:
+            print(printable(f"skipping checkpoint {path}: is of another run"))
+    if problems and not found:
+        raise UserError(f"work_dir {folder}: none of its checkpoints can be resumed; the first: {problems[0]}")
+    yield from (path for _, path, run in sorted(found, reverse=True) if run == mine)
+
+
+def _progress(meta: Any) -> tuple[int, int] | None:
+    """(iterations, epochs) that a checkpoint's run had done."""
+    if not isinstance(meta, dict):
+        return None
+    done = meta.get("iter"), meta.get("epoch")
+    if not all(type(number) is int and 0 <= number < 1 << 53 for number in done):
+        return None
+    return done  # type: ignore[return-value]
