@@ -59,6 +59,10 @@ class Policy:
         first_wait: seconds before the second attempt; doubles with each further one, give or take a half.
         longest_wait: seconds; a server that asks for a longer pause is not waited for.
         stall: seconds without a byte until the connection counts as lost.
+        largest: bytes of a file; a server that sends more, or says so, is not listened to.
+        spare: bytes that stay free on the disk, or half of what is free, whatever a server without a length sends.
+        patience: seconds in which at least `slowest` bytes have to come.
+        slowest: bytes.
         sleep: waits for so many seconds.
     """
 
@@ -66,6 +70,10 @@ class Policy:
     first_wait: float = 1.0
     longest_wait: float = 120.0
     stall: float = 30.0
+    largest: int = 20_000_000_000
+    spare: int = 1_000_000_000
+    patience: float = 120.0
+    slowest: int = 20_000
     sleep: Callable[[float], None] = time.sleep
 
     def wait(self, failures: int) -> float:
@@ -83,6 +91,10 @@ class Received:
     size: int
     sha256: str
     etag: str
+
+
+class _Endless(GoneError):
+    """More came than any file has: nothing of it is kept."""
 
 
 class _Failure(Exception):
@@ -186,8 +198,8 @@ def _collect(part: Part, progress: bool, policy: Policy, token: str, elsewhere: 
         try:
             _attempt(part, progress, policy, token, elsewhere)
             return
-        except GoneError:
-            if not part.size():
+        except GoneError as error:
+            if not part.size() or isinstance(error, _Endless):
                 part.discard()
             raise
         except _Failure as failure:
@@ -224,11 +236,15 @@ def _attempt(part: Part, progress: bool, policy: Policy, token: str, elsewhere: 
         if packed not in ("", "identity"):
             raise GoneError(f"{part.url}: comes packed as {_shown(packed)}, which was not asked for")
         length = response.headers.get("Content-Length", "")
-        coming = int(length) if length.isascii() and length.isdecimal() else None
+        coming = int(length[:20]) if length.isascii() and length.isdecimal() else None
         if not _continues(response, part, asked="Range" in headers):
             part.begin(response.headers, coming, redirects.promised or _promised(response.headers))
         have = part.size()
         total = None if coming is None else have + coming
+        if total is not None and total > policy.largest:
+            raise GoneError(
+                f"{part.url}: says that it has {total:,} bytes; no weights have more than {policy.largest:,}"
+            )
         free = shutil.disk_usage(part.path.parent).free
         if coming is not None and coming > free:
             where = f"{part.path.parent} has {free:,} free; make room, or {elsewhere}"
@@ -241,13 +257,25 @@ def _attempt(part: Part, progress: bool, policy: Policy, token: str, elsewhere: 
             unit_scale=True,
             disable=None if progress else True,  # None: shown on a terminal only
         )
+        # Without a length nothing but the end of the connection ends the file.
+        most = total if total is not None else min(policy.largest, have + free - min(policy.spare, free // 2))
+        began, before = time.monotonic(), have
         with bar, part.append() as file:
             while block := response.read1(BLOCK):
                 if not have and is_web_page(block):
                     raise GoneError(_is_a_page(part.url))
+                if have + len(block) > most:
+                    raise _Endless(f"{part.url}: the server sends more than {most:,} bytes and does not end")
                 file.write(block)
                 have += len(block)
                 bar.update(len(block))
+                if time.monotonic() - began > policy.patience:
+                    if have - before < policy.slowest:
+                        slow = f"{have - before:,} bytes in {policy.patience:.0f} s"
+                        raise DownloadError(
+                            f"{part.url}: the server is too slow ({slow}); try again, it goes on from there"
+                        )
+                    began, before = time.monotonic(), have
             file.flush()
             os.fsync(file.fileno())
     if total is not None and have != total:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -523,3 +524,37 @@ def test_of_two_processes_one_downloads(server: Server, target: Path) -> None:
     assert len(server.requests) == 1
     assert server.sent() == len(CONTENT)
     assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("headers", "limits", "says"),
+    [
+        ({"Content-Length": ""}, {"largest": 200_000}, "sends more than 200,000 bytes and does not end"),
+        ({"Content-Length": ""}, {"spare": 1 << 62}, "does not end"),
+        ({"Content-Length": "99999999999"}, {}, "says that it has 99,999,999,999 bytes"),
+        ({"Content-Length": "9" * 5000}, {}, "says that it has 99,999,999,999,999,999,999 bytes"),
+    ],
+)
+def test_a_server_that_never_ends(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], limits: dict[str, int],
+    says: str,
+) -> None:  # fmt: skip
+    """It stops at a stated limit, tries no other time, and leaves nothing on the disk."""
+    if "spare" in limits:  # a disk with room for half of it
+        usage = shutil.disk_usage(target.parents[1])
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=len(CONTENT)))
+    server.always = Answer(headers=headers)
+    with pytest.raises(DownloadError, match=says):
+        get(server, target, **limits)
+    assert left(target) == []
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_drips(server: Server, target: Path) -> None:
+    server.always = Answer(pace=0.05)
+    with pytest.raises(DownloadError, match=r"the server is too slow .* it goes on from there"):
+        get(server, target, patience=0.1, slowest=10_000_000)
+    server.always = Answer()
+    get(server, target)
+    assert target.read_bytes() == CONTENT
+    assert any("Range" in request.headers for request in server.gets())
