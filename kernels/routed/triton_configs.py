@@ -21,7 +21,7 @@ TABLE: Table = {
     ("backward_query", 64, 2): Config(64, 32, 4, 2),
     ("backward_query", 128, 2): Config(32, 16, 8, 1),
     ("backward_key", 16, 2): Config(32, 64, 4, 2, 168),
-    ("backward_key", 32, 2): Config(64, 64, 4, 1),
+    ("backward_key", 32, 2): Config(64, 64, 4, 1, 255),
     ("backward_key", 64, 2): Config(16, 64, 4, 2, 168),
     ("backward_key", 128, 2): Config(32, 64, 8, 1, 255),
     ("forward", 32, 4): Config(32, 32, 4, 2),

@@ -251,7 +251,8 @@ def _tiled(kind: str, call: _Call) -> Recipe:
         keys = max(SMALLEST_BLOCK, triton.next_power_of_2(grid.tokens))
         config = replace(config, keys=keys, queries=min(config.queries, keys))
     else:
-        config = _fitted(config, grid.tokens, call.topk * grid.tokens, own)
+        least = 1 if call.block_d <= 32 and call.itemsize == 2 else 2  # warps that a small tile's numbers fit into
+        config = _fitted(config, grid.tokens, call.topk * grid.tokens, own, least)
     tiles = math.ceil(grid.tokens / getattr(config, own))
     # Where a region's sides are powers of two, as in networks at their usual sizes, they are constants of the kernel.
     usual = {grid.height, grid.width} <= USUAL_SIDES
@@ -282,10 +283,11 @@ def _small(kind: str, call: _Call) -> Recipe:
     return Recipe.of(getattr(triton_kernels, kind), call.shape[3] * tiles * call.shape[0], arguments, config)
 
 
-def _fitted(config: Config, members: int, listed: int, own: str) -> Config:
+def _fitted(config: Config, members: int, listed: int, own: str, least: int) -> Config:
     """`config` with blocks no larger than what there is to do: `members` tokens in tiles, `listed` for each of them.
 
-    `own` is the side that is cut into tiles, `"queries"` or `"keys"`.
+    `own` is the side that is cut into tiles, `"queries"` or `"keys"`. Smaller blocks take fewer warps.
+    At least `least` of them.
     """
     blocks = dict(queries=config.queries, keys=config.keys)
     other = "keys" if own == "queries" else "queries"
@@ -297,4 +299,4 @@ def _fitted(config: Config, members: int, listed: int, own: str) -> Config:
     most = 4 if all_listed <= 4 * blocks[own] else 2  # a list in one block needs no loop
     blocks[other] = min(blocks[other], most * blocks[own], all_listed)
     share = config.queries * config.keys // (blocks["queries"] * blocks["keys"])
-    return replace(config, **blocks, warps=max(2, config.warps // share))
+    return replace(config, **blocks, warps=max(least, config.warps // share))
