@@ -6,6 +6,7 @@ compile the very launches that calls make. Imported only when used: Triton is sl
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -70,9 +71,12 @@ def unsupported(query: Tensor) -> str | None:
     reach = sum((size - 1) * abs(stride) for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
     if max(reach, query[:1].numel()) >= 2**31:
         return "an image has more elements than 32-bit offsets reach"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.is_cuda and capability(query.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
+
+
+capability = functools.cache(torch.cuda.get_device_capability)  # asked for in every call
 
 
 def same_strides(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:

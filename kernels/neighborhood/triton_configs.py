@@ -213,7 +213,7 @@ def _blocks(
             continue
         fit = _fit(kind, rows, columns, own, other)
         if fit is not None:
-            # Counted in sm_90's code: an image takes 200 instructions of every warp, and 1.9 more per score of a
+            # Counted in sm_90's code: an image takes 200 instructions of every warp, and 7.4 more per score of a
             # thread, where a multiprocessor issues four; 64 bytes of keys or values arrive in a cycle meanwhile.
             tiles, seen = fit[0]
             found.append((tiles * (200 + 0.058 * own * other + seen * block_d * itemsize / 64), own, other))

@@ -15,6 +15,19 @@ and through the bias and the mask in every block; they serve what does not fit: 
 No atomics: every sum is taken by one program in a fixed order. Of the bias's gradient, each program writes a table of
 its own, and PyTorch adds the tables. Weights are recomputed from the log-sum-exp that the forward pass keeps; nothing
 the size of the scores is stored.
+
+The arithmetic, for head_dim 32, bfloat16 and a 7 x 7 window. A query of one head: 6.3 kFLOP over the 49 keys it sees
+against 256 bytes of query, key, value and result, far below what a GPU's products could do, so the floor is the
+memory's: 206 MB for 128 images of 56 x 56 with two heads, 84 us on an H100 that copies 2.43 TB/s. Backward seven maps
+move at least, in two passes eleven. Above the floor stand, per image and program:
+
+* the way from L2: a tile of 4 x 4 queries loads 100 keys and values, 6.25 of each a query (5 x 5 of 32 rows: 4.8);
+* scores: 128 a query, 2.6 times the useful ones; of a dense 7 x 7 group 64 x 64 for 49 x 49, 1.7 times. Each costs an
+  exponential, of which a multiprocessor takes 16 a cycle, and some 7 instructions (76 in the kernels that work out bias
+  and mask for every score);
+* some 200 instructions of every warp for addresses, fragments and barriers, so few warps do better than many.
+
+Launches: one forward; backward two, of a dense group one, and for the bias two more, `bias_table` and a sum.
 """
 
 from __future__ import annotations
