@@ -23,8 +23,8 @@ def ceiling_tasks(dry: bool, store: Store) -> list[Task]:
 
 
 PARTS = {
-    "ceilings": Part(10, ceiling_tasks, True),
-    "correctness": Part(60, correctness.tasks, False),
+    "ceilings": Part(25, ceiling_tasks, True),
+    "correctness": Part(85, correctness.tasks, False),
     "operators": Part(50, operators.tasks, True),
     "flex": Part(70, operators.flex_tasks, True),
     "compile": Part(100, tuning.compile_tasks, False),

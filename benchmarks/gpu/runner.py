@@ -15,7 +15,7 @@ from benchmarks.gpu import worker
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.rows import Store, Task
 
-PREPARING = 0.65  # of a part's box; what is not ready then is cut off, for measuring wants a quiet machine
+PREPARING = 0.7  # of a part's box; what is not ready then is cut off, for measuring wants a quiet machine
 Say = Callable[[str], None]
 
 
