@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,9 @@ def newest_first(folder: Path) -> Iterator[Path]:
         if "optimizer" not in content:  # weights alone
             continue
         meta = content.get("meta")
-        if progress := _progress(meta):
-            found.append((progress, path, str(meta.get("run") or "")))
+        if isinstance(meta, dict) and (progress := _progress(meta)) is not None:
+            run = meta.get("run")
+            found.append((progress, path, run if isinstance(run, str) else ""))
         else:
             problems.append(f"checkpoint {path}: does not say how far its run had come")
     runs, own = {run for _, _, run in found}, run_of(folder)
@@ -183,11 +184,9 @@ def newest_first(folder: Path) -> Iterator[Path]:
     yield from (path for _, path, run in sorted(found, reverse=True) if run == mine)
 
 
-def _progress(meta: Any) -> tuple[int, int] | None:
+def _progress(meta: Mapping[str, Any]) -> tuple[int, int] | None:
     """(iterations, epochs) that a checkpoint's run had done."""
-    if not isinstance(meta, dict):
+    iterations, epochs = meta.get("iter"), meta.get("epoch")
+    if any(type(number) is not int or not 0 <= number < 1 << 53 for number in (iterations, epochs)):
         return None
-    done = meta.get("iter"), meta.get("epoch")
-    if not all(type(number) is int and 0 <= number < 1 << 53 for number in done):
-        return None
-    return done  # type: ignore[return-value]
+    return int(iterations or 0), int(epochs or 0)

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import published_files
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from hybridzoo import checkpoints
 from hybridzoo.checkpoints import reading
 from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, read_state_dict, wrong_numbers
 
@@ -317,3 +319,31 @@ def test_save_file_still_works() -> None:
     assert torch.equal(read_state_dict("good.safetensors")["b"], STATE["b"])
     Path("made.safetensors").write_bytes(safetensors({"w": entry(0, 8)}))
     assert read_state_dict("made.safetensors")["w"].tolist() == [0, 0]
+
+
+SPOILED = (
+    lambda v: v.int(), lambda v: v * 1j, lambda v: v.to_sparse(), lambda v: v.to("meta"), lambda v: v[:0],
+    lambda v: torch.full_like(v, torch.nan), lambda v: torch.full_like(v, 1e300, dtype=torch.float64),
+    lambda v: torch.ones(1).expand(1 << 40), lambda v: "text", lambda v: None, lambda v: [v],
+)  # fmt: skip
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_change_of_published_weights_passes(tmp_path: Path, data: st.DataObject) -> None:
+    """Verifying finds it, converting refuses it and writes nothing."""
+    name = data.draw(
+        st.sampled_from(sorted(name for name, v in published_files.STATE.items() if v.is_floating_point()))
+    )
+    state = dict(published_files.STATE)
+    if data.draw(st.booleans()):
+        state[name] = data.draw(st.sampled_from(SPOILED))(state[name])
+    else:
+        state[data.draw(st.text())] = state.pop(name)
+    torch.save({"model": state}, "w.pth")
+    found = checkpoints.verify("w.pth", published_files.NAME)
+    assert not found.ok
+    assert not any("\n" in problem for problem in found.problems)
+    with pytest.raises(CheckpointError, match=r"^checkpoint w.pth: [^\n]+$"):
+        checkpoints.convert_file("w.pth", published_files.NAME, out="out.safetensors")
+    assert not list(tmp_path.glob("out*"))
