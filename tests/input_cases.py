@@ -405,7 +405,7 @@ DETECTION = [
     Case(
         "detection",
         "images without an object",
-        "counted; recipes that leave them out of training say so",
+        "counted; left out of training by recipes with `filter_empty_gt`, and scored",
         detect(without_objects),
         4,
         "1 images of train without an object",

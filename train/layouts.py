@@ -115,7 +115,8 @@ class How:
     Attributes:
         on_bad: what to do about an image that cannot be decoded: "stop" or "skip".
         splits: the parts that are looked through.
-        classes: the class names that a model knows, in order; default those of the data's training split.
+        classes: the class names that a model knows, in order; default those of the data's training split, else of the
+            first that is looked through.
         white_value: see `hybridzoo.train.images`.
     """
 
@@ -162,6 +163,8 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
     root = _folder(Path(root), "data root")
     report = Report("classification", root, list(how.classes or ()))
     found: dict[str, list[tuple[Path, str]]] = {}
+    if not report.classes and "train" not in how.splits and (root / "train").is_dir():
+        report.classes = sorted({name for _, name in classified_images(root, "train")}, key=natural_key)
     for split in how.splits:
         folder = _folder(root / split, "image folder")
         found[split] = classified_images(root, split, report.notes)
@@ -178,8 +181,8 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
             report.classes = sorted(filled, key=natural_key)
         unknown = sorted(filled - set(report.classes)) if report.classes else []
         if unknown:
-            who = "the model" if how.classes else "train"
-            raise UserError(f"{folder / unknown[0]}: {who} has no class {unknown[0]!r}; it cannot be learned")
+            who, what = ("the model", "scored") if how.classes else ("train", "learned")
+            raise UserError(f"{folder / unknown[0]}: {who} has no class {unknown[0]!r}; it cannot be {what}")
         if not report.classes:
             report.classes = sorted(filled, key=natural_key)
     images = [path for split in how.splits for path, _ in found[split]]
@@ -224,6 +227,9 @@ def inspect_detection(root: Path, how: How | None = None, *, masks: bool = False
     report = Report("detection", root, list(how.classes or ()))
     found: dict[str, tuple[Path, Path, dict[str, Any]]] = {}
     images: list[Path] = []
+    training = root / "annotations" / "train.json"
+    if not report.classes and "train" not in how.splits and training.is_file():
+        report.classes = coco.class_names(coco.read(training))
     for split in how.splits:
         folder = _folder(root / "images" / split, "image folder")
         file = root / "annotations" / f"{split}.json"

@@ -208,3 +208,20 @@ def test_font_knows_more_than_latin():
     font = draw._font(20)
     shapes = {font.getmask(letter).getbbox() and bytes(font.getmask(letter)) for letter in "жλéß"}
     assert len(shapes) == 4  # unknown letters would share one box
+
+
+def test_long_names_are_whole():
+    """Pictures grow where a name needs it; letters shrink where a box's name must stay inside."""
+    name = "a rather long name of a class, with [brackets], ü and more than sixty letters"
+    image = Image.new("RGB", (64, 48), "grey")
+    font = draw._font(15)
+    bars = draw.draw_classification(image, [(name, 0.5), ("short", 0.5)])
+    assert bars.width > font.getlength(name) + 100
+    legend = draw.draw_segmentation(image, np.ones((48, 64), int), ["background", name])
+    assert legend.width > draw._font(16).getlength(name)
+    small = draw._fitting(name, draw._font(24), 500)
+    assert 9 <= small.size < 24
+    assert small.getlength(name) <= 500
+    assert draw.printable("a\nb\x1b[0m") == "a b [0m"
+    assert draw.captioned(image, name).height == 48 * 4 + 24
+    draw.draw_boxes(image, [[1, 1, 9, 9]], [0], [0.5], None, [name * 20])

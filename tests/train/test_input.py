@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import data_folders as folders
@@ -119,6 +120,11 @@ def test_only_the_split_that_is_used_is_looked_through(tmp_path):
     (root / "train/chelsea/0.png").write_bytes(b"")
     how = How(splits=("val",), classes=("chelsea", "coffee", "dog"))
     assert layouts.inspect_classification(root, how).splits[0].counts == {"chelsea": 2, "coffee": 2, "dog": 0}
+    shutil.rmtree(root / "val/chelsea")
+    report = layouts.inspect_classification(root, How(splits=("val",)))
+    assert report.classes == ["chelsea", "coffee"], "the labels are those of training"
+    folders.classification(root / "whole")
+    root = root / "whole"
     with pytest.raises(UserError, match="the model has no class 'chelsea'"):
         layouts.inspect_classification(root, How(splits=("val",), classes=("coffee", "dog")))
     root = folders.detection(tmp_path / "d", lambda content: content.clear())
