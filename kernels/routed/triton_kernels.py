@@ -25,12 +25,12 @@ What these cost in BiFormer-S at 224 pixels, batch 128, 16 bits a number, on an 
 it were alone; the parts overlap as far as several programs share a processor, so the largest is the floor:
 
     stage  pass      bytes        products      exponentials  other instructions, about ten a score
-    1      forward   206 MB  69    3.3 GF   4     26 M    7     8
-    1      backward  411 MB 136   11.5 GF  14     51 M   14    16
-    2      forward   103 MB  34    1.6 GF   2     13 M    4     4
-    2      backward  206 MB  68    5.8 GF   7     26 M    7     8
-    3      forward    51 MB  17    8.6 GF  11     67 M   19    23   (all 256 x 256 scores of the padded map)
-    3      backward  103 MB  34   21.5 GF  27     67 M   19    23
+    1      forward   206 MB  69    6.6 GF   8     51 M   14    18
+    1      backward  411 MB 136   16.4 GF  21     51 M   14    18   (a single pass)
+    2      forward   103 MB  34    3.3 GF   4     26 M    7     9
+    2      backward  206 MB  68   11.5 GF  14     51 M   14    18
+    3      forward    51 MB  17    7.0 GF   9     55 M   15    19   (256 rows and 208 keys for 196 tokens)
+    3      backward  103 MB  34   18.8 GF  23     59 M   16    20   (256 rows and 224 keys)
 
 Stages 1 and 2 are limited by bytes: what matters is that a program asks for its tokens early, 16 bytes a thread, and
 that little arithmetic on indices stands before. So sizes of regions that are powers of two are constants of the
