@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-all test-fast lint types bench gpu docs clean
+.PHONY: help one-line setup demo test test-all test-fast lint types bench gpu docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,10 @@ bench: setup  ## speed tables, ours beside what one would run otherwise
 	$(BIN)/python benchmarks/window_families.py --out benchmarks/window_families_cpu.md
 	$(BIN)/python benchmarks/convolutional_families.py --threads 2 --out benchmarks/convolutional_families_cpu.md
 	$(BIN)/python benchmarks/linear_attention_families.py --threads 2 --out benchmarks/linear_attention_families_cpu.md
+
+one-line: setup  ## the three one-line commands with a network of each family: tables and pictures (an hour on two cores)
+	$(BIN)/python benchmarks/one_line.py photographs --out docs/one_line.md
+	$(BIN)/python benchmarks/one_line.py digits --out docs/digits.md --epochs 20
 
 gpu: setup  ## prove, tune and measure the kernels and networks on this GPU in ten minutes; a dry run without one
 	$(BIN)/python -m benchmarks.gpu --minutes 9 --out work_dirs/gpu

@@ -18,13 +18,14 @@ from mmengine import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner as MMRunner
 
+from hybridzoo import checkpoints
 from hybridzoo.__main__ import main
 from hybridzoo.train import published, settle
 from hybridzoo.train.compose import read_network
 from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import prepare
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.names import EVERYDAY
+from hybridzoo.train.names import EVERYDAY, recipes
 
 DENSE = [name for name, task in EVERYDAY.items() if task != "classification"]
 # Four levels; a stem level before them; three coarse stages; one stride.
@@ -79,6 +80,29 @@ def test_a_three_stage_network_has_its_published_neck():
             neck = load_config(recipe, model=network).model.neck
             assert (neck.type, neck.finer, neck.coarser) == ("FinerFPN", finer, coarser)
             assert list(neck.in_channels) == [width for width, _ in read_network(network).levels]
+
+
+def test_the_finer_neck_makes_the_strides_that_are_missing():
+    from hybridzoo.train.necks import FinerFPN
+
+    maps = [torch.randn(1, width, side, side + 1) for width, side in ((8, 10), (12, 5), (16, 3))]
+    neck = FinerFPN([8, 12, 16], out_channels=4, finer=2, coarser=1)
+    sides = [tuple(level.shape[1:]) for level in neck(maps)]
+    assert sides == [(4, 40, 44), (4, 20, 22), (4, 10, 11), (4, 5, 6), (4, 3, 4), (4, 2, 2)]
+    sum(level.sum() for level in neck(maps)).backward()
+    assert all(parameter.grad is not None for parameter in neck.parameters())
+    with pytest.raises(UserError, match="got 2 maps"):
+        neck(maps[:2])
+
+
+def test_every_published_run_starts_from_weights_that_are_published():
+    named = [recipe for recipe in recipes().values() if recipe.weights]
+    assert len(named) > 60
+    for recipe in named:
+        model, _, tag = recipe.weights.partition(".")
+        own = [card.tag for card in checkpoints.cards(model, task=None) if card.model == model and card.url]
+        assert tag in own or (not own and timm.get_pretrained_cfg(recipe.weights).has_weights), recipe.name
+    assert load_config(named[0].name).start == named[0].weights
 
 
 def test_a_networks_name_fine_tunes_it():

@@ -1,0 +1,39 @@
+"""The three one-line commands on tiny real photographs, with a network of each family: see benchmarks/one_line.py."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "one_line.py"
+spec = importlib.util.spec_from_file_location("one_line", FILE)
+one_line = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(one_line)
+QUICK = "efficientvit_msra_m0"
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(name, marks=[] if name == QUICK else pytest.mark.exhaustive, id=name)
+        for name in one_line.networks()
+    ],
+)
+def test_three_commands_train_and_predict(network, tmp_path):
+    row, sheet = one_line.try_photographs(network, tmp_path, side=64)
+    assert set(row) == {"network", *one_line.TASKS}
+    for recipe in one_line.TASKS:
+        assert (tmp_path / network / recipe / "final.pth").is_file()
+    assert sheet.width > 3 * sheet.height / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "reached"), one_line.LEARNED)
+def test_the_recipe_learns_the_digits(network, reached, tmp_path, monkeypatch):
+    row = one_line.learn_digits(network, tmp_path, epochs=20, side=32)
+    assert float(row["top-1"]) >= reached
