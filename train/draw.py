@@ -102,7 +102,12 @@ def draw_segmentation(
             y, x = np.unravel_index(int(depth.argmax()), depth.shape)
             spot = ((window[1].start + x - 0.5) * scale, (window[0].start + y - 0.5) * scale)
             fill, stroke = _text_colours(colour)
-            pen.text(spot, _name(i, class_names), fill, font, anchor="mm", stroke_width=2, stroke_fill=stroke)
+            room = picture.width - 8
+            small = _fitting(_name(i, class_names), font, room)
+            text = _shorten(_name(i, class_names), small, room)
+            half = small.getlength(text) / 2 + 4
+            spot = (min(max(spot[0], half), picture.width - half), spot[1])
+            pen.text(spot, text, fill, small, anchor="mm", stroke_width=2, stroke_fill=stroke)
     return _legend(picture, [(_name(i, class_names), colour) for i, colour in colours.items()])
 
 
@@ -142,9 +147,10 @@ def draw_classification(
         pen.text((width - pad, y), f"{100 * share:.0f} %", INK, font, anchor="rm")
     if truth is not None and best and best[0][0] != printable(truth):
         note = _shorten(f"is {printable(truth)}", font, sheet.width - 12)
-        box = pen.textbbox((6, 6), note, font)
+        left = (sheet.width - picture.width) // 2 + 6 if font.getlength(note) < picture.width - 12 else 6
+        box = pen.textbbox((left, 6), note, font)
         pen.rectangle((box[0] - 4, box[1] - 4, box[2] + 4, box[3] + 4), fill=WRONG)
-        pen.text((6, 6), note, PAPER, font)
+        pen.text((left, 6), note, PAPER, font)
     return sheet
 
 
