@@ -5,9 +5,9 @@ optimizers, puts torchvision's operators in the place of mmcv's compiled ones wh
 `_base_ = "hybridzoo::mask-rcnn"` name our recipes. A process of our command line does all that when a verb needs it.
 """
 
-from hybridzoo import IS_OUR_COMMAND
+import hybridzoo
 
-if not IS_OUR_COMMAND:
+if not hybridzoo.IS_OUR_COMMAND:
     try:
         from hybridzoo.train import registration  # noqa: F401
     except ModuleNotFoundError as missing:  # without the [train] extra, the modules that do without it work
