@@ -155,8 +155,8 @@ def candidates(key: Key, default: Config) -> list[Config]:
     groups, windows = key.shape.split(", kernel ")
     members = (tuple(map(int, side.split("+"))) for side in groups.split(" x "))
     rows, columns = itertools.starmap(Axis, zip(members, map(int, windows.split(" x ")), strict=True))
-    own = (*OWN, 32) if key.kernel == "forward_whole" else OWN  # too many registers for a default
-    blocks = sorted(_blocks(key.kernel, rows, columns, key.block_d, key.itemsize, own))
+    sides = (*OWN, 32) if key.kernel == "forward_whole" else OWN  # too many registers for a default
+    blocks = sorted(_blocks(key.kernel, rows, columns, key.block_d, key.itemsize, sides))
     blocks = [block for block in blocks if block[0] <= 1.7 * blocks[0][0]]
     blocks.sort(key=lambda block: {block[1], block[2]} != {default.queries, default.keys})
     found = []

@@ -364,5 +364,6 @@ def test_the_limits_compile(capability, dtype, head_dim, monkeypatch):
     for bias in (True, False) if (dtype, head_dim) in WITHOUT_BIAS else (True,):
         wanted += launches(56, 2, head_dim, LIMITS[dtype][head_dim], 1, dtype, bias)
         for side in (7, 5, 3):  # groups that are a window
-            wanted += launches(side, 2, head_dim, side, 1, dtype, bias)
+            found = launches(side, 2, head_dim, side, 1, dtype, bias)
+            wanted += [n for n in found if n.kernel.__name__ in (*triton_configs.WHOLE, "bias_table")]
     triton_builds.assert_builds(capability, wanted)
