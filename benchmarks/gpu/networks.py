@@ -25,8 +25,10 @@ TIMM = ["convnext_tiny", "swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224"]
 OTHERS = ["maxvit_tiny", "agent_swin_tiny", "plain agent_swin_tiny", "inline_swin_tiny", "plain inline_swin_tiny"]
 OTHERS += ["fastervit_0", "efficientvit_msra_m5", "efficientvit_mit_b2", "patnet_t2", "ascan_tiny"]
 PROFILED = ["dinat_tiny", "biformer_small", "agent_swin_tiny", "inline_swin_tiny", "swin_tiny_patch4_window7_224"]
+WAYS = ("training",), ("inference", "training"), ("inference", "training")
 CODE = ("kernels", "layers", "backbones")
 BATCH, PIXELS = 64, 224
+SLOW = 2.0  # seconds: a network launches hundreds of kernels, and its first calls take several times as long
 
 
 def tasks(dry: bool, store: Store) -> list[Task]:
@@ -37,12 +39,12 @@ def tasks(dry: bool, store: Store) -> list[Task]:
 
 
 def compiled_tasks(dry: bool, store: Store) -> list[Task]:
-    """What matters most first: as many as there are workers are prepared together, and what takes long is cut off."""
+    """What matters most first: a wave is prepared together, and what is not ready in time is cut off."""
     if dry:
         return []
-    both = [(name, way) for name in FIRST + TIMM[:2] for way in ("training", "inference")]
-    rest = [(name, way) for way in ("inference", "training") for name in TIMM[2:] + OTHERS]
-    return [_task("compiled", name, way, False, _settings(store)) for name, way in both + rest]
+    names = FIRST, FIRST + TIMM[:1], TIMM[1:] + OTHERS
+    found = [(name, way) for some, ways in zip(names, WAYS, strict=True) for way in ways for name in some]
+    return [_task("compiled", name, way, False, _settings(store)) for name, way in dict.fromkeys(found)]
 
 
 def _settings(store: Store) -> tuple[tuple[str, str], ...]:
@@ -150,9 +152,8 @@ def _images_per_second(name: str, ways: tuple[str, ...], mode: str, dry: bool) -
     batch = 1 if dry else BATCH
     made = {way: step_of(name, way, dry, mode == "compiled") for way in ways}
     steps = {way: step for way, (step, _) in made.items()}
-    if mode == "compiled":
-        for step in steps.values():
-            _warm(step)
+    for step in () if dry else steps.values():
+        _warm(step)
     yield None
     for way, step in steps.items():
         for graph in (False,) if dry or way == "training" else (False, True):
@@ -161,7 +162,7 @@ def _images_per_second(name: str, ways: tuple[str, ...], mode: str, dry: bool) -
                 if not graph and not dry:
                     step()
                     torch.cuda.reset_peak_memory_stats()
-                row |= timing.measure([step], dry, 0.4, graph)
+                row |= timing.measure([step], dry, 0.4, graph, SLOW)
                 row["images_per_s"] = batch / row["median_us"] * 1e6
                 if not graph and not dry:
                     row["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
@@ -182,7 +183,7 @@ def _fused(name: str, step: Callable[[], object], model: Any, batch: int, dry: b
     row: Row = dict(op=name, way="inference", mode="fused, graph", batch=batch)
     try:
         model.fuse()
-        row |= timing.measure([step], dry, 0.4)
+        row |= timing.measure([step], dry, 0.4, slow=SLOW)
         row["images_per_s"] = batch / row["median_us"] * 1e6
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:2000]
@@ -190,7 +191,7 @@ def _fused(name: str, step: Callable[[], object], model: Any, batch: int, dry: b
 
 
 def _warm(step: Callable[[], object]) -> None:
-    """Compile, beside others that do; where all of them take memory at once, later."""
+    """Compile, beside others that do (kernels of ours, eager too); where all take memory at once, later."""
     for wait in (1, 3, 5, 5, 10, 10, 10, None):
         try:
             step()

@@ -16,6 +16,7 @@ class Part(NamedTuple):
     tasks: Callable[[bool, Store], list[Task]]
     quiet: bool  # times something: nothing else may run then
     after: Callable[[Store], None] | None = None
+    wave: int = 99  # tasks that are prepared side by side; all workers by default
 
 
 def ceiling_tasks(dry: bool, store: Store) -> list[Task]:
@@ -30,7 +31,7 @@ PARTS = {
     "compile": Part(100, tuning.compile_tasks, False),
     "tuning": Part(80, tuning.tasks, True, tuning.write_table),
     "tuned": Part(20, operators.tuned_tasks, True),
-    "networks": Part(55, networks.tasks, True),
-    "compiled": Part(130, networks.compiled_tasks, True),
+    "networks": Part(60, networks.tasks, True, wave=9),
+    "compiled": Part(130, networks.compiled_tasks, True, wave=8),
     "training": Part(30, training.tasks, False),
 }

@@ -16,6 +16,7 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.rows import Store, Task
 
 PREPARING = 0.7  # of a part's box; what is not ready then is cut off, for measuring wants a quiet machine
+MEASURING = 3  # seconds a task, which is all that the end of a box is kept for where preparing takes long
 Say = Callable[[str], None]
 
 
@@ -63,8 +64,8 @@ class Runner:
         self.store, self.dry = store, dry
         self.say: Say = lambda line: say(f"{time.monotonic() - began:4.0f}  {line}")
         self.versions: dict[str, str] = {}
-        # Compiling in each process by itself: there are as many processes as cores.
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        # Few for each process: there are as many processes as cores.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.workers = [Worker() for _ in range(workers)]
 
@@ -87,7 +88,7 @@ class Runner:
                 todo = [self._with_compiled(t) for t in todo]
             started = time.monotonic()
             if self.workers:
-                self.part(todo, started + box, part.quiet)
+                self.part(todo, started + box, part.quiet, part.wave)
             else:
                 self.here(todo, started + box)
             if part.after is not None:
@@ -117,7 +118,7 @@ class Runner:
                 self.row(task, worker.error_row(error))
             self.finish(task, started)
 
-    def part(self, tasks: Sequence[Task], end: float, quiet: bool) -> None:
+    def part(self, tasks: Sequence[Task], end: float, quiet: bool, most: int) -> None:
         pending, begun = deque(tasks), time.monotonic()
         filling = True  # a wave of tasks is being prepared
         while pending or any(w.task for w in self.workers):
@@ -127,13 +128,13 @@ class Runner:
             active = [w for w in self.workers if w.task]
             if not active:
                 filling, begun = True, now
-            for one in self.workers:
+            for one in self.workers[:most]:
                 if pending and one.state == "idle" and (filling or not quiet):
                     one.give(pending.popleft())
             # Processes that still start join the wave as long as nobody measures.
-            filling = filling and any(w.state in ("idle", "starting") for w in self.workers) and bool(pending)
+            filling = filling and any(w.state in ("idle", "starting") for w in self.workers[:most]) and bool(pending)
             self.listen()
-            late = begun + PREPARING * (end - begun)
+            late = max(begun + PREPARING * (end - begun), end - MEASURING * min(most, len(self.workers)))
             for one in self.workers:
                 if quiet and one.state == "preparing" and time.monotonic() > late:
                     self.cut(one, "preparing")

@@ -19,7 +19,7 @@ import torch
 from benchmarks.gpu import cases, operators, timing
 from benchmarks.gpu.rows import Row, Store, Task, newest
 
-AT_MOST = {"forward": 14, "both": 10}  # candidates a kernel and shape
+AT_MOST = {"forward": 12, "both": 8}  # candidates a kernel and shape
 NOISE = 0.985  # of the default's time: what is not below is no gain
 
 
