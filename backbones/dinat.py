@@ -13,10 +13,9 @@ image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits (B
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
@@ -28,6 +27,7 @@ from hybridzoo.backbones.base import Backbone, build
 from hybridzoo.backbones.dinat_dilations import STRIDES, Dilations, Skeleton, block_dilations
 from hybridzoo.layers import NeighborhoodAttention2d, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.neighborhood import Dilation, Padding
 
 HEAD_DIM = 32
@@ -63,7 +63,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
-        x = self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        x = self.conv2(self.conv1(channels_last(x)))
         return self.norm(x.permute(0, 2, 3, 1))
 
 
@@ -81,7 +81,7 @@ class PatchStem(nn.Module):
         below, right = -x.shape[2] % self.patch, -x.shape[3] % self.patch
         if below or right:
             x = F.pad(x, (0, right, 0, below))
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1))
 
 
@@ -130,21 +130,22 @@ class DiNAT(Backbone):
     ) -> None:
         super().__init__()
         dilations = block_dilations(cfg.dilations, cfg.depths, cfg.skeleton)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        rates: list[Any] = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, STRIDES)
 
-        def block(dim: int, dilation: Dilation) -> TransformerBlock:
+        def block(dim: int, dilation: Dilation, drop_path: float) -> TransformerBlock:
             attn = NeighborhoodAttention2d(dim, dim // HEAD_DIM, cfg.kernel_size, dilation, padding=cfg.padding)
-            return TransformerBlock(dim, attn, cfg.mlp_ratio, layer_scale=cfg.layer_scale, drop_path=next(rates))
+            return TransformerBlock(dim, attn, cfg.mlp_ratio, layer_scale=cfg.layer_scale, drop_path=drop_path)
 
         conv = cfg.skeleton == "conv"
         self.stem = ConvStem(in_chans, cfg.dims[0]) if conv else PatchStem(in_chans, cfg.dims[0], STRIDES[0])
         merge: Callable[..., nn.Module] = ConvDownsample if conv else PatchMerging
         stages = []
         for i, dim in enumerate(cfg.dims):
-            stages.append(Stage([block(dim, d) for d in dilations[i]], merge(cfg.dims[i - 1], dim) if i else None))
+            blocks = [block(dim, dilation, rate) for dilation, rate in zip(dilations[i], rates[i], strict=True)]
+            stages.append(Stage(blocks, merge(cfg.dims[i - 1], dim) if i else None))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(self.num_features, eps=1e-5)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)

@@ -10,7 +10,6 @@ image (B, 3, H, W) -> twelve maps (B, dim, H/16, W/16) -> logits (B, num_classes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
@@ -103,22 +102,24 @@ class IsotropicDiNAT(Backbone):
     ) -> None:
         super().__init__()
         dilations = block_dilations(cfg.dilations, cfg.depths, "isotropic")
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        rates: list[Any] = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]
         self.set_feature_info(cfg.dims, [STRIDE] * len(cfg.dims))
 
-        def block(dim: int, dilation: Dilation) -> TransformerBlock:
+        def block(dim: int, dilation: Dilation, drop_path: float) -> TransformerBlock:
             heads = dim // HEAD_DIM
             attn = (
                 FullAttention(dim, heads)
                 if cfg.full_attention
                 else NeighborhoodAttention2d(dim, heads, cfg.kernel_size, dilation, padding=cfg.padding)
             )
-            return TransformerBlock(dim, attn, cfg.mlp_ratio, layer_scale=cfg.layer_scale, drop_path=next(rates))
+            return TransformerBlock(dim, attn, cfg.mlp_ratio, layer_scale=cfg.layer_scale, drop_path=drop_path)
 
         self.stem = PatchStem(in_chans, cfg.dims[0], STRIDE)
-        stages = [Stage([block(dim, d) for d in steps]) for dim, steps in zip(cfg.dims, dilations, strict=True)]
+        stages = []
+        for dim, steps, stage_rates in zip(cfg.dims, dilations, rates, strict=True):
+            stages.append(Stage([block(dim, step, rate) for step, rate in zip(steps, stage_rates, strict=True)]))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(self.num_features, eps=1e-5)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)

@@ -14,11 +14,10 @@ timm's port has 1e-5, and 1e-7 in all norms of L, where it keeps 1e-5 in the hea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
 from functools import partial
 from typing import Any
 
-import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -36,7 +35,40 @@ from hybridzoo.layers import (
 from hybridzoo.layers.init import init_normal
 
 STRIDES = (4, 8, 16, 32)
-FEWER_NORMS = (False, False, True)  # of MBConv's three convolutions: the first two have a bias instead
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRow:
+    """How the blocks of one stage are made.
+
+    Attributes:
+        conv: inverted bottleneck, `MBConv` or `FusedMBConv`.
+        entry: expansion of the first block, which halves the resolution.
+        expansion: of the others.
+        attends: the others attend before their bottleneck.
+        norms: after every convolution of a bottleneck; `False`: after the last only.
+    """
+
+    conv: type[MBConv] | type[FusedMBConv]
+    entry: int
+    expansion: int = 4
+    attends: bool = False
+    norms: bool = True
+
+
+# The paper's two series, stage by stage.
+B = (
+    StageRow(MBConv, entry=4),
+    StageRow(MBConv, entry=4),
+    StageRow(MBConv, entry=4, attends=True, norms=False),
+    StageRow(MBConv, entry=4, attends=True, norms=False),
+)
+L = (
+    StageRow(FusedMBConv, entry=16),
+    StageRow(FusedMBConv, entry=16),
+    StageRow(MBConv, entry=16, norms=False),
+    StageRow(MBConv, entry=24, expansion=6, attends=True, norms=False),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +146,7 @@ class EfficientViTMIT(Backbone):
         ValueError: a pooling that the head does not know, or channels that do not fit the heads.
     """
 
-    memory_format = torch.channels_last
+    channels_last = True
     head: PooledHead
 
     def __init__(
@@ -130,33 +162,30 @@ class EfficientViTMIT(Backbone):
         self.num_classes = num_classes
         self.num_features, self.head_hidden_size = cfg.dims[-1], cfg.head_widths[1]
         self.set_feature_info(cfg.dims, STRIDES)
-        attends = [i == 3 or (i == 2 and not cfg.large) for i in range(len(cfg.dims))]
-        branches = sum(depth * (1 + a) for depth, a in zip(cfg.depths, attends, strict=True))
-        rates: Iterator[float] = (drop_path_rate * (i + 1) / branches for i in range(branches))
-        layers = dict(norm_layer=cfg.norm_layer, act_layer=cfg.act_layer)
+        rows = L if cfg.large else B
+        # A block has a residual branch, or two where it attends.
+        branches = [1 + row.attends for row, depth in zip(rows, cfg.depths, strict=True) for _ in range(depth)]
+        ends = [drop_path_rate * sum(branches[: i + 1]) / sum(branches) for i in range(len(branches))]
+        step = drop_path_rate / max(1, sum(branches))
 
-        def bottleneck(stage: int, in_dim: int, out_dim: int, expansion: int, residual: bool) -> nn.Module:
-            # L saves norms from its third stage on, B where it attends.
-            fewer = attends[stage] or (cfg.large and stage == 2)
-            kind: Any = FusedMBConv if cfg.large and not fewer else MBConv
-            options: dict[str, Any] = dict(norms=FEWER_NORMS) if fewer else {}
-            if residual:
-                options.update(shortcut=nn.Identity(), drop_path=next(rates))
-            return kind(in_dim, out_dim, 1 if residual else 2, hidden_dim=expansion * in_dim, **layers, **options)
+        def bottleneck(row: StageRow, in_dim: int, dim: int, expansion: int, **options: Any) -> nn.Module:
+            if not row.norms:
+                options["without_norm"] = ("expand", "depthwise")
+            layers = dict(norm_layer=cfg.norm_layer, act_layer=cfg.act_layer)
+            return row.conv(in_dim, dim, hidden_dim=expansion * in_dim, **layers, **options)
 
-        def block(stage: int, dim: int) -> nn.Module:
-            if not attends[stage]:
-                return bottleneck(stage, dim, dim, 4, residual=True)
-            rate = next(rates)
+        def block(row: StageRow, dim: int, drop_path: float) -> nn.Module:
+            local = bottleneck(row, dim, dim, row.expansion, shortcut=nn.Identity(), drop_path=drop_path)
+            if not row.attends:
+                return local
             attn = MultiScaleLinearAttention(dim, cfg.head_dim, norm_layer=cfg.norm_layer)
-            return AttentionBlock(attn, bottleneck(stage, dim, dim, 6 if cfg.large else 4, residual=True), rate)
+            return AttentionBlock(attn, local, drop_path - step)
 
         self.stem = Stem(in_chans, cfg)
-        stages, in_dim = [], cfg.stem_dim
-        for i, (dim, depth) in enumerate(zip(cfg.dims, cfg.depths, strict=True)):
-            expansion = (24 if attends[i] else 16) if cfg.large else 4
-            strided = bottleneck(i, in_dim, dim, expansion, residual=False)
-            stages.append(Stage([strided, *(block(i, dim) for _ in range(depth))]))
+        stages, in_dim, rates = [], cfg.stem_dim, iter(ends)
+        for row, dim, depth in zip(rows, cfg.dims, cfg.depths, strict=True):
+            blocks = [block(row, dim, rate) for rate in itertools.islice(rates, depth)]
+            stages.append(Stage([bottleneck(row, in_dim, dim, row.entry, stride=2), *blocks]))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
         self.norm = nn.Identity()
@@ -164,9 +193,8 @@ class EfficientViTMIT(Backbone):
         mlp = nn.Sequential(
             nn.Linear(first, second, bias=False), nn.LayerNorm(second, eps=cfg.norm_eps), cfg.act_layer()
         )
-        self.head = PooledHead(
-            ConvNormAct(cfg.dims[-1], first, **layers), mlp, second, num_classes, global_pool, drop_rate
-        )
+        hidden = ConvNormAct(cfg.dims[-1], first, norm_layer=cfg.norm_layer, act_layer=cfg.act_layer)
+        self.head = PooledHead(hidden, mlp, second, num_classes, global_pool, drop_rate)
         self.apply(_init_weights)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import ConvNormAct, MBConv, PoolShortcut, Stage, WindowAttention
+from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.relative_position import Resize
 from hybridzoo.layers.windows import fit_window, from_windows, padding_mask, to_windows
 
@@ -94,7 +95,7 @@ class Block(nn.Module):
             dim,
             stride,
             hidden_dim=EXPANSION * dim,
-            norms=(True, True, False),
+            without_norm=("project",),
             pre_norm=True,
             se_dim=int(SE_RATIO * dim),
             act_layer=gelu,
@@ -121,7 +122,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
-        x = self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        x = self.conv2(self.conv1(channels_last(x)))
         return x.permute(0, 2, 3, 1).contiguous()
 
 

@@ -6,6 +6,7 @@ the input's, and an identity shortcut; the published weights of EfficientViT and
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Literal
 
 from timm.layers import DropPath, SqueezeExcite
@@ -28,7 +29,7 @@ class MBConv(nn.Module):
         stride: of the depthwise convolution.
         hidden_dim: channels between expansion and projection. Families derive it from `in_dim` or from `out_dim`.
         kernel_size: of the depthwise convolution.
-        norms: which of the three convolutions a norm follows; those without have a bias.
+        without_norm: names of the convolutions that have a bias and no norm after them.
         pre_norm: normalise the block's input too (not the shortcut's).
         se_dim: hidden channels of squeeze-and-excitation; 0 for none.
         act_layer: after the first two convolutions.
@@ -50,7 +51,7 @@ class MBConv(nn.Module):
         *,
         hidden_dim: int,
         kernel_size: int = 3,
-        norms: tuple[bool, bool, bool] = (True, True, True),
+        without_norm: Container[Literal["expand", "depthwise", "project"]] = (),
         pre_norm: bool = False,
         se_dim: int = 0,
         act_layer: ActLayer = nn.GELU,
@@ -62,9 +63,9 @@ class MBConv(nn.Module):
     ) -> None:
         super().__init__()
         _check(in_dim, out_dim, stride, shortcut, drop_path)
-        first, second, last = (norm_layer if wanted else None for wanted in norms)
+        norm = {name: None if name in without_norm else norm_layer for name in ("expand", "depthwise", "project")}
         self.pre_norm = norm_layer(in_dim) if pre_norm else nn.Identity()
-        self.expand = ConvNormAct(in_dim, hidden_dim, norm_layer=first, act_layer=act_layer)
+        self.expand = ConvNormAct(in_dim, hidden_dim, norm_layer=norm["expand"], act_layer=act_layer)
         self.depthwise = ConvNormAct(
             hidden_dim,
             hidden_dim,
@@ -72,11 +73,11 @@ class MBConv(nn.Module):
             stride,
             groups=hidden_dim,
             padding="same" if padding == "same" else None,
-            norm_layer=second,
+            norm_layer=norm["depthwise"],
             act_layer=act_layer,
         )
         self.se = _squeeze_excite(hidden_dim, se_dim, se_act_layer)
-        self.project = ConvNormAct(hidden_dim, out_dim, norm_layer=last)
+        self.project = ConvNormAct(hidden_dim, out_dim, norm_layer=norm["project"])
         self.shortcut = shortcut
         self.drop_path = DropPath(drop_path)
 
@@ -88,7 +89,7 @@ class MBConv(nn.Module):
 class FusedMBConv(nn.Module):
     """Full convolution to the hidden width, squeeze-and-excitation, 1x1 projection; plus the shortcut.
 
-    As `MBConv`, with expansion and depthwise convolution in one; `norms` belong to the two convolutions.
+    As `MBConv`, with expansion and depthwise convolution in one.
     """
 
     def __init__(
@@ -99,7 +100,6 @@ class FusedMBConv(nn.Module):
         *,
         hidden_dim: int,
         kernel_size: int = 3,
-        norms: tuple[bool, bool] = (True, True),
         se_dim: int = 0,
         act_layer: ActLayer = nn.GELU,
         se_act_layer: ActLayer = nn.SiLU,
@@ -110,18 +110,17 @@ class FusedMBConv(nn.Module):
     ) -> None:
         super().__init__()
         _check(in_dim, out_dim, stride, shortcut, drop_path)
-        first, last = (norm_layer if wanted else None for wanted in norms)
         self.expand = ConvNormAct(
             in_dim,
             hidden_dim,
             kernel_size,
             stride,
             padding="same" if padding == "same" else None,
-            norm_layer=first,
+            norm_layer=norm_layer,
             act_layer=act_layer,
         )
         self.se = _squeeze_excite(hidden_dim, se_dim, se_act_layer)
-        self.project = ConvNormAct(hidden_dim, out_dim, norm_layer=last)
+        self.project = ConvNormAct(hidden_dim, out_dim, norm_layer=norm_layer)
         self.shortcut = shortcut
         self.drop_path = DropPath(drop_path)
 

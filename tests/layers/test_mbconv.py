@@ -65,7 +65,8 @@ def test_equals_timms_block(ours, theirs, stride, se_dim, training):
 
 @pytest.mark.parametrize("norms", list(itertools.product((False, True), repeat=3)))
 def test_a_convolution_has_a_norm_or_a_bias_and_folding_changes_nothing(norms):
-    block = MBConv(8, 8, hidden_dim=16, norms=norms, pre_norm=True, se_dim=2, shortcut=nn.Identity())
+    without = [name for name, norm in zip(("expand", "depthwise", "project"), norms, strict=True) if not norm]
+    block = MBConv(8, 8, hidden_dim=16, without_norm=without, pre_norm=True, se_dim=2, shortcut=nn.Identity())
     block = randomize(block).eval()
     for brick, norm in zip((block.expand, block.depthwise, block.project), norms, strict=True):
         assert isinstance(brick.norm, nn.BatchNorm2d) == norm
