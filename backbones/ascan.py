@@ -182,7 +182,7 @@ class AsCAN(Backbone):
         ValueError: an argument does not fit; the message names it.
     """
 
-    memory_format = torch.channels_last
+    channels_last = True
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from hybridzoo import checkpoints
 from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.checkpoints.pretrained import find_weights, in_our_names
 from hybridzoo.layers.inference import Fusible
+from hybridzoo.layers.memory import channels_last
 
 
 class Backbone(Fusible):
@@ -32,13 +33,13 @@ class Backbone(Fusible):
         norm: final norm, NCHW -> NCHW.
         head: timm classifier head with `reset(num_classes, pool_type)` and `forward(x, pre_logits=...)`.
         layout: of the maps between stages; channels-last maps are permuted (not copied) on their way out.
-        memory_format: of the image that the stem reads. `torch.channels_last` in families that are NCHW and mostly
+        channels_last: whether the stem reads images with channels last in memory: in families that are NCHW and mostly
             convolutions, which are fastest that way; all that follows keeps the order, on its way out too.
         feature_info: one dict a stage, see `set_feature_info`.
     """
 
     layout: Literal["NCHW", "NHWC"] = "NCHW"
-    memory_format: torch.memory_format = torch.preserve_format
+    channels_last: bool = False
     stem: nn.Module
     stages: nn.Sequential
     norm: nn.Module
@@ -121,7 +122,7 @@ class Backbone(Fusible):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image -> last map after the final norm, NCHW."""
-        return self._final(self.stages(self.stem(x.to(memory_format=self.memory_format))))
+        return self._final(self.stages(self.stem(self._in_order(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map -> logits `(batch, num_classes)`, or pooled features if `pre_logits`."""
@@ -160,7 +161,7 @@ class Backbone(Fusible):
         levels = self.stem_levels + len(self.stages)
         take, last = feature_take_indices(levels, indices)
         deepest = levels - 1
-        x = x.to(memory_format=self.memory_format)
+        x = self._in_order(x)
         *finer, x = self.stem_maps(x) if self.stem_levels else [self.stem(x)]
         intermediates = [feature for i, feature in enumerate(finer) if i in take]
         for i, stage in enumerate(self.stages, start=self.stem_levels):
@@ -184,6 +185,9 @@ class Backbone(Fusible):
         if prune_head:
             self.reset_classifier(0, "")
         return take
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        return channels_last(x) if self.channels_last else x
 
     def _to_nchw(self, x: Any, norm: bool = False) -> Tensor:
         """What a stage returns, as an NCHW map, after the final norm if asked."""

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from hybridzoo.layers import BiLevelRoutingAttention, Stage, TransformerBlock
 from hybridzoo.layers.bi_level_routing import Padding
 from hybridzoo.layers.heads import softmax_attention
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.memory import channels_last
 
 STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32  # in routed stages
@@ -99,7 +99,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
-        x = self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        x = self.norm1(self.conv1(channels_last(x)))
         return self.norm2(self.conv2(self.act(x))).permute(0, 2, 3, 1).contiguous()
 
 

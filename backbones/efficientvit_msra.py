@@ -118,7 +118,7 @@ class EfficientViTMSRA(Backbone):
         ValueError: an argument does not fit; the message names it.
     """
 
-    memory_format = torch.channels_last
+    channels_last = True
     head: PooledHead
 
     def __init__(

@@ -28,6 +28,7 @@ from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
 from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 _logger = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last from the first convolution on: every later permutation is then a view.
-        return self.conv2(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        return self.conv2(self.conv1(channels_last(x)))
 
 
 class FasterViT(Backbone):

@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -109,7 +108,7 @@ class PATNet(Backbone):
         ValueError: an argument does not fit; the message names it.
     """
 
-    memory_format = torch.channels_last
+    channels_last = True
 
     def __init__(
         self,

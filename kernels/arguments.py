@@ -137,7 +137,7 @@ def table(name: str, value: Any, query: Tensor, axes: str, shape: tuple[int, ...
 @torch.compiler.assume_constant_result  # PyTorch 2.11 takes `is_exporting` for true in all that it compiles
 def exporting() -> bool:
     """An exported program must run where hybridzoo is not installed: plain PyTorch operators, no node of ours."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def implementation(impl: Any, query: Tensor, limit: str | None = None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -101,11 +100,10 @@ class BiLevelRoutingAttention(nn.Module):
         regions, size = self.region_grid(height, width)
         grid = Grid(*regions, *size)
         heads = (3, self.num_heads, dim // self.num_heads)
-        query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
         fill = None  # query, key and value of the tokens beyond the edge
         if any(grid.beyond(x)) and self.padding != "mask":
-            fill = self.qkv.bias.view(heads)
-            fill = fill if self.padding == "bias" else torch.zeros_like(fill)
+            fill = self.qkv(x.new_zeros(1, dim)).view(heads) if self.padding == "bias" else x.new_zeros(heads)
+        query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
         if self.topk < grid.regions:
             routes = self._route(query, key, grid, fill)
             beyond = None if fill is None else fill[1:]

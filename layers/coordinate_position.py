@@ -21,16 +21,18 @@ class CoordinateEmbedding(nn.Module):
         dim: channels.
     """
 
+    like: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.mlp = _mlp(dim)
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the dtype and device of coordinates
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """`(rows * columns, dim)`, row by row."""
-        weight = self.mlp.fc1.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        axes = [(torch.arange(n, dtype=exact, device=weight.device) - n // 2) / max(n // 2, 1) for n in size]
-        return self.mlp(_pairs(*axes).to(weight.dtype)).flatten(0, 1)
+        exact = torch.promote_types(self.like.dtype, torch.float32)
+        axes = [(torch.arange(n, dtype=exact, device=self.like.device) - n // 2) / max(n // 2, 1) for n in size]
+        return self.mlp(_pairs(*axes).to(self.like.dtype)).flatten(0, 1)
 
 
 class CoordinateBias(nn.Module):
@@ -42,9 +44,12 @@ class CoordinateBias(nn.Module):
         num_heads: attention heads.
     """
 
+    like: Tensor
+
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.mlp = _mlp(num_heads)
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the dtype and device of coordinates
 
     def forward(self, size: tuple[int, int], extra: int = 0) -> Tensor:
         """`(heads, extra + tokens, extra + tokens)`, query by key.
@@ -53,14 +58,13 @@ class CoordinateBias(nn.Module):
             size: `(rows, columns)` of the tokens.
             extra: tokens without a position in front of the others; their rows and columns are zero.
         """
-        weight = self.mlp.fc1.weight
         axes = []
         for n in size:
             # Query minus key, descending: a table's entries stand in the order of key minus query.
-            offset = torch.arange(n - 1, -n, -1, device=weight.device)
+            offset = torch.arange(n - 1, -n, -1, device=self.like.device)
             scaled = 8 * offset / max(n - 1, 1)  # float32 in a float64 model too, as the published tables are
             axes.append(torch.sign(scaled) * torch.log2(scaled.abs() + 1) / 3)  # log2(8) = 3
-        table = 16 * torch.sigmoid(self.mlp(_pairs(*axes).to(weight.dtype)))
+        table = 16 * torch.sigmoid(self.mlp(_pairs(*axes).to(self.like.dtype)))
         return F.pad(gather_bias(table.permute(2, 0, 1), size), (extra, 0, extra, 0))
 
 

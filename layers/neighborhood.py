@@ -83,10 +83,12 @@ class NeighborhoodAttention2d(nn.Module):
         _, height, width, dim = x.shape
         dilation = self.dilation or (fitting_dilation(height, width, self.kernel_size),) * 2
         heads = (3, self.num_heads, dim // self.num_heads)
+        pad_token = None
+        beyond = any(n < k * d for n, k, d in zip((height, width), self.kernel_size, dilation, strict=True))
+        if beyond and self.padding == "bias":  # the paper's: zeros before the projection
+            pad_token = self.qkv(x.new_zeros(1, dim)).view(heads)[1:]
         query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
-        # Zeros before the projection are its bias after it.
-        fill = self.qkv.bias.view(heads)[1:] if self.padding == "bias" else None
-        return self.proj(na2d(query, key, value, self.kernel_size, dilation, rpb=self.rpb, fill=fill).flatten(3))
+        return self.proj(na2d(query, key, value, self.kernel_size, dilation, rpb=self.rpb, fill=pad_token).flatten(3))
 
     def extra_repr(self) -> str:
         return (

@@ -19,6 +19,7 @@ from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -103,7 +104,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.proj(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1).contiguous())
 
 

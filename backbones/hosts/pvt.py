@@ -20,6 +20,7 @@ from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import Attention
 from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.resize import resize_map
 
 STRIDES = (4, 8, 16, 32)
@@ -50,7 +51,7 @@ class PatchEmbed(nn.Module):
         trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last) if self.of_image else x.permute(0, 3, 1, 2)
+        x = channels_last(x) if self.of_image else x.permute(0, 3, 1, 2)
         x = self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
         grid = self.pos_embed.transpose(1, 2).unflatten(2, (self.side, self.side))
         return x + resize_map(grid, (x.shape[1], x.shape[2])).permute(0, 2, 3, 1)

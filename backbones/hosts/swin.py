@@ -20,6 +20,7 @@ from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock, WindowAttention
 from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.windows import fit_window, from_windows, to_windows
 
 STRIDES = (4, 8, 16, 32)
@@ -83,7 +84,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, -x.shape[3] % STRIDES[0], 0, -x.shape[2] % STRIDES[0]))
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.proj(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1).contiguous())
 
 

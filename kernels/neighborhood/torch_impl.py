@@ -113,7 +113,7 @@ def forward(
 
 def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention `(..., queries, d)`, and the log-sum-exp of its scores `(..., queries, 1)`."""
-    scores = torch.add(bias, q @ k.mT, alpha=scale)
+    scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=scale)
     lse = scores.logsumexp(-1, keepdim=True)
     return (scores - lse).exp() @ v, lse
 

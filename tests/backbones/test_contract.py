@@ -3,69 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import pickle
-import sys
 
 import pytest
 import timm
 import torch
-from timm.models import is_model_in_modules, model_entrypoint
+from networks import BLOCKS, FAMILIES, LEADERS, MODELS, image, mostly, shallow, size
+from timm.models import is_model_in_modules
 from timm.optim import param_groups_layer_decay
 
-import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.checkpoints import cards
 from hybridzoo.layers.inference import FusedError
-
-MODELS = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("hybridzoo.")]
-
-
-def variants(name: str) -> dict:
-    return sys.modules[model_entrypoint(name).__module__].VARIANTS
-
-
-def _leaders() -> list[str]:
-    """The first, smallest variant of every structure: what only differs in sizes compiles and exports alike.
-
-    Sizes are a row's numbers and tuples; its switches (booleans, strings) and its name's first words are the structure.
-    """
-    leaders: dict[tuple, str] = {}
-    for module in dict.fromkeys(model_entrypoint(name).__module__ for name in MODELS):
-        for name, row in sys.modules[module].VARIANTS.items():
-            switches = tuple((k, v) for k, v in sorted(vars(row).items()) if isinstance(v, bool | str))
-            leaders.setdefault((name.rpartition("_")[0], switches), name)
-    return sorted(leaders.values(), key=MODELS.index)
-
-
-LEADERS = _leaders()
-HEAVY = 40e6  # parameters
-
-
-def one_block_a_stage(name: str) -> dict[str, tuple[int, ...]]:
-    return dict(depths=(1,) * len(variants(name)[name].depths))
-
-
-def size(name: str) -> dict[str, tuple[int, ...]]:
-    """Arguments that keep the variant quick: only leaders are tested in full depth, and only the light ones.
-
-    What depends on the depth (names, layer decay, parameters, cards) is tested of all variants, without running them.
-    """
-    return {} if name in LEADERS and parameters(name) < HEAVY else one_block_a_stage(name)
-
-
-@functools.cache
-def parameters(name: str) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
-
-
-def shallow(name: str) -> torch.nn.Module:
-    """A variant with one block a stage and four stages at most: what costs time only in the number of blocks."""
-    torch.manual_seed(0)
-    row = variants(name)[name]
-    fewer = {key: value[:4] for key, value in vars(row).items() if isinstance(value, tuple) and len(value) > 4}
-    return timm.create_model(name, num_classes=7, **fewer | dict(depths=(1,) * min(4, len(row.depths)))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +30,6 @@ def shared():
         return cache[name]
 
     return get
-
-
-def image(height=64, width=96, batch=2):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def test_there_are_models():
@@ -257,7 +202,7 @@ def test_drop_path_and_in_chans(name):
     torch.testing.assert_close(model(image()[:, :1]), model(image()[:, :1]))
 
 
-@pytest.mark.parametrize("name", LEADERS)
+@pytest.mark.parametrize("name", mostly(BLOCKS))
 def test_compiles_as_one_graph(name):
     torch._dynamo.reset()
     model = shallow(name)
@@ -268,7 +213,7 @@ def test_compiles_as_one_graph(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", LEADERS)
+@pytest.mark.parametrize("name", mostly(FAMILIES))
 def test_exports_with_a_dynamic_batch_and_onnx_agrees(name):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = shallow(name)

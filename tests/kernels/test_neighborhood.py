@@ -330,7 +330,7 @@ def test_compilers_take_one_tensor_as_query_key_and_value():
     x = torch.randn(1, 6, 7, 2, 4)
     attend = lambda x: na2d(x, x, x, 3, scale=0.5)  # noqa: E731
     torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(x), attend(x))
-    assert "hybridzoo::na2d" in str(torch.jit.trace(attend, x).graph)
+    assert "hybridzoo::" not in str(torch.jit.trace(attend, x).graph)
 
 
 def test_compiles_once_for_all_sizes():

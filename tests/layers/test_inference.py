@@ -13,6 +13,7 @@ from torch import nn
 import hybridzoo  # noqa: F401
 from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual
 from hybridzoo.layers.inference import FusedError, fuse
+from hybridzoo.layers.inference.fusing import Fixed
 from hybridzoo.layers.inference.norms import fuse_norm_layer_eval
 
 
@@ -134,3 +135,17 @@ def test_a_fused_network_copies_and_pickles():
         torch.testing.assert_close(twin(x), expected)
         with pytest.raises(FusedError):
             twin.train()
+
+
+def test_position_tables_are_made_once_for_the_size_that_they_are_fixed_for():
+    model = timm.create_model("maxvit_tiny", depths=(1, 1, 1, 1), num_classes=3).fuse((64, 96))
+    tables = [module for module in model.modules() if isinstance(module, Fixed)]
+    assert tables
+    made = []
+    for table in tables:
+        assert table.results
+        table.module.register_forward_hook(lambda *args: made.append(args))
+    model(torch.randn(2, 3, 64, 96))
+    assert not made
+    model(torch.randn(2, 3, 32, 32))
+    assert made

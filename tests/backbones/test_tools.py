@@ -1,0 +1,148 @@
+"""Every structure is plain to other people's tools: tracers, hooks, quantizers, adapters, transforms, counters."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from networks import LEADERS, image, shallow
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+pytestmark = pytest.mark.parametrize("name", LEADERS)
+
+
+def test_fx_traces_it_forward_and_backward(name):
+    """As timm's own test-suite does: what cannot be traced is registered with timm."""
+    model = shallow(name)
+    leaves = dict(leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions()))
+    train, evaluation = get_graph_node_names(model, tracer_kwargs=leaves | dict(param_shapes_constant=True))
+    nodes = dict(train_return_nodes=[train[-1]], eval_return_nodes=[evaluation[-1]])
+    traced = create_feature_extractor(model, **nodes, tracer_kwargs=leaves | dict(param_shapes_constant=True))
+    with torch.no_grad():
+        (out,) = traced.eval()(image()).values()
+        assert torch.equal(out, model(image()))
+    (out,) = traced.train()(image()).values()
+    out.mean().backward()
+    assert all(p.grad is not None for p in traced.parameters())
+    maps = create_feature_extractor(model, {"stages.0": "fine", "stages.1": "coarse"}, tracer_kwargs=leaves).eval()
+    assert set(maps(image())) == {"fine", "coarse"}
+
+
+def test_jit_traces_it_with_gradients_on_into_operators_that_every_runtime_knows(name):
+    model = shallow(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a trace holds for one size, and that tracing is deprecated
+        traced = torch.jit.trace(model, image())
+    torch.testing.assert_close(traced(image()), model(image()))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert all(kind.startswith(("aten::", "prim::")) for kind in kinds)
+    assert "aten::mT" not in kinds
+
+
+def test_hooks_fire_on_every_module_with_whole_batches(name):
+    model, forward, backward = shallow(name).train(), {}, {}
+    for key, module in model.named_modules():
+        module.register_forward_hook(lambda m, args, out, key=key: forward.update({key: out}))
+        if not list(module.children()):
+            module.register_full_backward_hook(lambda m, grads, out, key=key: backward.update({key: out[0]}))
+    model(image(batch=3).requires_grad_()).square().mean().backward()
+    containers = {key for key, module in model.named_modules() if type(module).forward is nn.Module.forward}
+    unseen = {key for key, _ in model.named_modules()} - forward.keys() - containers
+    assert {key for key in unseen if list(model.get_submodule(key).parameters())} <= loops(model)
+    leaves = {key for key, module in model.named_modules() if not list(module.children())}
+    assert {key for key in leaves if list(model.get_submodule(key).parameters())} <= backward.keys()
+    blocks = [out for key, out in forward.items() if key.count(".") == 3 and isinstance(out, torch.Tensor)]
+    assert all(len(out) % 3 == 0 for out in blocks)
+
+
+def loops(model):
+    """Sequences that a layer goes through itself."""
+    return {key for key, module in model.named_modules() if isinstance(module, nn.Sequential)}
+
+
+def test_weights_written_through_data_count(name):
+    """As EMA helpers, pruning and ablations write them, after an evaluation."""
+    model = shallow(name)
+    with torch.no_grad():
+        before = model(image())
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        written = model(image())
+        again = shallow(name)
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(written, again(image()))
+    assert not torch.equal(written, before)
+
+
+def test_dynamic_quantization_converts_every_linear_layer(name):
+    model = shallow(name)
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert all(type(model.get_submodule(key)) is nn.Linear for key in linear)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao, and as much used as ever
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert all("quantized" in type(quantized.get_submodule(key)).__module__ for key in linear)
+    with torch.no_grad():
+        assert quantized(image()).isfinite().all()
+
+
+def test_adapters_in_place_of_linear_layers_are_called(name):
+    """What peft does: every linear layer is another module around it."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.base(x)
+
+    model = shallow(name)
+    with torch.no_grad():
+        expected = model(image())
+        for key in [key for key, module in model.named_modules() if type(module) is nn.Linear]:
+            model.set_submodule(key, Adapter(model.get_submodule(key)))
+        torch.testing.assert_close(model(image()), expected)
+    assert all(module.calls for module in model.modules() if isinstance(module, Adapter))
+
+
+def test_functional_call_transforms_and_fake_tensors_leave_it_as_it_was(name):
+    model = shallow(name)
+    with torch.no_grad():
+        expected = model(image())
+    weights = {key: value.detach() for key, value in model.named_parameters()}
+    slopes = grad(lambda w: functional_call(model, w, (image(),)).square().mean())(weights)
+    assert all(slope.isfinite().all() for slope in slopes.values())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that PyTorch takes image after image for some operators
+        each = vmap(lambda x: functional_call(model, weights, (x[None],))[0])(image())
+        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert model(mode.from_tensor(image())).shape == expected.shape
+    with torch.no_grad():
+        torch.testing.assert_close(model(image()), expected)
+
+
+def test_counters_see_every_layer(name):
+    """Multiplications by PyTorch's counter of operators are those that the layers alone make, and more."""
+    model, layers = shallow(name), 0
+
+    def count(module, args, out):
+        nonlocal layers
+        per_output = module.weight[0].numel()
+        layers += 2 * out.numel() * per_output
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image())
+    assert layers <= counter.get_total_flops() < 3 * layers

@@ -1,0 +1,74 @@
+"""The registered networks, and small ones of every structure, for tests that are the same for all of them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import pytest
+import timm
+import torch
+from timm.models import model_entrypoint
+
+import hybridzoo  # noqa: F401  (registers the models)
+
+MODELS = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("hybridzoo.")]
+
+
+def variants(name: str) -> dict:
+    return sys.modules[model_entrypoint(name).__module__].VARIANTS
+
+
+def _leaders() -> list[str]:
+    """The first, smallest variant of every structure: what only differs in sizes compiles and exports alike.
+
+    Sizes are a row's numbers and tuples; its switches (booleans, strings) and its name's first words are the structure.
+    """
+    leaders: dict[tuple, str] = {}
+    for module in dict.fromkeys(model_entrypoint(name).__module__ for name in MODELS):
+        for name, row in sys.modules[module].VARIANTS.items():
+            switches = tuple((k, v) for k, v in sorted(vars(row).items()) if isinstance(v, bool | str))
+            leaders.setdefault((name.rpartition("_")[0], switches), name)
+    return sorted(leaders.values(), key=MODELS.index)
+
+
+LEADERS = _leaders()
+# One of each family; and those that are built of different blocks, the hosts of linear attention included.
+FAMILIES = list({model_entrypoint(name).__module__: name for name in reversed(LEADERS)}.values())
+BLOCKS = {*FAMILIES, *(name for name in LEADERS if name.startswith("agent_")), "efficientvit_mit_l1", "vitrpb_small"}
+HEAVY = 40e6  # parameters
+
+
+def one_block_a_stage(name: str) -> dict[str, tuple[int, ...]]:
+    return dict(depths=(1,) * len(variants(name)[name].depths))
+
+
+def size(name: str) -> dict[str, tuple[int, ...]]:
+    """Arguments that keep the variant quick: only leaders are tested in full depth, and only the light ones.
+
+    What depends on the depth (names, layer decay, parameters, cards) is tested of all variants, without running them.
+    """
+    return {} if name in LEADERS and parameters(name) < HEAVY else one_block_a_stage(name)
+
+
+@functools.cache
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name).parameters())
+
+
+def shallow(name: str) -> torch.nn.Module:
+    """A variant with one block a stage and four stages at most: what costs time only in the number of blocks."""
+    torch.manual_seed(0)
+    row = variants(name)[name]
+    fewer = {key: value[:4] for key, value in vars(row).items() if isinstance(value, tuple) and len(value) > 4}
+    return timm.create_model(name, num_classes=7, **fewer | dict(depths=(1,) * min(4, len(row.depths)))).eval()
+
+
+def image(height=64, width=96, batch=2):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def mostly(names) -> list:
+    """All leaders, those besides `names` in exhaustive runs only."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.exhaustive) for name in LEADERS]
