@@ -74,9 +74,8 @@ class PartitionAttention(nn.Module):
         _, height, width, _ = x.shape
         window = fit_window(height, width, self.window, self.dilated)
         mask = padding_mask(height, width, window, self.dilated, x.device)
-        windows = to_windows(x, window, self.dilated)
-        windows = windows + self.drop_path(self.attn(self.norm1(windows), mask))
-        x = from_windows(windows, height, width, self.dilated)
+        attended = self.attn(to_windows(self.norm1(x), window, self.dilated), mask)
+        x = x + self.drop_path(from_windows(attended, height, width, self.dilated))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -45,8 +45,7 @@ def to_windows(x: Tensor, window: tuple[int, int], dilated: bool = False) -> Ten
 def from_windows(windows: Tensor, height: int, width: int, dilated: bool = False) -> Tensor:
     """Inverse of `to_windows`: `(batch, rows, columns, *window, dim)` -> `(batch, height, width, dim)`, cropped.
 
-    No copy where the windows lie in memory in the map's order, as the sum of a view made by `to_windows` and anything
-    else does: add residuals before merging.
+    A copy only where the windows do not lie in memory in the map's order.
     """
     x = windows.permute(0, 3, 1, 4, 2, 5) if dilated else windows.permute(0, 1, 3, 2, 4, 5)
     return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]

@@ -146,3 +146,34 @@ def test_counters_see_every_layer(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image())
     assert layers <= counter.get_total_flops() < 3 * layers
+
+
+def test_torchao_quantizes_the_weights(name):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = shallow(name)
+    with torch.no_grad():
+        expected = model(image())
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        error = (model(image()) - expected).abs().max() / expected.std()
+    assert 0 < error < 0.3
+
+
+def multiplications(model):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image())
+    return counter.get_total_flops() / 2
+
+
+def test_thop_which_counts_modules_agrees_with_pytorchs_counter(name):
+    thop = pytest.importorskip("thop", reason="thop is not installed")
+    model = shallow(name)
+    expected = multiplications(model)
+    assert thop.profile(model, (image(),), verbose=False)[0] == pytest.approx(expected, rel=0.15)
+
+
+def test_fvcore_which_counts_a_traced_graph_agrees_with_pytorchs_counter(name):
+    fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed")
+    model = shallow(name)
+    analysis = fvcore.FlopCountAnalysis(model, image())
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    assert analysis.total() == pytest.approx(multiplications(model), rel=0.15)
