@@ -15,7 +15,7 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 from mmengine.registry import DATASETS, DefaultScope
 
-from hybridzoo.train import engine
+from hybridzoo.train import engine, resuming
 from hybridzoo.train.config import load_config
 from hybridzoo.train.digits import digits_root
 from hybridzoo.train.errors import UserError
@@ -57,6 +57,13 @@ def test_train_test_and_predict(task, data, tmp_path):
     checkpoint = tmp_path / "run" / "final.pth"
     again = engine.test(demo(task), checkpoint, work_dir=tmp_path / "test", data=data)
     assert again[METRIC[task]] == pytest.approx(metrics[METRIC[task]])
+
+    state = resuming.find(tmp_path / "run")
+    assert state is not None
+    state.check(configured(demo(task), data))  # the run would go on
+    state.content["meta"]["class_names"] = state.content["meta"]["class_names"][::-1]
+    with pytest.raises(UserError, match=r"was trained on \d+ classes \(9, 8, .* the data has \d+ \("):
+        state.check(configured(demo(task), data))
 
     model = engine.build_for_inference(demo(task), checkpoint, "cpu")
     names = ("background", *map(str, range(10))) if task == "segmentation" else tuple(map(str, range(10)))
