@@ -258,7 +258,7 @@ def test_the_examples_of_every_verb_run(call, here, data_home):
             code, out, err = call(*argv)
             assert code == 0, f"{example}: {err}"
             assert out.strip()
-    assert {"list", "info", "train", "test", "predict"} == set(VERBS)
+    assert {"list", "info", "check", "train", "test", "predict"} == set(VERBS)  # check: see test_input.py
     assert Path("predictions/photo.png").is_file()
 
 
