@@ -293,6 +293,17 @@ def test_a_classifier_in_one_line(images, tmp_path, capsys):
     assert (tmp_path / "final.pth").is_file()
 
 
+def test_an_everyday_run_resumes_as_it_began(images, tmp_path, capsys):
+    line = ("train", "test_convnext", "--data", images, "--img-size", 48, *TINY, "--work-dir", tmp_path)
+    run(*line)
+    capsys.readouterr()
+    run(*line, "--resume")
+    printed = capsys.readouterr().out
+    assert "resuming from" in printed
+    assert "from scratch" not in printed  # nothing is asked of the network a second time
+    assert "layer_decay" not in Config.fromfile(saved_config(tmp_path)).optim_wrapper.paramwise_cfg
+
+
 def test_mmdets_entry_points_take_a_run(detector, scenes, tmp_path):
     from mmdet.apis import DetInferencer, inference_detector, init_detector
 
