@@ -53,7 +53,7 @@ bench: setup  ## speed tables, ours beside what one would run otherwise
 
 one-line: setup  ## the three one-line commands with a network of each family: tables and pictures (an hour on two cores)
 	$(BIN)/python benchmarks/one_line.py photographs --out docs/one_line.md
-	$(BIN)/python benchmarks/one_line.py digits --out docs/digits.md --epochs 20
+	$(BIN)/python benchmarks/one_line.py digits --out docs/digits.md
 
 gpu: setup  ## prove, tune and measure the kernels and networks on this GPU in ten minutes; a dry run without one
 	$(BIN)/python -m benchmarks.gpu --minutes 9 --out work_dirs/gpu

@@ -31,7 +31,8 @@ TASKS = {"finetune": "accuracy/top1", "mask-rcnn": "coco/bbox_mAP_50", "upernet"
 QUICK = ("--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--no-wandb", "--weights", "none")
 # Digits are not flipped: a mirrored 2 is no 2. The rest is the recipe's, but for a size and a length that fit minutes.
 DIGITS = ("--batch-size", "32", "--workers", "0", "--device", "cpu", "--no-wandb", "--weights", "none", "--seed", "0")
-LEARNED = (("efficientvit_msra_m0", 80.0), ("shvit_s1", 80.0))  # network, top-1 that 20 epochs of digits reach
+# Network, and the top-1 that two epochs of digits reach: less than was measured, for other machines' sake.
+LEARNED = (("efficientvit_msra_m0", 72.0), ("shvit_s1", 50.0))
 NO_FLIP = ("--cfg-options", "train_dataloader.dataset.transform.hflip=0.0")
 
 
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; JSON and pictures go beside it")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks alone")
     parser.add_argument("--work", type=Path, default=Path("work_dirs/one_line"), help="where the runs go")
-    parser.add_argument("--epochs", type=int, default=6, help="of digits")
+    parser.add_argument("--epochs", type=int, default=2, help="of digits")
     parser.add_argument("--side", type=int, default=32, help="of digits, in pixels")
     args = parser.parse_args()
     known = args.out.with_suffix(".json")

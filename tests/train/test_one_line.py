@@ -34,6 +34,6 @@ def test_three_commands_train_and_predict(network, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("network", "reached"), one_line.LEARNED)
-def test_the_recipe_learns_the_digits(network, reached, tmp_path, monkeypatch):
-    row = one_line.learn_digits(network, tmp_path, epochs=20, side=32)
+def test_the_recipe_learns_the_digits(network, reached, tmp_path):
+    row = one_line.learn_digits(network, tmp_path, epochs=2, side=32)
     assert float(row["top-1"]) >= reached
