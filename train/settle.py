@@ -12,6 +12,7 @@ from mmengine import Config
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.registry import DATASETS, DefaultScope
 
+from hybridzoo.train import names
 from hybridzoo.train.compose import network_of
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import find_weights
@@ -180,19 +181,30 @@ def starting_weights(config: Config, weights: str | Path | None) -> str | Path |
         UserError: `weights` cannot be had.
     """
     network = network_of(config).get("name", "")
+    from hybridzoo.train import published
+
     if weights is not None and str(weights) != "none":
-        return find_weights(weights, network)
+        if not _is_timms(str(weights)):
+            return find_weights(weights, network)
+        try:
+            return published.weights_of(str(weights))
+        except published.Unavailable as reason:
+            raise UserError(f"weights {weights}: cannot be had here ({reason}); give a file") from reason
     wanted = None if weights is not None else config.get("start")
     if not wanted:
         return None
-    from hybridzoo.train import published
-
     try:
         return published.weights_of(network if wanted == "published" else wanted)
     except published.Unavailable as reason:
         if is_main_process():  # a line of its own: no logger exists yet
             print(f"from scratch: no weights of {network} here ({reason}); give --weights FILE")
         return None
+
+
+def _is_timms(weights: str) -> bool:
+    """Whether weights are named after a model of timm's own, as `convnext_tiny.fb_in22k` is."""
+    model = weights.partition(".")[0]
+    return not Path(weights).exists() and model in names.timm_models() and model not in names.our_models()
 
 
 # What follows from the data and the machine ---------------------------------------------------------------------------

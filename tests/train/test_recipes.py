@@ -233,6 +233,14 @@ def test_weights_that_cannot_be_had_are_one_line(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_weights_named_after_a_model_of_timms_are_asked_for(monkeypatch):
+    config = load_config("finetune", model="test_convnext")
+    with pytest.raises(UserError, match=r"weights resnet50.a1_in1k: cannot be had here \("):
+        settle.starting_weights(config, "resnet50.a1_in1k")
+    monkeypatch.setattr(published, "weights_of", lambda name: Path(f"{name}.safetensors"))
+    assert settle.starting_weights(config, "test_convnext.r160_in1k") == Path("test_convnext.r160_in1k.safetensors")
+
+
 def test_timms_own_weights_are_brought_once_and_fit(tmp_path, monkeypatch):
     """A repository of the hub in the cache, as timm would leave it there."""
     from safetensors.torch import save_file
