@@ -9,7 +9,7 @@ import pickle
 import pytest
 import timm
 import torch
-from networks import BLOCKS, FAMILIES, LEADERS, MODELS, image, mostly, shallow, size
+from networks import BLOCKS, FAMILIES, LEADERS, MODELS, image, mostly, shallow, size, variants
 from timm.models import is_model_in_modules
 from timm.optim import param_groups_layer_decay
 
@@ -249,3 +249,19 @@ def test_a_fused_network_computes_the_same(name):
         fused.train()
     with pytest.raises(FusedError, match="load_state_dict"):
         fused.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_dense_network_can_be_fused(name):
+    """Without its head, as detectors and segmentors have it."""
+    row = variants(name)[name]
+    fewer = {key: value[:4] for key, value in vars(row).items() if isinstance(value, tuple) and len(value) > 4}
+    arguments = fewer | dict(depths=(1,) * min(4, len(row.depths)))
+    dense = timm.create_model(name, features_only=True, out_indices=(0, 1, 2), **arguments).eval()
+    with torch.no_grad():
+        expected = dense(image())
+        dense.model.fuse((64, 96))
+        for got, wanted in zip(dense(image()), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.std().item())
+    with pytest.raises(FusedError, match="train"):
+        dense.train()
