@@ -80,7 +80,8 @@ class Backbone(Fusible):
     def example_image(self, size: int | tuple[int, int] | None) -> Tensor:
         """One black image: of `size` pixels, or of the size that the weights were published for."""
         cfg: dict[str, Any] = self.pretrained_cfg  # type: ignore[assignment]  # timm's builder sets it
-        weight = self.get_submodule(cfg["first_conv"]).weight
+        first: Any = self.get_submodule(cfg["first_conv"])
+        weight: Tensor = first.weight
         height, width = cfg["input_size"][1:] if size is None else to_2tuple(size)
         return torch.zeros(1, weight.shape[1], height, width, dtype=weight.dtype, device=weight.device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ swaps(dinat_isotropic.MapBias)(Fixed)
 @folds(patnet.Block)
 def _(block: patnet.Block) -> None:
     """The mixer's norms and the spatial gate's linear maps, into the MLP's convolutions."""
-    mlp = block.mlp
+    mlp: Any = block.mlp
     if isinstance(block.mixer, PartialChannelAttention):
         block.mixer, mlp.expand.conv = fold_channel_attention(block.mixer, mlp.expand.conv)
     elif isinstance(block.mixer, DynamicPartialConv):
@@ -52,7 +54,8 @@ class FusedStripeAttention(nn.Module):
         _, height, width, _ = x.shape
         windows = to_windows(x, window)
         tokens = windows.flatten(3, 4).flatten(0, 2)
-        query, key, value = (projection(tokens) for projection in self.qkv[i])
+        projections: Any = self.qkv[i]
+        query, key, value = (projection(tokens) for projection in projections)
         mask = padding_mask(height, width, window, device=x.device)
         if mask is not None:  # what lies beyond the edge is projected to the bias; a convolution expects zero
             value = value * mask.repeat(x.shape[0], 1)[..., None]

@@ -38,7 +38,7 @@ EXPANSION = 4  # of MBConv (counted from its output's width) and of the MLPs
 SE_RATIO = 0.25  # of MBConv's output width, not of its hidden width
 
 batch_norm = partial(nn.BatchNorm2d, eps=1e-3)  # TensorFlow's
-gelu = partial(nn.GELU, approximate="tanh")
+gelu: Any = partial(nn.GELU, approximate="tanh")
 
 
 @dataclasses.dataclass(frozen=True)

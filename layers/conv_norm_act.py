@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from timm.layers import create_conv2d
 from torch import Tensor, nn
 
 NormLayer = Callable[[int], nn.Module]
-ActLayer = Callable[[], nn.Module]
+ActLayer = Any  # Callable[[], nn.Module]: timm's layers ask for a class, and take any factory
 
 
 class ConvNormAct(nn.Module):

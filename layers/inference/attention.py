@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class FusedAgentAttention(nn.Module):
         self.num_heads, self.grid = layer.num_heads, layer.grid
         self.query_key, self.value = part(layer.qkv, 0, 2 * dim), part(layer.qkv, 2 * dim, 3 * dim)
         self.proj = layer.proj
-        layer.qkv = layer.proj = nn.Identity()
+        layer.qkv = layer.proj = nn.Identity()  # type: ignore[assignment]
         self.layer = layer  # for what is left of it
         self.tables = Fixed(AgentTables(layer))
 
@@ -110,7 +111,9 @@ class FusedInLineAttention(nn.Module):
         dim = layer.proj.in_features
         self.num_heads, self.class_token = layer.num_heads, layer.class_token
         self.query_key, self.value = part(layer.qkv, 0, 2 * dim), part(layer.qkv, 2 * dim, 3 * dim)
-        self.residual, self.dwc, self.proj = layer.residual, layer.dwc, layer.proj
+        self.residual: Any = layer.residual
+        self.dwc: Any = layer.dwc
+        self.proj = layer.proj
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None, *, summary: Tensor | None = None) -> Tensor:
         if x.ndim == 4:
@@ -131,7 +134,7 @@ class FusedInLineAttention(nn.Module):
         # The same padding and the same values: both kernels are one.
         return kernels if self.dwc is None else kernels + self.dwc.weight.flatten(1)
 
-    def _grouped(self, conv: nn.Module, x: Tensor) -> Tensor:
+    def _grouped(self, conv: Any, x: Tensor) -> Tensor:
         """A grouped convolution of single pixels as one product: `(heads, batch, in)` -> `(heads, batch, out)`."""
         weight = conv.weight.view(self.num_heads, -1, x.shape[2])
         return torch.baddbmm(conv.bias.view(self.num_heads, 1, -1), x, weight.transpose(1, 2))
@@ -177,7 +180,9 @@ class FusedMultiScaleLinearAttention(nn.Module):
         qkv = self.qkv(x)
         # By head, each part (heads, batch, tokens, head_dim):
         outs = [self._attend(*self._rows(qkv).permute(2, 1, 0, 3).contiguous().unflatten(2, images))]
-        for depthwise, mix in self.aggregate:
+        scale: Any  # a pair of convolutions
+        for scale in self.aggregate:
+            depthwise, mix = scale
             rows, weight = self._rows(depthwise(qkv)), mix.weight.view(-1, 3, self.head_dim, self.head_dim)
             parts = (torch.bmm(rows[:, :, i].transpose(0, 1), weight[:, i].transpose(1, 2)) for i in range(3))
             outs.append(self._attend(*(part.unflatten(1, images) for part in parts)))

@@ -59,7 +59,6 @@ def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale, shift = torch.rsqrt(norm.running_var + norm.eps), 0.0
-    if norm.affine:
-        scale, shift = scale * norm.weight, norm.bias
-    return scale, shift - norm.running_mean * scale
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    shift = -norm.running_mean * scale
+    return (scale * norm.weight, shift * norm.weight + norm.bias) if norm.affine else (scale, shift)

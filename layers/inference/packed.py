@@ -39,7 +39,8 @@ def _operator(name: str, arguments: list[str]) -> Any:
 
 CONVOLUTION = _operator("_convolution_pointwise", ["X", "W", "B", *_GEOMETRY, *_POST_OPERATION])
 LINEAR = _operator("_linear_pointwise", ["X", "W", "B", *_POST_OPERATION])
-REORDER = _operator("_reorder_linear_weight", ["self", "batch_size"])
+PACK_LINEAR = _operator("_reorder_linear_weight", ["self", "batch_size"])
+PACK_CONVOLUTION = _operator("_reorder_convolution_weight", ["self", *_GEOMETRY, "input_size"])
 
 
 def _on_intel() -> bool:
@@ -67,35 +68,26 @@ def post_operation(act: nn.Module) -> tuple[str, str] | None:
 
 
 class _Packed(nn.Module):
-    """Weights, in PyTorch's order too: for what oneDNN's kernels do not take (gradients, other dtypes, compilers)."""
+    """Weights, in PyTorch's order too: for what oneDNN's kernels do not take (gradients, other dtypes, compilers).
+
+    Copies, pickles and moves pack them anew.
+    """
 
     weight: Tensor
+    bias: Tensor | None
+    packed: Tensor
+
+    def pack(self) -> None:
+        weight = self.weight.detach()
+        suits = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.packed = self._pack(weight) if suits else weight
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def takes(self, x: Tensor) -> bool:
         plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad
         return plain and not torch.compiler.is_compiling()
-
-
-class PackedLinear(_Packed):
-    """`act(linear(x))`."""
-
-    def __init__(self, linear: nn.Linear | PackedLinear, act: nn.Module, post: tuple[str, str]) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.act = act
-        self.post = post
-        self.pack()
-
-    def pack(self) -> None:
-        weight = self.weight.detach()
-        suits = REORDER is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.packed = REORDER(weight, None) if suits else weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        small = self.post[0] == "none" and x.numel() * self.weight.shape[0] < SMALL
-        if small or not self.takes(x):
-            return self.act(F.linear(x, self.weight, self.bias))
-        return LINEAR(x, self.packed, self.bias, self.post[0], [], self.post[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -110,6 +102,26 @@ class PackedLinear(_Packed):
         self.pack()
 
 
+class PackedLinear(_Packed):
+    """`act(linear(x))`."""
+
+    def __init__(self, linear: nn.Linear | PackedLinear, act: nn.Module, post: tuple[str, str]) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.act = act
+        self.post = post
+        self.pack()
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return weight if PACK_LINEAR is None else PACK_LINEAR(weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.post[0] == "none" and x.numel() * self.weight.shape[0] < SMALL
+        if small or not self.takes(x):
+            return self.act(F.linear(x, self.weight, self.bias))
+        return LINEAR(x, self.packed, self.bias, self.post[0], [], self.post[1])
+
+
 class PackedConv(_Packed):
     """`act(conv(x))`; timm's "same" padding is put around the map before."""
 
@@ -119,15 +131,21 @@ class PackedConv(_Packed):
         self.act = act
         self.post = post
         self.same = isinstance(conv, Conv2dSame)
-        self.padding = [0, 0] if self.same else list(conv.padding)
+        self.padding: Any = [0, 0] if self.same else list(conv.padding)
         self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
+        self.pack()
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        if PACK_CONVOLUTION is None:
+            return weight
+        return PACK_CONVOLUTION(weight, self.padding, self.stride, self.dilation, self.groups, None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.same:
-            x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
+            x = pad_same(x, list(self.weight.shape[-2:]), self.stride, self.dilation)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         if self.takes(x):
-            return CONVOLUTION(x, self.weight, self.bias, *geometry, self.post[0], [], self.post[1])
+            return CONVOLUTION(x, self.packed, self.bias, *geometry, self.post[0], [], self.post[1])
         return self.act(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 
@@ -170,10 +188,11 @@ class FewImages(nn.Module):
 @swaps(Mlp, on_cpu=True)
 def _(mlp: Mlp) -> nn.Module:
     post = post_operation(mlp.act)
-    linear = type(mlp.fc1) in (nn.Linear, PackedLinear) and isinstance(mlp.norm, nn.Identity)
+    fc1: Any = mlp.fc1
+    linear = type(fc1) in (nn.Linear, PackedLinear) and isinstance(mlp.norm, nn.Identity)
     if LINEAR is None or post is None or not linear:
         return mlp
-    return FewTokens(nn.Sequential(PackedLinear(mlp.fc1, mlp.act, post), mlp.fc2), mlp.fc1.weight.shape[0])
+    return FewTokens(nn.Sequential(PackedLinear(fc1, mlp.act, post), mlp.fc2), fc1.weight.shape[0])
 
 
 @swaps(nn.Linear, on_cpu=True)
@@ -187,4 +206,6 @@ def _(block: ConvNormAct) -> nn.Module:
     plain = type(conv) in (nn.Conv2d, Conv2dSame) and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
     if CONVOLUTION is None or post is None or not plain or not isinstance(block.norm, nn.Identity):
         return block
+    if post[0] == "none" and conv.groups == 1:
+        return block  # nothing to gain: calling oneDNN by PyTorch's own way is cheaper
     return PackedConv(conv, block.act, post)
