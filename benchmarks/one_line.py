@@ -32,7 +32,7 @@ QUICK = ("--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cp
 # Digits are not flipped: a mirrored 2 is no 2. The rest is the recipe's, but for a size and a length that fit minutes.
 DIGITS = ("--batch-size", "32", "--workers", "0", "--device", "cpu", "--no-wandb", "--weights", "none", "--seed", "0")
 # Network, and the top-1 that two epochs of digits reach: less than was measured, for other machines' sake.
-LEARNED = (("efficientvit_msra_m0", 72.0), ("shvit_s1", 50.0))
+LEARNED = (("efficientvit_msra_m0", 72.0), ("shvit_s1", 78.0))
 NO_FLIP = ("--cfg-options", "train_dataloader.dataset.transform.hflip=0.0")
 
 
