@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hybridzoo.train import networks
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import fitting_out_norms, load_matching, read_parts, tell
 
@@ -145,8 +145,6 @@ class PyramidBackbone(nn.Module):
         **model_args: Any,
     ) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            raise UserError(f"backbone name={name!r}: timm knows no such model; `hybridzoo list` shows ours")
         self.name = name
         self.model_args = model_args
         self.weights = weights
@@ -187,7 +185,7 @@ class PyramidBackbone(nn.Module):
         self._freeze(frozen_stages)
 
     def _create(self) -> Any:  # Any: nn.Module does not declare what every timm model has
-        return timm.create_model(self.name, **self.model_args)
+        return networks.create("model.backbone", self.name, self.model_args)
 
     def _eps(self) -> float:
         return next((module.eps for module in self.model.modules() if isinstance(module, nn.LayerNorm)), 1e-6)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from mmengine import Config
 from mmengine.evaluator import BaseMetric
@@ -15,11 +13,13 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, Mixup, create_dataset, create_transform
+from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
+from hybridzoo.train import networks
 from hybridzoo.train.backbone import freeze
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import natural_key, read_image
@@ -59,13 +59,7 @@ class ImageClassifier(BaseModel):
         **model_args: Any,
     ) -> None:
         super().__init__(data_preprocessor)
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-            raise UserError(f"unknown model {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
-        try:
-            self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
-        except TypeError as error:  # an argument of another family's, left in the config
-            raise UserError(f"model {name}: {error}; leave it out, e.g. by model.<argument>=none") from error
+        self.model = networks.create("model", name, model_args, pretrained=pretrained, num_classes=num_classes)
         self.frozen = freeze(self.model, frozen_stages)
         self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.loss: nn.Module
@@ -104,7 +98,7 @@ class ImageClassifier(BaseModel):
         if mode == "loss":
             assert targets is not None
             if self.mixup is not None:
-                inputs, targets = self.mixup(inputs, targets)
+                inputs, targets = self._mix(inputs, targets)
             return {"loss": self.loss(self.model(inputs).float(), targets)}
         logits = self.model(inputs)
         if mode == "tensor":
@@ -112,6 +106,16 @@ class ImageClassifier(BaseModel):
         scores = logits.float().softmax(dim=-1)
         known: Sequence[Any] = [None] * len(scores) if targets is None else targets.tolist()
         return [{"scores": score, "target": target} for score, target in zip(scores, known, strict=True)]
+
+    def _mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch's images and their targets, (B, classes) then; timm mixes pairs, and an odd last one stays."""
+        assert self.mixup is not None
+        pairs = len(inputs) // 2 * 2
+        if pairs == len(inputs):
+            return self.mixup(inputs, targets)
+        last = mixup_target(targets[pairs:], self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
+        mixed, soft = self.mixup(inputs[:pairs], targets[:pairs]) if pairs else (inputs[:0], last[:0])
+        return torch.cat([mixed, inputs[pairs:]]), torch.cat([soft, last])
 
 
 class FolderDataset(Dataset[tuple[Any, int]]):
@@ -312,9 +316,6 @@ def configure(
         dataset.exclude = [str(path) for path in skipped]
         dataset.white_value = config.get("white_value")
     config.model.num_classes = len(names)
-    batch = config.train_dataloader.batch_size
-    if config.model.get("mixup") and batch % 2:
-        raise UserError(f"train_dataloader.batch_size={batch}: mixup pairs the images, choose an even number")
 
 
 def eval_transform(config: Config) -> Any:

@@ -6,6 +6,7 @@ and mmengine take seconds. A verb looks at the names and paths it was given befo
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybridzoo.train import checkpoint_verbs, model_info, names, tables
-from hybridzoo.train.errors import Terminated, UserError
+from hybridzoo.train.errors import Terminated, UserError, explain
 from hybridzoo.train.help import examples
 from hybridzoo.train.plain import printable
 
@@ -258,8 +259,9 @@ def run(argv: Sequence[str]) -> int:
         if code == 130:  # newer typers swallow it
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except UserError as error:
-        return _fail(str(error))
+    except BrokenPipeError:  # a reader such as `head` left early
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -274,6 +276,10 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # mmengine's bare `except` turns it into another
             return _interrupted()
+        if (said := explain(error)) is not None:
+            if os.environ.get("HYBRIDZOO_TRACEBACK"):
+                traceback.print_exc()
+            return _fail(said)
         # A wrong option, argument or verb.  The class moved between typer's versions; its method has not.
         if not hasattr(error, "format_message"):
             raise

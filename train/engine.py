@@ -33,8 +33,10 @@ from torch import nn
 import hybridzoo.backbones  # noqa: F401 - registers the models with timm
 from hybridzoo.checkpoints.containers import flaw
 from hybridzoo.checkpoints.transfer import DownloadError, fetch
-from hybridzoo.train import hooks, optim, progress, resuming, run_folder, seeding, settle
-from hybridzoo.train.errors import Terminated, UserError
+from hybridzoo.train import config_check, hooks, optim, progress, resuming, run_folder, seeding, settle
+from hybridzoo.train.batchnorm import drop_a_last_one
+from hybridzoo.train.errors import Terminated, UserError, building
+from hybridzoo.train.names import TASKS
 from hybridzoo.train.tracking import add_wandb
 from hybridzoo.train.weights import load_matching, read_checkpoint, read_state_dict, tell
 
@@ -66,7 +68,13 @@ class Runner(MMRunner):
     def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         if isinstance(self._train_dataloader, dict):
             self._train_dataloader = seeding.seeded_dataloader(self._train_dataloader, self.seed)
-        built = super().build_train_loop(loop)
+        with building("train_cfg, train_dataloader"):
+            randomness = self.cfg.get("randomness") or {}
+            self._train_dataloader = self.build_dataloader(
+                self._train_dataloader, self.seed, randomness.get("diff_rank_seed", False)
+            )
+            drop_a_last_one(self._train_dataloader, self.model)
+            built = super().build_train_loop(loop)
         if len(built.dataloader) == 0:
             batch = self.cfg.train_dataloader.get("batch_size")
             raise UserError(f"train_dataloader.batch_size={batch}: larger than the training set, choose a smaller one")
@@ -75,6 +83,22 @@ class Runner(MMRunner):
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         return wrapped.to(self.cfg.device) if self.cfg.get("device") else wrapped
+
+    def build_val_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with building("val_cfg, val_dataloader, val_evaluator"):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with building("test_cfg, test_dataloader, test_evaluator"):
+            return super().build_test_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        with building("optim_wrapper"):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        with building("param_scheduler"):
+            return super().build_param_scheduler(scheduler)
 
     def load_or_resume(self) -> None:
         if self.initial_weights is not None:  # mmengine has initialised the model by now
@@ -121,13 +145,17 @@ def prepare(config: Config) -> ModuleType:
     """Import what ``config``'s task needs, so that its registries know all names, and return the task's module.
 
     Raises:
-        UserError: the task's extra is not installed.
+        UserError: the task's extra is not installed, or the config has a key that nobody reads.
     """
     task = config.task
+    if task not in TASKS:
+        raise UserError(f"config task={task!r}: choose {', '.join(TASKS)}")
+    if config.get("on_bad", "stop") not in ("stop", "skip"):
+        raise UserError(f"config on_bad={config.on_bad!r}: choose stop or skip")
     try:
         if task != "classification":
             importlib.import_module("hybridzoo.train.mmcv_ops").install()
-        return importlib.import_module(f"hybridzoo.train.{task}")
+        module = importlib.import_module(f"hybridzoo.train.{task}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("hybridzoo"):
             raise
@@ -140,6 +168,8 @@ def prepare(config: Config) -> ModuleType:
             f"{task} needs OpenCV, whose build with windows misses {str(error).split(':')[0]}: "
             "pip install --force-reinstall --no-deps opencv-python-headless"
         ) from error
+    config_check.check(config)
+    return module
 
 
 def train(
@@ -228,7 +258,8 @@ def train(
         elif weights is not None and _takes_a_backbone(config.model) and not whole:
             config.model.backbone.weights, weights = str(weights), None
 
-        runner = Runner.from_cfg(config)
+        with building("(model, hooks, visualizer, randomness)"):
+            runner = Runner.from_cfg(config)
         runner.initial_weights, runner.resumed = weights, state
         runner.run, runner.started = run, started
         try:
@@ -286,7 +317,8 @@ def test(
         config.resume, config.load_from = False, None
         resuming.compare_classes(checkpoint, names, resuming.class_names(config))
         with _running(folder):
-            runner = Runner.from_cfg(config)
+            with building("(model, hooks, visualizer, randomness)"):
+                runner = Runner.from_cfg(config)
             load_weights(runner.model, checkpoint, allow_head_mismatch=False)
             try:
                 return {name: float(value) for name, value in runner.test().items() if isinstance(value, Real)}
@@ -316,7 +348,7 @@ def build_for_inference(config: Config, checkpoint: str | Path, device: str | to
     else:  # weights that somebody else trained
         names = tuple(str(index) for index in range(_num_classes(config.model)))
     config.model.pop("pretrained", None)
-    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
+    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")), building("model"):
         model = MODELS.build(config.model)
     load_weights(model, checkpoint, allow_head_mismatch=False)
     model.dataset_meta = {"classes": names}

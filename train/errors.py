@@ -1,4 +1,11 @@
-"""Errors a person can act on."""
+"""Errors a person can act on, and what the libraries' errors mean to a person."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -26,3 +33,66 @@ class Terminated(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+_NOT_REGISTERED = re.compile(r"(?P<name>\S+) is not in the \w+::(?P<kind>[\w ]+) registry")
+_NO_GPU = ("No CUDA GPUs are", "Torch not compiled with CUDA", "Found no NVIDIA driver", "invalid device ordinal")
+
+
+def explain(error: BaseException) -> str | None:
+    """One line that tells a person what an error means and what to do, or None for a defect of ours.
+
+    Errors of torch and of the operating system are known by their names and texts: this module imports nothing.
+    """
+    text = str(error)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, UserError):
+        return text
+    if type(error).__module__.startswith("hybridzoo.checkpoints"):
+        return text
+    if "OutOfMemoryError" in kinds:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        return f"out of GPU memory{f' (asked for {asked[1]})' if asked else ''}: {LESS_MEMORY}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"out of memory: {LESS_MEMORY}, or fewer loader workers"
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return (
+            "a process that loads images died, mostly for want of memory (in a container: of shared memory): use fewer "
+            "workers, or none (train_dataloader.num_workers=0)"
+        )
+    if "Expected more than 1 value per channel" in text:
+        return "a BatchNorm met a single value per channel: use a batch of at least two images, or larger images"
+    if any(sign in text for sign in _NO_GPU):
+        return f"no such GPU here ({text.splitlines()[0]}): leave the device out, or use cpu"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+LESS_MEMORY = "use a smaller batch (train_dataloader.batch_size), smaller images, or mixed precision (--amp)"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of a library's error, or where it has no words the line of code that raised it."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if text.strip():
+        return text.strip().splitlines()[0]
+    raised = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at {raised[-1].line}" if raised else type(error).__name__
+
+
+@contextlib.contextmanager
+def building(place: str) -> Iterator[None]:
+    """What goes wrong while something is made as a config says is the config's mistake.
+
+    Raises:
+        UserError: names the place in the config and gives the library's reason.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AssertionError, AttributeError) as error:
+        said = explain(error)
+        unknown = _NOT_REGISTERED.search(str(error))
+        if unknown is not None:
+            said = f"config {place}: there is no {unknown['kind']} called {unknown['name'].strip(chr(39))}"
+        raise UserError(said or f"config {place}: {reason(error)}") from error

@@ -137,6 +137,3 @@ def test_bad_data(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
         configure(run_config(), image_folder / "val")
     with pytest.raises(UserError, match=r"no data: give an image folder"):
         configure(run_config("digits=None"), None)
-    mixed = run_config("model.mixup={'mixup_alpha': 0.8}", "train_dataloader.batch_size=7")
-    with pytest.raises(UserError, match=r"batch_size=7: mixup pairs the images"):
-        configure(mixed, image_folder)

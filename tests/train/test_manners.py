@@ -1,13 +1,23 @@
 """How the command line treats a person: at once, in one line, without a traceback."""
 
+import re
 import resource
+import shutil
 import subprocess
 import sys
 
+import pytest
 import timm
+import torch
 from timm.models import model_entrypoint
 
-from hybridzoo.train import names
+from hybridzoo.__main__ import main
+from hybridzoo.train import config_check, engine, names
+from hybridzoo.train.classification import ImageClassifier
+from hybridzoo.train.config import load_config
+from hybridzoo.train.engine import prepare
+from hybridzoo.train.errors import UserError, explain
+from hybridzoo.train.weights import read_checkpoint
 
 
 def test_help_and_a_misspelt_name_answer_at_once():
@@ -56,3 +66,184 @@ def test_the_command_knows_our_models_where_it_composes_a_run():
     program = "import sys; sys.argv = ['hybridzoo']; from hybridzoo.train import compose"
     program += "; compose.check_network('maxvit_tiny')"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+TINY = ["model.name=test_resnet", "model.regions=none", "train_cfg.max_epochs=1", "train_dataloader.batch_size=4"]
+MISTAKES = [  # options of a config that libraries would refuse with a traceback, or not read at all
+    ("train_cfg.max_epoch=3", ["train_cfg.max_epoch=3", "max_epochs"]),
+    ("train_cfg.max_epochs=many", ["train_cfg.max_epochs='many'", "whole number"]),
+    ("train_cfg.max_epochs=1.5", ["max_epochs", "1.5"]),
+    ("train_cfg.max_epochs=0", ["train_cfg.max_epochs=0", "at least 1"]),
+    ("optim_wrapper.optimizer.learning_rate=3", ["optimizer.learning_rate=3", " lr,"]),
+    ("optim_wrapper.optimizer.lr=high", ["optimizer.lr='high'", "a number"]),
+    ("optim_wrapper.optimizer.lr=-1", ["optim_wrapper", "-1"]),
+    ("optim_wrapper.optimizer.type=AdmW", ["optimizer", "AdmW"]),
+    ("optim_wrapper.optimzer.lr=3", ["optimzer", "optimizer"]),
+    ("optim_wrapper.clip_grad.max_nrm=3", ["max_nrm", "max_norm"]),
+    ("optim_wrapper=nonsense", ["optim_wrapper='nonsense'", "dict"]),
+    ("model.drop_path=0.1", ["model.drop_path=0.1", "test_resnet", "drop_path_rate"]),
+    ("model.regions=7", ["model.regions=7", "test_resnet"]),
+    ("model.name=test_resnett", ["test_resnett", "test_resnet"]),
+    ("model.name=test_resnet.nowhere", ["nowhere", "hybridzoo info test_resnet"]),
+    ("model.name=biformer_tiny model.regions=many", ["regions", "'many'"]),
+    ("model.label_smoothing=x", ["label_smoothing='x'", "a number"]),
+    ("model.label_smoothing=7", ["smoothing"]),
+    ("model.mixup.mixup_alfa=3", ["mixup_alfa", "mixup_alpha"]),
+    ("model=nonsense", ["model='nonsense'", "dict"]),
+    ("train_dataloader.batchsize=3", ["batchsize", "batch_size"]),
+    ("train_dataloader.batch_size=two", ["batch_size='two'", "whole number"]),
+    ("train_dataloader.batch_size=0", ["batch_size=0", "at least 1"]),
+    ("train_dataloader.batch_size=999", ["batch_size=999", "smaller"]),
+    ("train_dataloader.num_workers=-1", ["num_workers=-1", "at least 0"]),
+    ("train_dataloader.sampler.type=Sampel", ["sampler", "Sampel"]),
+    ("train_dataloader.dataset.split=nowhere", ["nowhere"]),
+    ("train_dataloader.dataset.transform.hflipp=3", ["hflipp", "hflip"]),
+    ("train_dataloader.dataset.transform.auto_augment=nonsense", ["nonsense"]),
+    ("param_scheduler.0.beginn=3", ["beginn", "begin"]),
+    ("param_scheduler.7.begin=3", ["param_scheduler", "7"]),
+    ("default_hooks.checkpont.interval=3", ["default_hooks.checkpont", "checkpoint"]),
+    ("default_hooks.checkpoint.intervall=3", ["intervall", "interval"]),
+    ("default_hooks.checkpoint.interval=x", ["interval='x'", "whole number"]),
+    ("custom_hooks=nonsense", ["custom_hooks='nonsense'", "list"]),
+    ("val_evaluator.topp=3", ["topp", "topk"]),
+    ("randomness.sed=3", ["randomness.sed", "seed"]),
+    ("env_cfg.mp_cfg.start_method=spawn", ["start_method", "mp_start_method"]),
+    ("task=nonsense", ["task='nonsense'", "segmentation"]),
+    ("on_bad=nonsense", ["on_bad='nonsense'", "skip"]),
+]
+
+
+def failing(capsys, *argv):
+    """The one line that a command prints before it exits with code 2."""
+    code = main(argv)
+    printed = capsys.readouterr()
+    assert code == 2, printed.out
+    assert re.fullmatch(r"error: .+\n", printed.err), printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize(("option", "words"), MISTAKES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_mistake_in_an_option_is_one_line(option, words, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [given for given in TINY if given.partition("=")[0] not in {o.partition("=")[0] for o in option.split()}]
+    said = failing(
+        capsys, "train", "biformer_tiny_digits", "--data", str(image_folder), "--no-wandb",
+        "--cfg-options", *options, *option.split(),
+    )  # fmt: skip
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "words"),
+    [
+        (
+            "mask-rcnn_biformer_tiny_digits",
+            "model.backbone.drop_path=0.1",
+            ["backbone.drop_path=0.1", "drop_path_rate"],
+        ),
+        ("mask-rcnn_biformer_tiny_digits", "model.test_cfg.rcnn.score_threshold=0.1", ["score_threshold", "score_thr"]),
+        ("mask-rcnn_biformer_tiny_digits", "model.test_cfg.rcnn.max_per_image=9", ["max_per_image=9", "max_per_img"]),
+        ("mask-rcnn_biformer_tiny_digits", "model.rpn_head.in_channel=10", ["in_channel", "in_channels"]),
+        ("segformer_biformer_tiny_digits", "model.decode_head.chanels=10", ["chanels", "channels"]),
+        ("segformer_biformer_tiny_digits", "model.backbone.name=maxvit_tiny", ["regions", "maxvit_tiny"]),
+    ],
+)
+def test_dense_configs_say_it_too(config, option, words):
+    pytest.importorskip("mmdet" if "rcnn" in config else "mmseg")
+    with pytest.raises(UserError) as raised:
+        prepare(load_config(config, [option]))
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("name", names.list_configs())
+def test_nothing_is_wrong_with_our_own_configs(name):
+    config = load_config(name)
+    pytest.importorskip({"classification": "timm", "detection": "mmdet", "segmentation": "mmseg"}[config.task])
+    prepare(config)
+    assert list(config_check.problems(config.to_dict())) == []
+
+
+def test_resuming_on_other_classes_says_so(image_folder, tmp_path, run_config):
+    engine.train(run_config("train_cfg.max_epochs=1"), work_dir=tmp_path / "run", data=image_folder, wandb=False)
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    for split in ("train", "val"):
+        shutil.rmtree(data / split / "red")
+    with pytest.raises(UserError) as raised:
+        engine.train(run_config(), work_dir=tmp_path / "run", data=data, wandb=False, resume=True)
+    assert "trained on 3 classes (blue, green, red), the data has 2 (blue, green)" in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_mixup_takes_an_odd_batch(size):
+    classifier = ImageClassifier("test_resnet", num_classes=3, mixup=dict(mixup_alpha=1.0), label_smoothing=0.1)
+    images, targets = torch.rand(size, 3, 32, 32), torch.arange(size) % 3
+    mixed, soft = classifier._mix(images.clone(), targets)
+    assert soft.shape == (size, 3)
+    torch.testing.assert_close(soft.sum(1), torch.ones(size))
+    if size % 2:
+        assert torch.equal(mixed[-1], images[-1])
+        assert soft[-1].argmax() == targets[-1]
+    if size > 1:
+        assert not torch.equal(mixed[0], images[0])
+        assert torch.isfinite(classifier(images, targets, mode="loss")["loss"])
+
+
+def test_a_last_batch_of_one_is_left_out_where_there_is_batchnorm(run_config, image_folder, tmp_path, capsys):
+    """36 images in batches of 5: the last one has a single image."""
+    options = ["train_cfg.max_epochs=1", "train_dataloader.batch_size=5", "train_dataloader.drop_last=False"]
+    for model, batches in (("test_resnet", 7), ("test_vit", 8)):
+        config = run_config(*options, f"model.name={model}")
+        if model == "test_resnet":
+            config.model.pop("img_size")
+        engine.train(config, work_dir=tmp_path / model, data=image_folder, wandb=False)
+        assert read_checkpoint(tmp_path / model / "final.pth")["meta"]["iter"] == batches
+        assert ("leaves one of the 36 images out" in capsys.readouterr().out) is (model == "test_resnet")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), ["2.00 GiB", "batch"]),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), ["out of memory", "batch"]),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ["num_workers=0"]),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), ["num_workers=0"]),
+        (
+            ValueError("Expected more than 1 value per channel when training, got input size"),
+            ["BatchNorm", "two images"],
+        ),
+        (RuntimeError("No CUDA GPUs are available"), ["cpu"]),
+        (AssertionError("Torch not compiled with CUDA enabled"), ["cpu"]),
+        (PermissionError(13, "Permission denied", "/x/a.png"), ["/x/a.png", "Permission denied"]),
+        (
+            UserError(
+                "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                '  File "x.py", line 1\nhybridzoo.train.errors.UserError: image a.png: broken\n'
+            ),
+            ["image a.png: broken"],
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_errors_of_the_machine_say_what_to_do(error, words):
+    said = explain(error)
+    assert said
+    assert "\n" not in said
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+
+
+def test_a_defect_keeps_its_traceback():
+    assert explain(ValueError("something else")) is None
+    assert explain(KeyError("name")) is None
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    piped = subprocess.run(
+        f"{sys.executable} -m hybridzoo list | head -n 1", shell=True, capture_output=True, text=True
+    )
+    assert piped.stderr == ""
+    assert len(piped.stdout.splitlines()) == 1
