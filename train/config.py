@@ -120,7 +120,11 @@ def load_config(
         raise UserError(f"config {path}: {type(error).__name__}: {_first_line(error)}") from error
     if config.get("task") not in TASKS:
         raise UserError(f"config {path}: has to set task to one of {', '.join(TASKS)}, got {config.get('task')!r}")
-    from hybridzoo.train import compose, settle  # import timm, which a name that is not found does without
+    from hybridzoo.train import (  # import timm, which a name that is not found does without
+        compose,
+        config_check,
+        settle,
+    )
 
     if model is not None:
         compose.set_network(config, model)
@@ -129,6 +133,7 @@ def load_config(
         key, value = _parse_option(option, config)
         _assign(config, key, value, option)
         given.add(key)
+    config_check.check_sections(config)
     given |= settle.short_options(
         config, epochs=epochs, batch_size=batch_size, lr=lr, img_size=img_size, freeze=freeze, workers=workers
     )

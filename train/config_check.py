@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from hybridzoo.train import networks
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.names import TASKS
 
 # The keys of a config that mmengine's runner is made of; others are the engine's, or variables of the file.
 RUNNER = set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
@@ -87,9 +88,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the first wrong key, its value and what would be right in its place.
     """
-    for name, wanted in _SECTIONS.items():
-        if not isinstance(config.get(name), wanted | None):
-            raise UserError(f"config {name}={_short(config[name])}: give {_A_SECTION[wanted]}")
+    check_sections(config)
     with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
         for key, value, problem in problems(config.to_dict()):
             raise UserError(f"config {key}={_short(value)}: {problem}")
@@ -102,6 +101,19 @@ def check(config: Config) -> None:
             networks.check(
                 place, node["name"], {key: value for key, value in node.items() if key not in {"type", *own}}
             )
+
+
+def check_sections(config: Config) -> None:
+    """Look at the kinds of the sections alone, which everything that works on a config relies on.
+
+    Raises:
+        UserError: names the first one that is a word where a dict or a list belongs, or a task that there is not.
+    """
+    if config.get("task") not in TASKS:
+        raise UserError(f"config task={config.get('task')!r}: choose {', '.join(TASKS)}")
+    for name, wanted in _SECTIONS.items():
+        if not isinstance(config.get(name), wanted | None):
+            raise UserError(f"config {name}={_short(config[name])}: give {_A_SECTION[wanted]}")
 
 
 def problems(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
