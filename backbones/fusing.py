@@ -29,7 +29,9 @@ def _(block: patnet.Block) -> None:
     elif isinstance(block.mixer, DynamicPartialConv):
         block.mixer = FusedPartialConv(block.mixer)
     if isinstance(mlp.gate, SpatialGate):
-        mlp.project, mlp.gate = fold_spatial_gate(mlp.gate, mlp.project)
+        gate: Any
+        mlp.project, gate = fold_spatial_gate(mlp.gate, mlp.project)
+        mlp.gate = gate
 
 
 @swaps(cswin.StripeAttention)
@@ -42,7 +44,7 @@ class FusedStripeAttention(nn.Module):
         self.lepe, self.proj = layer.lepe, layer.proj
         dim, count = layer.proj.in_features, len(layer.lepe)
         width = dim // count
-        self.qkv = nn.ModuleList(
+        self.qkv: Any = nn.ModuleList(
             nn.ModuleList(part(layer.qkv, start, start + width) for start in range(i * width, 3 * dim, dim))
             for i in range(count)
         )

@@ -67,7 +67,7 @@ class PartitionAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, dim // HEAD_DIM, window, table_resize)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, EXPANSION * dim, act_layer=gelu)
+        self.mlp = Mlp(dim, EXPANSION * dim, act_layer=gelu)  # type: ignore[arg-type]  # not a class alone
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from hybridzoo.train.weights import fitting_out_norms, load_matching, read_parts
 class Level(NamedTuple):
     """One map of a pyramid: level `index` of the model, its stride doubled `doublings` times (halved, if negative)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # and not the tuple's method
     stride: int
     width: int
     doublings: int = 0
@@ -65,7 +65,7 @@ def _rescale(width: int, doublings: int) -> nn.Module:
     return nn.Sequential(*steps)
 
 
-def freeze(model: nn.Module, stages: int, groups: Mapping[str, int] | None = None) -> list[nn.Module]:
+def freeze(model: Any, stages: int, groups: Mapping[str, int] | None = None) -> list[nn.Module]:
     """Take the gradients of a timm model's stem (0), or of its stem and first k stages (k); -1 freezes nothing.
 
     Args:
@@ -178,7 +178,8 @@ class PyramidBackbone(nn.Module):
         if out_norm not in norm:
             raise UserError(f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None")
         if any(level.doublings for level in levels):
-            self.rescale = nn.ModuleList(_rescale(info[level.index]["num_chs"], level.doublings) for level in levels)
+            scales = [_rescale(info[level.index]["num_chs"], level.doublings) for level in levels]
+            self.rescale: nn.ModuleList | None = nn.ModuleList(scales)
         else:  # the levels are the model's own: nothing to learn, and no names in the state dict
             self.rescale = None
         self.out_norms = nn.ModuleList(norm[out_norm](width) for width in self.channels)

@@ -177,10 +177,14 @@ def network_arguments(config: Config) -> dict[str, Any]:
 def _own_arguments(config: Config) -> set[str]:
     """Names that belong to the classifier or to the backbone around the network, not to the network."""
     if "backbone" in config.model:
-        from hybridzoo.train.backbone import PyramidBackbone as holder
+        from hybridzoo.train.backbone import PyramidBackbone
+
+        build: Any = PyramidBackbone.__init__
     else:
-        from hybridzoo.train.classification import ImageClassifier as holder
-    named = inspect.signature(holder.__init__).parameters.values()
+        from hybridzoo.train.classification import ImageClassifier
+
+        build = ImageClassifier.__init__
+    named = inspect.signature(build).parameters.values()
     return {"type", "_scope_", *(p.name for p in named if p.kind is not p.VAR_KEYWORD)}
 
 
@@ -238,7 +242,8 @@ def _fit_classifier(config: Config, network: Network, given: set[str]) -> None:
 
 def _for_size(network: Network, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments with which a network of fixed size is built for another one."""
-    if not network.any_size and not timm.get_pretrained_cfg(network.name).fixed_input_size:
+    published = timm.get_pretrained_cfg(network.name)
+    if not network.any_size and not (published and published.fixed_input_size):
         return {}
     if "img_size" not in arguments and _takes(network.name, "img_size", size):
         return {"img_size": size}

@@ -7,6 +7,7 @@ import socket
 import urllib.request
 import warnings
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import timm
@@ -64,7 +65,7 @@ def _timms(name: str) -> Path:
     try:
         file = _hub_file(cfg) if cfg.hf_hub_id else None
         if file is None and cfg.url:
-            _knock(cfg.url)
+            _knock(str(cfg.url))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             overlay = {"file": str(file)} if file else {}
@@ -80,7 +81,7 @@ def _timms(name: str) -> Path:
     return target
 
 
-def _hub_file(cfg: timm.models.PretrainedCfg) -> Path:
+def _hub_file(cfg: Any) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -63,8 +63,8 @@ def candidates(key: Key, default: Config) -> list[Config]:
     elif key.kernel == "backward_single":  # keys are those of a region
         found = [Config(queries, 64, warps, n) for queries in (64, 32) for warps in (4, 8, 2) for n in (1, 2)]
     elif key.kernel == "backward_small":
-        blocks = [(64, 4), (64, 8), (32, 4), (32, 8), (64, 16), (128, 8)]
-        found = [Config(256, *block, stages) for stages in (1, 2) for block in blocks]
+        keys_warps = [(64, 4), (64, 8), (32, 4), (32, 8), (64, 16), (128, 8)]
+        found = [Config(256, keys, warps, stages) for stages in (1, 2) for keys, warps in keys_warps]
     else:
         found = tuning.candidates(default)
     return [config for config in found if config != default]
