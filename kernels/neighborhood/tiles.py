@@ -190,7 +190,9 @@ def _cut(
 
 
 def plan(query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int], shape: Shape) -> Plan:
-    rows, columns = _cut((int(query.shape[1]), int(query.shape[2])), kernel, dilation, min(max(kernel), shape.max_tile), shape)
+    rows, columns = _cut(
+        (int(query.shape[1]), int(query.shape[2])), kernel, dilation, min(max(kernel), shape.max_tile), shape
+    )
     make = Run.entries if shape.exporting else _kept_entries  # a traced tensor must not outlive the trace
     entries = {run: make(run, query.device) for run in (*rows, *columns)}
     dtype = torch.promote_types(query.dtype, torch.float32)
