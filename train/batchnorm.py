@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -34,3 +37,53 @@ def drop_a_last_one(loader: DataLoader, model: nn.Module) -> None:
     if images % batches.batch_size == 1 and images > 1 and any(True for _ in learning_norms(model)):
         batches.drop_last = True
         tell(f"each epoch leaves one of the {images} images out: BatchNorm cannot learn of a last batch of one")
+
+
+@HOOKS.register_module()
+class BatchNormWarmUpHook(Hook):
+    """Let a fresh BatchNorm's running statistics be the mean over its first batches, then the usual moving average.
+
+    They start at mean 0 and variance 1, which a moving average of momentum m still holds a part (1 - m) ** n of after n
+    batches. Where the true variance is 1e-9, as EfficientViT's published initialisation has it, that is all that
+    validation sees for hundreds of batches. Here batch n has the momentum max(m, 1 / n), so that the start is forgotten
+    with the first. Training itself reads no running statistics and stays the same to the last bit.
+
+    Statistics that came with weights are kept: their layers count as having seen 1 / m batches. Batches are counted
+    by BatchNorm's own buffer, which a checkpoint holds: a run resumed in its first batches goes on as it would have.
+    A compiled model is left alone, because a compiler takes the momentum for a constant.
+    """
+
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self._momenta: dict[_BatchNorm, float] = {}
+
+    def before_train(self, runner: Any) -> None:
+        self._momenta = {}
+        if runner.cfg.get("compile"):
+            return
+        for module in runner.model.modules():
+            if not isinstance(module, _BatchNorm) or module.running_var is None or not module.momentum:
+                continue
+            self._momenta[module] = module.momentum
+            if runner.iter == 0 and not _is_fresh(module):
+                assert module.num_batches_tracked is not None
+                module.num_batches_tracked.clamp_(min=math.ceil(1 / module.momentum))
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        for module, momentum in list(self._momenta.items()):
+            if module.training:  # else frozen
+                module.momentum = max(momentum, 1 / (1 + int(module.num_batches_tracked or 0)))
+                if module.momentum == momentum:
+                    del self._momenta[module]
+
+    def after_train(self, runner: Any) -> None:
+        for module, momentum in self._momenta.items():
+            module.momentum = momentum
+
+
+def _is_fresh(module: _BatchNorm) -> bool:
+    """Whether running statistics are as PyTorch makes them."""
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    return bool((module.running_mean == 0).all() and (module.running_var == 1).all())

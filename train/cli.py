@@ -106,7 +106,7 @@ def info(
     epilog=examples(
         "train maxvit_tiny --data photographs",
         "train mask-rcnn --model dinat_mini --data scenes --epochs 12",
-        "train biformer_tiny_digits --cfg-options train_cfg.max_epochs=1",
+        "train biformer_tiny_digits --work-dir runs/digits",
     )
 )
 def train(

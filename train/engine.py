@@ -311,7 +311,15 @@ def test(
         unused = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
         for key in (*unused, "val_dataloader", "val_cfg", "val_evaluator"):
             config[key] = None
-        for key in ("checkpoint", "seed", "stop_on_nan", "param_scheduler", "sync_buffers", "sampler_seed"):
+        for key in (
+            "checkpoint",
+            "seed",
+            "batch_norm",
+            "stop_on_nan",
+            "param_scheduler",
+            "sync_buffers",
+            "sampler_seed",
+        ):
             config.default_hooks[key] = None
         _drop_missing_hooks(config)
         config.resume, config.load_from = False, None

@@ -62,6 +62,10 @@ def explain(error: BaseException) -> str | None:
         )
     if "Expected more than 1 value per channel" in text:
         return "a BatchNorm met a single value per channel: use a batch of at least two images, or larger images"
+    outside = re.search(r"Target (-?\d+) is out of bounds", text)
+    if outside is not None or "device-side assert" in text:
+        label = f"the label {outside[1]}" if outside else "a label, most likely,"
+        return f"{label} is outside the model's classes: correct the data, or model.num_classes"
     if any(sign in text for sign in _NO_GPU):
         return f"no such GPU here ({text.splitlines()[0]}): leave the device out, or use cpu"
     if isinstance(error, OSError) and error.filename is not None:

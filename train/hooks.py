@@ -21,6 +21,7 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
+from hybridzoo.train import bad_batch
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.seeding import seed_all
 
@@ -173,9 +174,13 @@ class StopOnNaNHook(Hook):
     ) -> None:
         for name, value in (outputs or {}).items():
             if "loss" in name and not math.isfinite(number(value)):
+                loader = runner.train_loop.dataloader
+                model = getattr(runner.model, "module", runner.model)
+                files = bad_batch.files_of(loader, batch_idx) if by_epoch(runner) else []
+                fault = bad_batch.describe(data_batch, files, bad_batch.number_of_classes(model))
                 raise UserError(
                     f"{name} is {number(value)} at {position(runner)}: training stopped{last_good(runner)}; "
-                    "try a lower learning rate, clip_grad or no --amp"
+                    + (fault or "the batch is sound: try a lower learning rate, clip_grad or no --amp")
                 )
 
 

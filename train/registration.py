@@ -4,6 +4,7 @@ import importlib.util
 
 import hybridzoo.backbones
 import hybridzoo.train.backbone
+import hybridzoo.train.batchnorm
 import hybridzoo.train.config
 import hybridzoo.train.hooks
 import hybridzoo.train.necks

@@ -10,6 +10,7 @@ default_hooks = dict(
     sync_buffers=dict(type="SyncBuffersHook"),
     checkpoint=dict(type="AtomicCheckpointHook", interval=1, max_keep_ckpts=2),
     seed=dict(type="SeedHook"),
+    batch_norm=dict(type="BatchNormWarmUpHook"),
     stop_on_nan=dict(type="StopOnNaNHook"),
     progress=dict(type="ProgressHook"),
 )

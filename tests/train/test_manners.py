@@ -214,6 +214,7 @@ def test_a_last_batch_of_one_is_left_out_where_there_is_batchnorm(run_config, im
             ValueError("Expected more than 1 value per channel when training, got input size"),
             ["BatchNorm", "two images"],
         ),
+        (IndexError("Target 12 is out of bounds."), ["label 12", "num_classes"]),
         (RuntimeError("No CUDA GPUs are available"), ["cpu"]),
         (AssertionError("Torch not compiled with CUDA enabled"), ["cpu"]),
         (PermissionError(13, "Permission denied", "/x/a.png"), ["/x/a.png", "Permission denied"]),

@@ -1,0 +1,96 @@
+"""What is wrong with a batch whose loss is not a number, as far as the batch itself shows it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_IGNORED = 255  # of a mask: no class
+
+
+def describe(batch: Any, files: Sequence[str] = (), classes: int | None = None) -> str:
+    """One sentence on the first fault of a batch, with the files that have it; empty where the data is sound.
+
+    Args:
+        batch: of classification (images, targets), or of mmdet and mmseg (`inputs` and `data_samples`).
+        files: the images' names in the batch's order, where the batch itself has none.
+        classes: how many there are, where known.
+    """
+    found: dict[str, list[str]] = {}
+    for index, (image, sample) in enumerate(_samples(batch)):
+        name = getattr(sample, "img_path", None) or (files[index] if index < len(files) else f"image {index + 1}")
+        for fault in _faults(image, sample, classes):
+            found.setdefault(fault, []).append(str(name))
+    if not found:
+        return ""
+    fault, names = next(iter(found.items()))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"the data has {fault}: {', '.join(names[:3])}{more}"
+
+
+def files_of(loader: Any, batch_idx: int) -> list[str]:
+    """The files of an epoch's batch, from the order in which a sampler draws them; empty where nobody can say.
+
+    Args:
+        loader: of training, in the epoch of the batch.
+        batch_idx: number of the batch in the epoch.
+    """
+    names = getattr(loader.dataset, "filenames", None)
+    size, sampler = getattr(loader, "batch_size", None), loader.sampler
+    if names is None or not size or hasattr(sampler, "skip"):  # endless, it may have begun elsewhere
+        return []
+    every = names(absolute=True)
+    return [every[int(index)] for index in itertools.islice(iter(sampler), batch_idx * size, (batch_idx + 1) * size)]
+
+
+def number_of_classes(model: nn.Module) -> int | None:
+    """How many classes a classifier, detector or segmentor tells apart, as far as it says so."""
+    parts = (getattr(model, name, None) for name in ("model", "bbox_head", "decode_head"))
+    head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
+    for part in (*parts, head[0] if isinstance(head, nn.ModuleList) else head):
+        if isinstance(found := getattr(part, "num_classes", None), int) and found > 0:
+            return found
+    return None
+
+
+def _samples(batch: Any) -> Iterator[tuple[Tensor, Any]]:
+    if isinstance(batch, dict):
+        inputs, samples = batch.get("inputs", ()), batch.get("data_samples", ())
+    elif isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, samples = batch
+    else:
+        return
+    yield from zip(inputs, samples, strict=False)
+
+
+def _faults(image: Any, sample: Any, classes: int | None) -> Iterator[str]:
+    if isinstance(image, Tensor) and not _finite(image):
+        yield "pixels that are no finite numbers"
+    if isinstance(sample, Tensor):
+        labels: Tensor | None = sample
+    else:
+        instances = getattr(sample, "gt_instances", None)
+        boxes = getattr(instances, "bboxes", None)
+        boxes = getattr(boxes, "tensor", boxes)
+        if isinstance(boxes, Tensor) and not _finite(boxes):
+            yield "boxes that are no finite numbers"
+        elif isinstance(boxes, Tensor) and boxes.numel() and bool((boxes[:, 2:] < boxes[:, :2]).any()):
+            yield "boxes whose right or lower edge comes first"
+        labels = getattr(instances, "labels", None)
+        mask = getattr(getattr(sample, "gt_sem_seg", None), "data", None)
+        if isinstance(mask, Tensor):
+            labels = mask[mask != _IGNORED]
+    if isinstance(labels, Tensor) and not _finite(labels):
+        yield "targets that are no finite numbers"
+    elif isinstance(labels, Tensor) and labels.numel() and not labels.is_floating_point() and classes is not None:
+        outside = labels[(labels < 0) | (labels >= classes)]
+        if outside.numel():
+            yield f"the label {int(outside.flatten()[0])}, of classes 0 to {classes - 1}"
+
+
+def _finite(values: Tensor) -> bool:
+    return not values.is_floating_point() or bool(torch.isfinite(values).all())
