@@ -81,6 +81,10 @@ class CocoScenesMetric(CocoMetric):
             self._coco_api = _load(Path(ann_file), Path(folder), classes, masks, [Path(path) for path in skipped])
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        """mmdet's metrics; all of them 0 where nothing was found in any image, which mmdet leaves without a score."""
+        if not any(len(found["bboxes"]) for _, found in results):
+            items = self.metric_items or ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
+            return {f"{metric}_{item}": 0.0 for metric in self.metrics for item in items}
         self.img_ids = [truth["img_id"] for truth, _ in results]
         with scenes.quietly():
             return super().compute_metrics(results)

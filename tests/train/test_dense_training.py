@@ -212,3 +212,23 @@ def test_missing_data_says_so(task, tmp_path):
     config.digits = None
     with pytest.raises(UserError, match="--data"):
         configured(config, None)
+
+
+def test_a_detector_that_finds_nothing_scores_zero(own):
+    """mmdet leaves it without a score, so that a run would keep no best checkpoint and print an empty table."""
+    from hybridzoo.train.detection import CocoScenesMetric
+
+    file = own / "annotations" / "val.json"
+    images = json.loads(file.read_text())["images"]
+    nothing = {"bboxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": np.zeros(0, int), "masks": []}
+    metric = CocoScenesMetric(
+        str(file), str(file.parent.parent / "images/val"), _classes(file), metric=["bbox", "segm"]
+    )
+    metric.dataset_meta = {"classes": _classes(file)}
+    found = metric.compute_metrics([({"img_id": image["id"]}, nothing | {"img_id": image["id"]}) for image in images])
+    assert found["bbox_mAP"] == found["segm_mAP_50"] == 0.0
+    assert len(found) == 12
+
+
+def _classes(file):
+    return tuple(category["name"] for category in json.loads(file.read_text())["categories"])
