@@ -108,3 +108,28 @@ def segmentation(
             ids[20:60, 30:70] = 1
             save(ids, root / "masks" / split / inner / str(i))
     return root
+
+
+def published_coco(root: Path, change: Callable[[dict[str, Any]], Any] = lambda coco: None) -> Path:
+    """As `detection`, in the layout in which COCO is published."""
+    detection(root, change)
+    for split in ("train", "val"):
+        (root / "images" / split).rename(root / f"{split}2017")
+        (root / "annotations" / f"{split}.json").rename(root / "annotations" / f"instances_{split}2017.json")
+    (root / "images").rmdir()
+    return root
+
+
+def published_ade20k(root: Path) -> Path:
+    """As `segmentation`, in the layout in which ADE20K is published: 0 is no class, 1 a wall, 2 a building."""
+    segmentation(root, lambda ids, path: Image.fromarray(ids * 2 + (np.arange(96) > 8)).save(path.with_suffix(".png")))
+    (root / "classes.txt").unlink()
+    (root / "annotations").mkdir()
+    for split, name in (("train", "training"), ("val", "validation")):
+        (root / "images" / split).rename(root / "images" / name)
+        for path in (root / "images" / name).iterdir():
+            Image.open(path).save(path.with_suffix(".jpg"))
+            path.unlink()
+        (root / "masks" / split).rename(root / "annotations" / name)
+    (root / "masks").rmdir()
+    return root

@@ -486,7 +486,7 @@ SEGMENTATION = [
         "values beyond the classes",
         "refused",
         masks(save_as(lambda ids: ids * 7)),
-        "0.png holds value 7; classes.txt names ids 0..1",
+        "0.png holds value 7; the classes have ids 0..1",
     ),
     Case(
         "segmentation",

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hybridzoo.train import coco, draw, layouts
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.images import read_image, read_mask
-from hybridzoo.train.layouts import How, Report, Split
+from hybridzoo.train.images import read_image, read_mask, without_zero
+from hybridzoo.train.layouts import How, Layout, Report, Split
 
 SHOWN = {"train": 8, "val": 4}  # samples on a sheet
 CELL = 420  # px, the longer side of a sample on it
@@ -27,11 +28,14 @@ def find_tasks(root: Path) -> list[str]:
     if not root.is_dir():
         raise UserError(f"data root {root} {'is not a folder' if root.exists() else 'does not exist'}")
     signs = {"classification": ["train"], "detection": ["annotations"], "segmentation": ["masks", "classes.txt"]}
+    if layouts.is_ade20k(root):
+        return ["segmentation"]
     found = [task for task, names in signs.items() if any((root / name).exists() for name in names)]
     if not found:
         raise UserError(
             f"data root {root} has none of the layouts: train/<class>/ for classification; images/train/ with "
-            "annotations/train.json for detection, or with masks/train/ and classes.txt for segmentation"
+            "annotations/train.json for detection, or with masks/train/ and classes.txt for segmentation; or those in "
+            "which COCO and ADE20K are published"
         )
     return found
 
@@ -47,18 +51,29 @@ def inspect(root: Path, task: str, how: How) -> Report:
     if task == "classification":
         return layouts.inspect_classification(root, how)
     if task == "segmentation":
-        return layouts.inspect_segmentation(root, how)
+        return layouts.inspect_segmentation(root, how, layout=_ade20k(root) if layouts.is_ade20k(root) else None)
+    layout = layouts.detection_layout(root)
     with_masks = without = 0
     for split in how.splits:
-        entries = coco.read(root / "annotations" / f"{split}.json")["annotations"]
+        entries = coco.read(layout.places[split].labels)["annotations"]
         with_masks += sum(bool(entry.get("segmentation")) for entry in entries)
         without += sum(not entry.get("segmentation") for entry in entries)
-    report = layouts.inspect_detection(root, how, masks=not without)
+    report = layouts.inspect_detection(root, how, masks=not without, layout=layout)
     if with_masks and without:
         report.notes.add(
             "annotations without a mask, beside others with one: for detectors of boxes only", count=without
         )
     return report
+
+
+def _ade20k(root: Path) -> Layout:
+    if (root / "classes.txt").exists():
+        return layouts.ade20k_layout(root, None)
+    try:
+        from hybridzoo.train import segmentation  # mmseg knows the names of ADE20K's classes
+    except ModuleNotFoundError as error:
+        raise UserError(f"ADE20K's class names need {error.name}: pip install 'hybridzoo[segmentation]'") from error
+    return segmentation.layout_of(root)
 
 
 def sheet(report: Report, white_value: float | None = None) -> Image.Image:
@@ -107,11 +122,15 @@ def _samples(split: Split, count: int) -> list[int]:
     return sorted(chosen)
 
 
+def _ids(stored: NDArray[Any], root: Path) -> NDArray[Any]:
+    return without_zero(stored) if layouts.is_ade20k(root) else stored
+
+
 def _drawn(report: Report, image: Image.Image, label: Any) -> Image.Image:
     if report.task == "classification":
         return image.copy()
     if report.task == "segmentation":
-        return draw.draw_segmentation(image, read_mask(label), report.classes)
+        return draw.draw_segmentation(image, _ids(read_mask(label), report.root), report.classes)
     boxes = np.array([entry["bbox"] for entry in label], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = None

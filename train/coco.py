@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 
 from hybridzoo.train.class_names import check_names
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.images import shown_size
+from hybridzoo.train.images import looked_at, shown_size
 from hybridzoo.train.notes import Notes
 
 Size = tuple[int, int]  # width, height
@@ -131,11 +131,18 @@ def repaired(
     image_ids = _whole_numbers([entry["id"] for entry in coco["images"]])
     images, frames = [], {}
     left_out = {path.resolve() for path in skipped}
-    for entry in coco["images"]:
-        path = folder / entry["file_name"]
+    paths = [folder / entry["file_name"] for entry in coco["images"]]
+    measured = set(looked_at(paths))
+    if len(measured) < len(paths) and any(
+        path in measured and not (left_out and path.resolve() in left_out) and _size(path, entry)[1]
+        for path, entry in zip(paths, coco["images"], strict=True)
+    ):
+        measured = set(paths)  # which of them are turned cannot be guessed
+    for path, entry in zip(paths, coco["images"], strict=True):
         if left_out and path.resolve() in left_out:
             continue
-        size, exchanged = _size(path, entry)
+        said = int(entry["width"]), int(entry["height"])
+        size, exchanged = _size(path, entry) if path in measured else (said, False)
         if exchanged:
             notes.add("images whose width and height are exchanged: taken from the picture as it is shown", path)
         images.append({**entry, "id": image_ids[entry["id"]], "width": size[0], "height": size[1]})
@@ -299,7 +306,7 @@ def _is_point(item: Any) -> bool:
 def _usable(polygons: list[Any], size: Size, where: str, notes: Notes) -> tuple[Any, str]:
     good, problems = [], []
     for polygon in polygons:
-        if not isinstance(polygon, list) or not all(_finite(side) for side in polygon):
+        if not isinstance(polygon, list) or not _all_finite(polygon):
             raise UserError(f"has a polygon {str(polygon)[:60]!r}; expected [x, y, x, y, ...] in pixels")
         problem = _polygon_problem(polygon, size)
         if problem:
@@ -419,6 +426,16 @@ def _whole_numbers(ids: Collection[Any]) -> dict[Any, int]:
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _all_finite(values: list[Any]) -> bool:
+    """Whether all are finite numbers; COCO's 40 million coordinates want a short way."""
+    try:
+        if set(map(type, values)) <= {int, float} and math.isfinite(sum(values)):
+            return True
+    except OverflowError:  # a whole number beyond all fractions
+        pass
+    return all(_finite(value) for value in values)
 
 
 def _unique(values: Sequence[Any], what: str) -> None:

@@ -10,7 +10,7 @@ from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmdet asks
 from hybridzoo.train import coco, scenes
-from hybridzoo.train.layouts import SPLITS, How, inspect_detection
+from hybridzoo.train.layouts import SPLITS, How, Layout, Place, detection_layout, inspect_detection
 
 with scenes.quietly():
     from mmdet.datasets import CocoDataset
@@ -100,9 +100,10 @@ def configure(
 ) -> None:
     """Put the data's place and classes into `config`, in place, after checking the data.
 
-    A folder in COCO's own layout (the one that the config's `ann_file` names, e.g.
-    `annotations/instances_train2017.json`) keeps the config's classes and is not looked through. Any other is taken
-    for a scenes folder, see `hybridzoo.train.layouts`.
+    A folder in the layout of the config's own dataset (the one that its `ann_file` names, e.g.
+    `annotations/instances_train2017.json`) keeps the config's classes, if its categories are among them; any other is
+    COCO or a scenes folder, see `hybridzoo.train.layouts`. All are checked alike, but for datasets that read their
+    files in a way of their own.
 
     Args:
         config: of a detection run.
@@ -117,28 +118,52 @@ def configure(
     scenes.read_by_ours(config)
     _drop_empty_boxes(config)
     used = [dataset for split in splits for dataset in scenes.datasets(config, split)]
-    if used[0].type != "CocoScenes" and all((root / dataset.ann_file).is_file() for dataset in used):
-        for split in SPLITS:
-            for dataset in scenes.datasets(config, split):
-                dataset.data_root = str(root)
-        for metric in scenes.evaluators(config, "CocoMetric"):
-            metric.ann_file = str(root / next(scenes.datasets(config, "val")).ann_file)
-        return
+    if all(dataset.get("ann_file") and (root / dataset.ann_file).is_file() for dataset in used):
+        layout = _own_layout(config, root, used)
+        if layout is None:
+            print(f"data {root}: read by mmdet's {used[0].type}, and not looked through")
+            for split in SPLITS:
+                for dataset in scenes.datasets(config, split):
+                    dataset.data_root = str(root)
+            for metric in scenes.evaluators(config, "CocoMetric"):
+                metric.ann_file = str(root / next(scenes.datasets(config, "val")).ann_file)
+            return
+    else:
+        layout = detection_layout(root)
 
     masks = "mask_head" in (config.model.get("roi_head") or config.model)
     how = How(config.get("on_bad") or "stop", splits, classes, config.get("white_value"))
-    report = inspect_detection(root, how, masks=masks)
+    report = inspect_detection(root, how, masks=masks, layout=layout)
     report.tell()
     names, left_out = report.classes, [str(path) for path in report.skipped]
     for split in SPLITS:
+        place = layout.places[split]
         for dataset in scenes.datasets(config, split):
-            dataset.update(type="CocoScenes", data_root=str(root), ann_file=f"annotations/{split}.json")
-            dataset.update(data_prefix={"img": f"images/{split}/"}, skipped=left_out, masks=masks)
+            dataset.update(type="CocoScenes", data_root=str(root), ann_file=scenes.below(place.labels, root))
+            dataset.update(data_prefix={"img": f"{scenes.below(place.images, root)}/"}, skipped=left_out, masks=masks)
     for kind in ("CocoMetric", "CocoScenesMetric"):
         for metric in scenes.evaluators(config, kind):
-            metric.update(type="CocoScenesMetric", ann_file=str(root / "annotations" / "val.json"))
-            metric.update(folder=str(root / "images" / "val"), classes=names, skipped=left_out)
+            metric.update(type="CocoScenesMetric", ann_file=str(layout.places["val"].labels))
+            metric.update(folder=str(layout.places["val"].images), classes=names, skipped=left_out)
     scenes.set_classes(config, names)
+
+
+def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | None:
+    """Where the config's own datasets lie; None where mmdet reads them in a way of their own."""
+    with DATASETS.switch_scope_and_registry(config.get("default_scope", "mmdet")) as registry:
+        kinds = [registry.get(node.type) if isinstance(node.type, str) else node.type for node in used]
+    ours = kinds[0] is CocoScenes
+    for kind, node in zip(kinds, used, strict=True):
+        own_names = not ours and (node.get("metainfo") or {}).get("classes") is not None
+        if kind not in (CocoDataset, CocoScenes) or own_names or node.get("backend_args"):
+            return None
+    places: dict[str, Place] = {}
+    for split in SPLITS:
+        for node in scenes.datasets(config, split):
+            place = Place(root / node.data_prefix.get("img", ""), root / node.get("ann_file", ""))
+            if places.setdefault(split, place) != place:
+                return None
+    return Layout(places, None if ours else CocoDataset.METAINFO["classes"])
 
 
 def _drop_empty_boxes(config: Config) -> None:

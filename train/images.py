@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import stat
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +41,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", 
             ".jp2", ".avif"}  # fmt: skip
 MAX_PIXELS = 100_000_000
 MAX_RATIO = 100
+MANY, SAMPLE = 10_000, 2_000  # of more images in a split than MANY, about SAMPLE are opened before training
 DARK = 4096  # a 16-bit picture none of whose values reaches this is read as nearly black: it looks like 12-bit data
 
 # What Pillow raises for damaged files, and for absurd sizes inside them.
@@ -118,6 +121,11 @@ def _look(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Non
             found.images.append(path)
         else:
             found.others.append(path)
+
+
+def looked_at(images: Sequence[Path]) -> Sequence[Path]:
+    """All of them, or of more than `MANY` some `SAMPLE` at even distances: what is opened before training starts."""
+    return images if len(images) <= MANY else images[:: math.ceil(len(images) / SAMPLE)]
 
 
 def is_hidden(name: str) -> bool:
@@ -201,6 +209,11 @@ def read_mask(path: Path) -> NDArray[Any]:
             return ids.astype(np.uint8) if ids.dtype == bool else ids
     except UNREADABLE as error:
         raise UserError(f"mask {path}: {_reason(error, path)}") from error
+
+
+def without_zero(ids: NDArray[Any]) -> NDArray[Any]:
+    """Class ids of a mask in which 0 is no class: 0 and 255 become 255, which is ignored, k becomes k - 1."""
+    return np.where((ids == 0) | (ids == 255), 255, ids - np.asarray(1, ids.dtype)).astype(ids.dtype)
 
 
 class MaskError(UserError):

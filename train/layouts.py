@@ -11,10 +11,16 @@ A scenes folder, for detection, segmentation or both::
     ROOT/masks/{train,val}/**/*.png     segmentation: one channel, the pixel's class id, 255 is ignored
     ROOT/classes.txt                    segmentation: a name per line, the first line names id 0
 
+COCO and ADE20K as they are published count too, and whatever a config's datasets name, see `Layout`::
+
+    ROOT/{train,val}2017/*.jpg, or below ROOT/images/; ROOT/annotations/instances_{train,val}2017.json
+    ROOT/images/{training,validation}/*.jpg, ROOT/annotations/{training,validation}/*.png   0 is no class
+
 Which pictures are read, and how, says `hybridzoo.train.images`; what annotations are repaired, `hybridzoo.train.coco`.
 Every check names the first thing that is wrong, where, and what to do, as a UserError.  Images that cannot be decoded
 stop the run or, with ``on_bad="skip"``, are counted and handed back in `Report.skipped`; everything else that is wrong
-always stops it, because training would go on with wrong labels.
+always stops it, because training would go on with wrong labels.  Of a split of more than `images.MANY` only a sample is
+opened; what is wrong with the others shows when they are loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,21 +45,24 @@ from hybridzoo.train.class_names import check_names
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import (
     DARK,
+    SAMPLE,
     Found,
     MaskError,
     check_image,
     find_images,
     is_hidden,
+    looked_at,
     natural_key,
     read_mask,
     shown_size,
+    without_zero,
 )
 from hybridzoo.train.notes import Notes
 
 OnBad = Literal["stop", "skip"]
 SPLITS = ("train", "val")
 IGNORED = 255  # pixels of a mask that neither train nor score
-FULL_DECODES = 2_000  # of a larger set this many, evenly spaced, are decoded; of the others the two ends are read
+FULL_DECODES = SAMPLE  # of a larger set this many, evenly spaced, are decoded; of the others the two ends are read
 BAR_AFTER = 2.0  # seconds
 Result = TypeVar("Result")
 
@@ -126,6 +135,66 @@ class How:
     white_value: float | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a split lies: the folder of its images, and their JSON file or the folder of their masks."""
+
+    images: Path
+    labels: Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the splits of a detection or segmentation folder lie, and what its labels mean.
+
+    Attributes:
+        places: split -> where it lies.
+        classes: names in the order of their labels; default those of the JSON files, or of `classes.txt`. A detection
+            folder keeps its own categories unless all of them are among these.
+        zero_is_none: in masks 0 is ignored as 255 is, and 1 is the first class (ADE20K).
+        suffixes: ends of the names of images and masks that belong together; default any picture's.
+    """
+
+    places: Mapping[str, Place]
+    classes: Sequence[str] | None = None
+    zero_is_none: bool = False
+    suffixes: tuple[str, str] = ("", "")
+
+
+def detection_layout(root: Path) -> Layout:
+    """COCO's own layout if that is what lies there, else ours, whether it lies there or not."""
+    places = {}
+    for split in SPLITS:
+        places[split] = Place(root / "images" / split, root / "annotations" / f"{split}.json")
+        if places[split].labels.exists():
+            continue
+        for file in sorted((root / "annotations").glob(f"instances_{split}*.json")):
+            name = file.stem.removeprefix("instances_")
+            folder = next((above / name for above in (root, root / "images") if (above / name).is_dir()), None)
+            if folder is not None:
+                places[split] = Place(folder, file)
+    return Layout(places)
+
+
+def is_ade20k(root: Path) -> bool:
+    """Whether a folder has the layout of ADE20K, and not ours."""
+    return not (root / "masks").exists() and all(
+        (root / kind / "training").is_dir() for kind in ("images", "annotations")
+    )
+
+
+def ade20k_layout(root: Path, classes: Sequence[str] | None) -> Layout:
+    """ADE20K's layout, with its class names or, by default, those of the folder's `classes.txt`."""
+    folders = {"train": "training", "val": "validation"}
+    places = {split: Place(root / "images" / name, root / "annotations" / name) for split, name in folders.items()}
+    return Layout(places, classes, zero_is_none=True)
+
+
+def segmentation_layout(root: Path) -> Layout:
+    """Our own layout."""
+    return Layout({split: Place(root / "images" / split, root / "masks" / split) for split in SPLITS})
+
+
 def check_classification(root: Path, *, on_bad: OnBad = "stop", skipped: list[Path] | None = None) -> list[str]:
     """Check a classification folder and return its class names in the order of their ids.
 
@@ -185,7 +254,7 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
             raise UserError(f"{folder / unknown[0]}: {who} has no class {unknown[0]!r}; it cannot be {what}")
         if not report.classes:
             report.classes = sorted(filled, key=natural_key)
-    images = [path for split in how.splits for path, _ in found[split]]
+    images = {split: [path for path, _ in found[split]] for split in how.splits}
     keep = _readable(images, how, report, lambda path, full: check_image(path, full=full, white_value=how.white_value))
     for split in how.splits:
         kept = [(path, name) for path, name in found[split] if path in keep]
@@ -212,10 +281,13 @@ def classified_images(root: Path, split: str, notes: Notes | None = None) -> lis
     return named
 
 
-def inspect_detection(root: Path, how: How | None = None, *, masks: bool = False) -> Report:
-    """Look through a scenes folder for detection.
+def inspect_detection(
+    root: Path, how: How | None = None, *, masks: bool = False, layout: Layout | None = None
+) -> Report:
+    """Look through a folder for detection.
 
     Args:
+        layout: default what `detection_layout` finds.
         masks: also ask for a mask (polygons or run lengths) in every annotation, for instance segmentation.
 
     Raises:
@@ -224,37 +296,39 @@ def inspect_detection(root: Path, how: How | None = None, *, masks: bool = False
     """
     how = how or How()
     root = _folder(Path(root), "data root")
+    layout = layout or detection_layout(root)
     report = Report("detection", root, list(how.classes or ()))
     found: dict[str, tuple[Path, Path, dict[str, Any]]] = {}
-    images: list[Path] = []
-    training = root / "annotations" / "train.json"
-    if not report.classes and "train" not in how.splits and training.is_file():
-        report.classes = coco.class_names(coco.read(training))
+    images: dict[str, list[Path]] = {}
+    training = layout.places["train"].labels if "train" in layout.places else None
+    if not report.classes and "train" not in how.splits and training and training.is_file():
+        report.classes = _with_all(coco.class_names(coco.read(training)), layout.classes)
     for split in how.splits:
-        folder = _folder(root / "images" / split, "image folder")
-        file = root / "annotations" / f"{split}.json"
+        folder, file = _folder(layout.places[split].images, "image folder"), layout.places[split].labels
         content = coco.read(file)
         found[split] = folder, file, content
         names = coco.class_names(content)
         if not report.classes:
-            report.classes = names
+            report.classes = _with_all(names, layout.classes)
         elif set(names) - set(report.classes) and not how.classes:
             extra = sorted(set(names) - set(report.classes))[0]
+            first = training.name if training else "the first"
             raise UserError(
-                f"{root}/annotations: categories of {split}.json differ from train.json, which has no {extra!r}; "
+                f"{file.parent}: categories of {file.name} differ from {first}, which has no {extra!r}; "
                 "give both the same list"
             )
-        for entry in content["images"]:
-            path = folder / entry["file_name"]
-            if not path.is_file():
-                raise UserError(f"{file}: image id {entry['id']} names a missing file, {path}; add it or fix file_name")
-            images.append(path)
-        listed = {path.resolve() for path in images}
         lying = find_images(folder)
         _note_left_out(lying, folder, report.notes)
+        images[split] = [folder / entry["file_name"] for entry in content["images"]]
+        rest = set(images[split]) - set(lying.images)
+        for path, entry in zip(images[split], content["images"], strict=True):
+            if path in rest and not path.is_file():
+                raise UserError(f"{file}: image id {entry['id']} names a missing file, {path}; add it or fix file_name")
+        elsewhere = {path.resolve() for path in rest}  # named by another way, such as "../train/1.png"
+        listed = set(images[split])
         for path in lying.images:
-            if path.resolve() not in listed:
-                report.notes.add(f"images that {split}.json does not list: left out", path)
+            if path not in listed and not (elsewhere and path.resolve() in elsewhere):
+                report.notes.add(f"images that {file.name} does not list: left out", path)
     keep = _readable(images, how, report, lambda path, full: check_image(path, full=full, white_value=how.white_value))
     for split, (folder, file, content) in found.items():
         fixed = coco.repaired(
@@ -268,18 +342,26 @@ def inspect_detection(root: Path, how: How | None = None, *, masks: bool = False
         paths = {entry["id"]: folder / entry["file_name"] for entry in fixed["images"]}
         kept = [number for number, path in paths.items() if path in keep]
         shows = [{entry["class"] for entry in objects[number]} for number in kept]
-        _add(report, split, [paths[number] for number in kept], [objects[number] for number in kept], shows, counts)
+        kept_paths, sizes = (
+            [paths[number] for number in kept],
+            {entry["id"]: (entry["width"], entry["height"]) for entry in fixed["images"]},
+        )
+        _add(report, split, kept_paths, [objects[number] for number in kept], shows, counts)
+        report.splits[-1].sizes = Counter(sizes[number] for number in kept)
         for number in kept:
             if not objects[number]:
                 report.notes.add(f"images of {split} without an object", paths[number])
-        _say_absent([name for name in report.classes if not counts[name]], f"in {split}.json", split, report.notes)
+        _say_absent([name for name in report.classes if not counts[name]], f"in {file.name}", split, report.notes)
     return report
 
 
-def inspect_segmentation(root: Path, how: How | None = None) -> Report:
-    """Look through a scenes folder for segmentation.
+def inspect_segmentation(root: Path, how: How | None = None, *, layout: Layout | None = None) -> Report:
+    """Look through a folder for segmentation.
 
     Every mask is decoded: a wrong id is a wrong label.  A pair with a broken mask counts as a broken image.
+
+    Args:
+        layout: default our own.
 
     Raises:
         UserError: a missing or empty folder, an image without mask or a mask without image, two images of one name, a
@@ -288,48 +370,59 @@ def inspect_segmentation(root: Path, how: How | None = None) -> Report:
     """
     how = how or How()
     root = _folder(Path(root), "data root")
-    classes = _read_classes(root / "classes.txt")
+    layout = layout or segmentation_layout(root)
+    classes = list(layout.classes or _read_classes(root / "classes.txt"))
     if how.classes and list(how.classes) != classes:
-        raise UserError(f"{root / 'classes.txt'} names {', '.join(classes)}; the model knows {', '.join(how.classes)}")
+        whose = f"data {root} has classes" if layout.classes else f"{root / 'classes.txt'} names"
+        raise UserError(f"{whose} {', '.join(classes)}; the model knows {', '.join(how.classes)}")
     report = Report("segmentation", root, classes)
-    found = {split: masked_images(root, split, report.notes) for split in how.splits}
+    found = {split: masked_images(layout.places[split], layout.suffixes, report.notes) for split in how.splits}
     masks = {image: mask for pairs in found.values() for image, mask in pairs}
     pixels: dict[Path, NDArray[np.int64]] = {}
 
     def check(image: Path, full: bool) -> int | None:
         highest = check_image(image, full=full, white_value=how.white_value)
-        pixels[image] = _mask_pixels(image, masks[image], classes)
+        pixels[image] = _mask_pixels(image, masks[image], classes, layout.zero_is_none)
         return highest
 
-    keep = _readable(list(masks), how, report, check, "checking images, masks")
+    images = {split: [image for image, _ in pairs] for split, pairs in found.items()}
+    keep = _readable(images, how, report, check, "checking images, masks")
     for split in how.splits:
         kept = [(image, mask) for image, mask in found[split] if image in keep]
-        total = sum((pixels[image] for image, _ in kept), np.zeros(len(classes) + 1, np.int64))
-        present = sum((pixels[image] > 0 for image, _ in kept), np.zeros(len(classes) + 1, np.int64))
+        none = np.zeros(len(classes) + 1, np.int64)
+        seen = [pixels[image] for image, _ in kept if image in pixels]
+        total, present = sum(seen, none), sum((pixels > 0 for pixels in seen), none)
         counts = Counter({name: int(n) for name, n in zip(classes, present, strict=False)})
-        shows = [{name for name, n in zip(classes, pixels[image], strict=False) if n} for image, _ in kept]
+        shows = [{name for name, n in zip(classes, pixels.get(image, none), strict=False) if n} for image, _ in kept]
         _add(report, split, [image for image, _ in kept], [mask for _, mask in kept], shows, counts)
         report.splits[-1].pixels = {name: int(n) for name, n in zip(classes, total, strict=False)}
-        _check_occurrence(split, classes, total, root, report.notes)
+        _check_occurrence(split, layout, classes, total, len(kept) - len(seen), report.notes)
     return report
 
 
-def masked_images(root: Path, split: str, notes: Notes | None = None) -> list[tuple[Path, Path]]:
+def masked_images(
+    place: Place, suffixes: tuple[str, str] = ("", ""), notes: Notes | None = None
+) -> list[tuple[Path, Path]]:
     """(image, mask) of each image of a split, in natural order: files of one path but for folder and suffix.
+
+    Args:
+        suffixes: see `Layout`; files with other ends are left out.
 
     Raises:
         UserError: a missing or empty folder, an image or mask without the other, two of one name.
     """
     named: dict[str, dict[str, Path]] = {}
-    for kind in ("images", "masks"):
-        folder = _folder(root / kind / split, f"{kind[:-1]} folder")
-        found = find_images(folder)
+    folders = {"images": place.images, "masks": place.labels}
+    for (kind, folder), suffix in zip(folders.items(), suffixes, strict=True):
+        found = find_images(_folder(folder, f"{kind[:-1]} folder"))
+        found.others += [path for path in found.images if not path.name.endswith(suffix)]
+        found.images = [path for path in found.images if path.name.endswith(suffix)]
         _note_left_out(found, folder, notes)
         if not found.images:
             raise UserError(f"{kind[:-1]} folder {folder} holds no images")
         named[kind] = {}
         for path in found.images:
-            name = str(path.relative_to(folder).with_suffix(""))
+            name = str(path.relative_to(folder))[: -len(suffix or path.suffix)]
             if name in named[kind]:
                 raise UserError(
                     f"{kind[:-1]} {path} and {named[kind][name].name} differ in their suffix only; keep one"
@@ -339,7 +432,7 @@ def masked_images(root: Path, split: str, notes: Notes | None = None) -> list[tu
         alone = [name for name in named[one] if name not in named[other]]
         if alone:
             path = named[one][alone[0]]
-            raise UserError(f"{one[:-1]} {path} has no {other[:-1]} in {root / other / split}; add or remove one")
+            raise UserError(f"{one[:-1]} {path} has no {other[:-1]} in {folders[other]}; add or remove one")
     return [(path, named["masks"][name]) for name, path in named["images"].items()]
 
 
@@ -380,6 +473,11 @@ def _folder(path: Path, what: str) -> Path:
     return path
 
 
+def _with_all(names: list[str], known: Sequence[str] | None) -> list[str]:
+    """Known names in their order if they hold all of the data's names, else the data's."""
+    return list(known) if known and set(names) <= set(known) else names
+
+
 def _note_left_out(found: Found, folder: Path, notes: Notes | None) -> None:
     if notes is None:
         return
@@ -392,12 +490,12 @@ def _note_left_out(found: Found, folder: Path, notes: Notes | None) -> None:
 def _add(
     report: Report, split: str, images: list[Path], labels: list[Any], shows: list[set[str]], counts: Counter[str]
 ) -> None:
-    sizes = Counter(shown_size(path)[0] for path in images)
+    sizes = Counter(shown_size(path)[0] for path in looked_at(images))
     by_class = {name: counts[name] for name in report.classes}
     report.splits.append(Split(split, images, sizes, by_class, labels, shows))
 
 
-def _mask_pixels(image: Path, mask: Path, classes: Sequence[str]) -> NDArray[np.int64]:
+def _mask_pixels(image: Path, mask: Path, classes: Sequence[str], zero_is_none: bool) -> NDArray[np.int64]:
     """Pixels of each class in a mask, and last those that are ignored.
 
     Raises:
@@ -418,29 +516,39 @@ def _mask_pixels(image: Path, mask: Path, classes: Sequence[str]) -> NDArray[np.
         )
     learned = ids != IGNORED
     low, high = int(np.min(ids)), int(np.max(ids, where=learned, initial=0))
-    if low < 0 or high >= len(classes):
-        raise MaskError(
-            f"mask {mask} holds value {low if low < 0 else high}; "
-            f"classes.txt names ids 0..{len(classes) - 1}, and {IGNORED} is ignored"
+    if low < 0 or high >= len(classes) + zero_is_none:
+        known = (
+            f"1..{len(classes)}, and 0 and {IGNORED} are"
+            if zero_is_none
+            else f"0..{len(classes) - 1}, and {IGNORED} is"
         )
+        raise MaskError(f"mask {mask} holds value {low if low < 0 else high}; the classes have ids {known} ignored")
+    if zero_is_none:
+        ids = without_zero(ids)
     counts = np.bincount(ids.ravel(), minlength=IGNORED + 1)
     return np.append(counts[: len(classes)], counts[IGNORED] if len(classes) <= IGNORED else 0)
 
 
-def _check_occurrence(split: str, classes: Sequence[str], total: NDArray[np.int64], root: Path, notes: Notes) -> None:
+def _check_occurrence(
+    split: str, layout: Layout, classes: Sequence[str], total: NDArray[np.int64], unseen: int, notes: Notes
+) -> None:
     """Say which classes the masks of a split never show.
 
     Raises:
         UserError: training masks with fewer than two classes, of which nothing can be learned.
     """
     absent = [name for name, pixels in zip(classes, total, strict=False) if not pixels]
-    ignored = f"; {total[-1] / total.sum():.0%} of the pixels are {IGNORED}, which is ignored" if total[-1] else ""
+    what = f"0 or {IGNORED}, which are" if layout.zero_is_none else f"{IGNORED}, which is"
+    ignored = f"; {total[-1] / total.sum():.0%} of the pixels are {what} ignored" if total[-1] else ""
     if split == "train" and len(classes) - len(absent) < 2:
         raise UserError(
-            f"masks of {root / 'masks' / split}: {_listed(absent)} never occurs{ignored}; "
-            f"store the ids 0 to {len(classes) - 1}"
+            f"masks of {layout.places[split].labels}: {_listed(absent)} never occurs{ignored}; "
+            f"store the ids {int(layout.zero_is_none)} to {len(classes) - 1 + layout.zero_is_none}"
         )
-    _say_absent(absent, f"in the masks of {split}{ignored}", split, notes)
+    if absent and unseen:
+        notes.say(f"{_listed(absent)} never occurs in the masks of {split} that were looked at")
+    else:
+        _say_absent(absent, f"in the masks of {split}{ignored}", split, notes)
 
 
 def _say_absent(absent: Sequence[str], where: str, split: str, notes: Notes) -> None:
@@ -455,7 +563,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _readable(
-    images: Sequence[Path],
+    splits: Mapping[str, Sequence[Path]],
     how: How,
     report: Report,
     check: Callable[[Path, bool], int | None],
@@ -463,13 +571,25 @@ def _readable(
 ) -> set[Path]:
     """The images that can be decoded; stop at others, or note them and add them to `report.skipped`.
 
+    Those of a large split that are not looked at count as good.
+
     Args:
+        splits: images of each split.
         check: (image, whether to decode it) -> the highest value if it is deep, see `Picture.highest`.
 
     Raises:
         UserError: an image that cannot be decoded, unless such are skipped; none that can; 16-bit images that are dark.
         MaskError: a wrong label.
     """
+    images: list[Path] = []
+    for split, all_of_it in splits.items():
+        chosen = looked_at(all_of_it)
+        images += chosen
+        if len(chosen) < len(all_of_it):
+            report.notes.say(
+                f"{len(chosen):,} of {len(all_of_it):,} images of {split}, evenly spaced, are looked at now, "
+                "the others when they are loaded"
+            )
     stride = max(1, math.ceil(len(images) / FULL_DECODES))
     bad: list[tuple[Path, str]] = []
     deep: list[tuple[int, Path]] = []
@@ -497,7 +617,7 @@ def _readable(
             f"be dark; the first: {deep[0][1]}; set white_value={guess}, or what else is white in them"
         )
     left = {path for path, _ in bad}
-    return {path for path in images if path not in left}
+    return {path for paths in splits.values() for path in paths if path not in left}
 
 
 def _settle(bad: Sequence[tuple[Path, str]], count: int, on_bad: OnBad, report: Report) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from mmengine import fileio
 from mmengine.registry import TRANSFORMS
 
+from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import read_image
 
 
@@ -27,7 +28,7 @@ class LoadImageFromFile(mmcv.transforms.LoadImageFromFile):
         **options: mmcv's.  Pictures that a config wants otherwise ("unchanged", "grayscale") are left to mmcv.
 
     Raises:
-        UserError: a picture that cannot be read.
+        UserError: a picture that cannot be read, or has another size than its annotations say.
     """
 
     def __init__(self, *args: Any, white_value: float | None = None, **options: Any) -> None:
@@ -42,6 +43,10 @@ class LoadImageFromFile(mmcv.transforms.LoadImageFromFile):
         if self.backend_args:
             source = io.BytesIO(fileio.get(name, backend_args=self.backend_args))
         image = np.asarray(read_image(source, name=name, white_value=self.white_value))
+        width, height = results.get("width"), results.get("height")
+        if width and height and "instances" in results and image.shape[:2] != (height, width):  # see `images.looked_at`
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise UserError(f"image {name} is {size}, its annotation says {width:g}x{height:g}; correct it")
         image = np.ascontiguousarray(image if self.color_type == "color_rgb" else image[:, :, ::-1])
         results["img"] = image.astype(np.float32) if self.to_float32 else image
         results["img_shape"] = results["ori_shape"] = image.shape[:2]

@@ -76,6 +76,11 @@ def set_classes(config: Config, names: Sequence[str]) -> None:
             head.loss_cls.class_weight = [1.0] * len(names) + [weights[-1]]
 
 
+def below(path: Path, root: Path) -> str:
+    """A path as a config has it: below its data root, or the whole."""
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
 def dicts(node: Any) -> Iterator[Any]:
     """`node` and everything below it that is a dict."""
     if isinstance(node, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,22 @@ from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmseg asks
 from hybridzoo.train import scenes
-from hybridzoo.train.images import read_mask
-from hybridzoo.train.layouts import IGNORED, SPLITS, How, inspect_segmentation, masked_images
+from hybridzoo.train.images import MaskError, read_mask, without_zero
+from hybridzoo.train.layouts import (
+    IGNORED,
+    SPLITS,
+    How,
+    Layout,
+    Place,
+    ade20k_layout,
+    inspect_segmentation,
+    is_ade20k,
+    masked_images,
+    segmentation_layout,
+)
 
 with scenes.quietly():
-    from mmseg.datasets import BaseSegDataset
+    from mmseg.datasets import ADE20KDataset, BaseSegDataset
     from mmseg.datasets.transforms import LoadAnnotations
     from mmseg.registry import DATASETS, TRANSFORMS
     from mmseg.utils import register_all_modules
@@ -25,17 +37,32 @@ with scenes.quietly():
 
 @TRANSFORMS.register_module(name="LoadAnnotations", force=True)
 class LoadMask(LoadAnnotations):
-    """mmseg's loading of a mask by our reader: upright, palette indices and 1-bit values as they are stored."""
+    """mmseg's loading of a mask by our reader: upright, palette indices and 1-bit values as they are stored.
+
+    Raises:
+        MaskError: a mask of another size than its image, or with ids beyond the classes of `MaskScenes`.
+    """
 
     def _load_seg_map(self, results: dict[str, Any]) -> None:
         if self.backend_args:  # not a file of ours
             super()._load_seg_map(results)
             return
-        ids = read_mask(Path(results["seg_map_path"])).astype(np.uint8)
+        file = Path(results["seg_map_path"])
+        ids = read_mask(file)
+        size = results.get("ori_shape") if "seg_classes" in results else None
+        if size and ids.shape != tuple(size):
+            sizes = [f"{width}x{height}" for height, width in (ids.shape, size)]
+            raise MaskError(f"mask {file} is {sizes[0]}, its image {sizes[1]}; correct it")
         reduce = self.reduce_zero_label
         if results.get("reduce_zero_label") if reduce is None else reduce:
-            ids = ids - np.uint8(1)  # 0 becomes 255, which is ignored,
-            ids[ids == IGNORED - 1] = IGNORED  # and stays so
+            ids = without_zero(ids)
+        most = results.get("seg_classes", IGNORED) - 1
+        wrong = (ids < 0) | ((ids > most) & (ids != IGNORED))
+        if wrong.any():
+            raise MaskError(
+                f"mask {file} holds a value beyond its {most + 1} classes, {int(ids[wrong][0])}; correct it"
+            )
+        ids = ids.astype(np.uint8)
         before = ids.copy()
         for old, new in (results.get("label_map") or {}).items():
             ids[before == old] = new
@@ -47,19 +74,22 @@ class LoadMask(LoadAnnotations):
 class MaskScenes(BaseSegDataset):
     """Images with one-channel masks of class ids, without those named in `skipped` (full paths).
 
-    Suffixes and folders below do not matter, see `hybridzoo.train.layouts.masked_images`.
+    Folders below do not matter, nor suffixes unless they are given, see `hybridzoo.train.layouts.masked_images`.
     """
 
-    def __init__(self, *args: Any, split: str = "train", skipped: Sequence[str] = (), **kwargs: Any) -> None:
-        self.split = split
+    def __init__(
+        self, *args: Any, skipped: Sequence[str] = (), img_suffix: str = "", seg_map_suffix: str = "", **kwargs: Any
+    ) -> None:
         self.skipped = {Path(path) for path in skipped}
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         shared = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
+        shared["seg_classes"] = len(self.metainfo["classes"])
+        place = Place(Path(self.data_prefix["img_path"]), Path(self.data_prefix["seg_map_path"]))
         return [
             {"img_path": str(image), "seg_map_path": str(mask), "seg_fields": [], **shared}
-            for image, mask in masked_images(Path(self.data_root), self.split)
+            for image, mask in masked_images(place, (self.img_suffix, self.seg_map_suffix))
             if image not in self.skipped
         ]
 
@@ -70,8 +100,8 @@ def configure(
     """Put the data's place and classes into `config`, in place, after checking the data.
 
     A folder in the layout of the config's own dataset (the one that its `data_prefix` names, e.g. ADE20K's
-    `images/training`) keeps the config's classes and is not looked through. Any other is taken for a scenes folder,
-    see `hybridzoo.train.layouts`.
+    `images/training`) keeps the config's classes; any other is ADE20K or a scenes folder, see
+    `hybridzoo.train.layouts`. All are checked alike, but for datasets that read their files in a way of their own.
 
     Args:
         config: of a segmentation run.
@@ -85,26 +115,84 @@ def configure(
     root = scenes.find_root(config, data)
     scenes.read_by_ours(config)
     used = [dataset for split in splits for dataset in scenes.datasets(config, split)]
-    if used[0].type != "MaskScenes" and all((root / dataset.data_prefix.img_path).is_dir() for dataset in used):
-        for split in SPLITS:
-            for dataset in scenes.datasets(config, split):
-                dataset.data_root = str(root)
-        return
+    if all((root / dataset.data_prefix.img_path).is_dir() for dataset in used):
+        layout = _own_layout(config, root, used)
+        if layout is None:
+            print(f"data {root}: read by mmseg's {used[0].type}, and not looked through")
+            for split in SPLITS:
+                for dataset in scenes.datasets(config, split):
+                    dataset.data_root = str(root)
+            return
+    else:
+        layout = layout_of(root)
 
-    report = inspect_segmentation(root, How(config.get("on_bad") or "stop", splits, classes, config.get("white_value")))
+    how = How(config.get("on_bad") or "stop", splits, classes, config.get("white_value"))
+    report = inspect_segmentation(root, how, layout=layout)
     report.tell()
     for split in SPLITS:
+        place = layout.places[split]
         for dataset in scenes.datasets(config, split):
             dataset.update(
                 type="MaskScenes",
                 data_root=str(root),
-                split=split,
-                data_prefix={"img_path": f"images/{split}", "seg_map_path": f"masks/{split}"},
+                data_prefix={
+                    "img_path": scenes.below(place.images, root),
+                    "seg_map_path": scenes.below(place.labels, root),
+                },
                 skipped=[str(path) for path in report.skipped],
+                img_suffix=layout.suffixes[0],
+                seg_map_suffix=layout.suffixes[1],
+                reduce_zero_label=layout.zero_is_none,
             )
-            for key in ("img_suffix", "seg_map_suffix"):
-                dataset.pop(key, None)
             for step in scenes.dicts(dataset.pipeline):
-                if step.get("reduce_zero_label"):  # ADE20K's id 0 is no class; here it is one
-                    step.reduce_zero_label = False
+                if step.get("reduce_zero_label"):  # the data decide
+                    step.reduce_zero_label = layout.zero_is_none
     scenes.set_classes(config, report.classes)
+
+
+def layout_of(root: Path) -> Layout:
+    """ADE20K's layout, with its 150 classes unless there is a `classes.txt`, or ours."""
+    if not is_ade20k(root):
+        return segmentation_layout(root)
+    return ade20k_layout(root, None if (root / "classes.txt").exists() else ADE20KDataset.METAINFO["classes"])
+
+
+def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | None:
+    """Where the config's own datasets lie; None where mmseg reads them in a way of their own."""
+    with DATASETS.switch_scope_and_registry(config.get("default_scope", "mmseg")) as registry:
+        kinds = [registry.get(node.type) if isinstance(node.type, str) else node.type for node in used]
+    ours = kinds[0] is MaskScenes
+    plain = (MaskScenes.load_data_list, BaseSegDataset.load_data_list)
+    for kind, node in zip(kinds, used, strict=True):
+        own_names = not ours and (node.get("metainfo") or {}).get("classes") is not None
+        if kind.load_data_list not in plain or node.get("ann_file") or own_names or node.get("backend_args"):
+            return None
+    if ours and (root / "masks").is_dir():
+        return segmentation_layout(root)
+    places: dict[str, Place] = {}
+    for split in SPLITS:
+        for node in scenes.datasets(config, split):
+            place = Place(root / node.data_prefix.img_path, root / node.data_prefix.seg_map_path)
+            if places.setdefault(split, place) != place:
+                return None
+    kind, node = kinds[0], used[0]
+
+    def value(name: str) -> Any:
+        return node[name] if name in node else _default(kind, name)
+
+    names = (node.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes")
+    return Layout(
+        places,
+        None if (root / "classes.txt").is_file() else names,
+        bool(value("reduce_zero_label")),
+        (value("img_suffix"), value("seg_map_suffix")),
+    )
+
+
+def _default(kind: type, name: str) -> Any:
+    """What a dataset's class takes where a config says nothing."""
+    for owner in kind.__mro__:
+        given = inspect.signature(owner.__init__).parameters.get(name)  # type: ignore[misc]
+        if given is not None:
+            return given.default
+    return ""

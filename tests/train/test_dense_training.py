@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import data_folders as folders
 import numpy as np
 import pytest
 import torch
@@ -153,23 +154,93 @@ def test_published_detection_recipe_on_own_data(data):
     assert config.test_evaluator.type == "CocoScenesMetric"
 
 
-def test_a_folder_in_cocos_own_layout_keeps_cocos_classes(data, tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        shutil.copy(data / f"annotations/{split}.json", tmp_path / f"annotations/instances_{split}2017.json")
+def test_a_folder_in_cocos_own_layout_is_repaired_and_keeps_cocos_classes(tmp_path):
+    folders.published_coco(tmp_path, lambda content: [entry.pop("area") for entry in content["annotations"]])
     config = configured(load_config("mask-rcnn_biformer_small_1x_coco"), tmp_path)
     assert config.model.roi_head.bbox_head.num_classes == 80
-    assert config.train_dataloader.dataset.type == "CocoDataset"
-    assert config.train_dataloader.dataset.data_root == str(tmp_path)
+    train, val = build_dataset(config), build_dataset(config, "val_dataloader")
+    assert (len(train), len(val)) == (4, 2)
+    assert config.train_dataloader.dataset.type == "CocoScenes"
+    names = train.metainfo["classes"]
+    assert names[:2] == ("person", "bicycle")
+    assert {names[entry["bbox_label"]] for entry in train.get_data_info(0)["instances"]} == {"cat", "cup"}
     assert config.val_evaluator.ann_file == str(tmp_path / "annotations/instances_val2017.json")
+    assert config.val_evaluator.folder == str(tmp_path / "val2017")
+    val[0]
 
 
-def test_a_folder_in_ade20ks_own_layout_keeps_its_classes(tmp_path):
-    for split in ("training", "validation"):
-        (tmp_path / "images" / split).mkdir(parents=True)
+def test_everyday_recipe_takes_cocos_own_layout(tmp_path):
+    config = configured(demo("detection"), folders.published_coco(tmp_path))
+    assert config.model.roi_head.bbox_head.num_classes == 2
+    assert len(build_dataset(config)) == 4
+
+
+def test_bad_data_in_cocos_own_layout_is_refused_in_training_and_test(tmp_path):
+    folders.published_coco(tmp_path, lambda content: content["annotations"][0].update(bbox=[200, 3, 9, 9]))
+    config = load_config("retinanet_biformer_small_1x_coco")
+    task = engine.prepare(config)
+    with pytest.raises(UserError, match=r"train2017\.json: annotation id 1 has bbox \[200, 3, 9, 9\]"):
+        configured(config, tmp_path)
+    copy = load_config("retinanet_biformer_small_1x_coco")
+    task.configure(copy, tmp_path, splits=("val",))  # a test needs no training data
+    (tmp_path / "val2017/0.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"val2017/0.png: is empty"):
+        task.configure(config, tmp_path, splits=("val",))
+
+
+def test_a_folder_in_ade20ks_own_layout_is_checked_and_keeps_its_classes(tmp_path):
+    folders.published_ade20k(tmp_path)
     config = configured(load_config("fpn_biformer_small_80k_ade20k"), tmp_path)
     assert config.model.decode_head.num_classes == 150
     assert {config[f"{split}_dataloader"].dataset.data_root for split in ("train", "val", "test")} == {str(tmp_path)}
+    val = build_dataset(config, "val_dataloader")
+    assert val.metainfo["classes"][:2] == ("wall", "building")
+    labels = val[0]["data_samples"].gt_sem_seg.data[0].numpy()
+    stored = np.array(Image.open(tmp_path / "annotations/validation/0.png"))
+    assert np.array_equal(labels, np.where(stored == 0, 255, stored - 1))
+    everyday = configured(demo("segmentation"), tmp_path)
+    assert everyday.model.decode_head.num_classes == 150
+    assert np.array_equal(build_dataset(everyday, "val_dataloader")[0]["data_samples"].gt_sem_seg.data[0], labels)
+
+
+def test_bad_masks_in_ade20ks_own_layout_are_refused(tmp_path):
+    folders.published_ade20k(tmp_path)
+    mask = tmp_path / "annotations/training/1.png"
+    for array, words in (
+        (np.full((80, 96), 151, np.uint8), "holds value 151; the classes have ids 1..150, and 0 and 255 are ignored"),
+        (np.ones((96, 80), np.uint8), "is 80x96, its image 96x80"),
+    ):
+        Image.fromarray(array).save(mask)
+        with pytest.raises(UserError, match=words):
+            configured(load_config("fpn_biformer_small_80k_ade20k"), tmp_path)
+    mask.unlink()
+    with pytest.raises(UserError, match=r"training/1.jpg has no mask in"):
+        configured(load_config("fpn_biformer_small_80k_ade20k"), tmp_path)
+
+
+def test_of_many_pictures_some_are_looked_at_and_the_others_when_they_are_loaded(tmp_path, monkeypatch, capsys):
+    from hybridzoo.train import images
+
+    monkeypatch.setattr(images, "MANY", 3)
+    monkeypatch.setattr(images, "SAMPLE", 2)
+    root = folders.detection(tmp_path / "d")
+    Image.new("RGB", (50, 50)).save(root / "images/train/1.png")  # the first and the third are looked at
+    config = configured(demo("detection"), root)
+    assert "2 of 4 images of train, evenly spaced, are looked at now" in capsys.readouterr().out
+    dataset = build_dataset(config)
+    dataset[0]
+    with pytest.raises(UserError, match=r"1\.png is 50x50, its annotation says 96x80"):
+        dataset[1]
+
+    root = folders.segmentation(tmp_path / "s")
+    Image.new("L", (50, 50)).save(root / "masks/train/1.png")
+    Image.new("L", (96, 80), 7).save(root / "masks/train/3.png")
+    dataset = build_dataset(configured(demo("segmentation"), root))
+    dataset[0]
+    with pytest.raises(UserError, match=r"1\.png is 50x50, its image 96x80"):
+        dataset[1]
+    with pytest.raises(UserError, match=r"3\.png holds a value beyond its 2 classes, 7"):
+        dataset[3]
 
 
 @EACH

@@ -173,6 +173,26 @@ def test_check_refuses_with_code_2(tmp_path, capsys):
     assert "lies in the data folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_check_takes_the_published_layouts(task, tmp_path, capsys):
+    """A fault there is found as in our own layout, and named by its own file."""
+    if task == "detection":
+        root = folders.published_coco(tmp_path / "d", lambda content: [e.pop("area") for e in content["annotations"]])
+        said, bad = "8 annotations without area", root / "train2017/1.png"
+    else:
+        pytest.importorskip("mmseg")
+        root = folders.published_ade20k(tmp_path / "d")
+        said, bad = "never occurs in the masks of train", root / "annotations/training/1.png"
+    assert main(["check", str(root), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{task}: ")
+    assert said in printed
+    assert (tmp_path / "out" / f"{task}.png").exists()
+    bad.write_bytes(bad.read_bytes()[:60])
+    assert main(["check", str(root), "--out", str(tmp_path / "out")]) == 2
+    assert str(bad) in capsys.readouterr().err
+
+
 # Anything else ----------------------------------------------------------------------------------------------------
 
 VALUES = st.sampled_from(

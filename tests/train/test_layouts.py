@@ -253,7 +253,7 @@ def test_mask_values(scenes):
     check_segmentation(scenes)  # 255 is ignored
     values[3, 5] = 11
     Image.fromarray(values).save(mask)
-    assert f"mask {mask} holds value 11; classes.txt names ids 0..10" in refused(check_segmentation, scenes)
+    assert f"mask {mask} holds value 11; the classes have ids 0..10" in refused(check_segmentation, scenes)
 
 
 def test_mask_that_is_a_colour_picture_or_of_another_size(scenes):
