@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import mmengine.registry
@@ -82,15 +82,19 @@ _OTHERS = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
 Known = dict[str, list[inspect.Parameter]]  # a key and, where it is an argument, what each signature says of it
 
 
-def check(config: Config) -> None:
+def check(config: Config, sections: Collection[str] = RUNNER) -> None:
     """Look at every key at any depth. The packages of the config's task have to be imported.
+
+    Args:
+        config: of a run.
+        sections: those that will be used.
 
     Raises:
         UserError: names the first wrong key, its value and what would be right in its place.
     """
     check_sections(config)
     with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
-        for key, value, problem in problems(config.to_dict()):
+        for key, value, problem in problems(config.to_dict(), sections):
             raise UserError(f"config {key}={_short(value)}: {problem}")
     for place, node in (
         ("model", config.get("model")),
@@ -116,9 +120,9 @@ def check_sections(config: Config) -> None:
             raise UserError(f"config {name}={_short(config[name])}: give {_A_SECTION[wanted]}")
 
 
-def problems(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, value, what is wrong with it) of every key that is wrong, below those that are read."""
-    yield from _look({key: value for key, value in config.items() if key in RUNNER}, ())
+def problems(config: Mapping[str, Any], sections: Collection[str]) -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, value, what is wrong with it) of every key that is wrong in some sections."""
+    yield from _look({key: value for key, value in config.items() if key in sections}, ())
 
 
 def _look(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, str]]:

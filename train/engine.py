@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from numbers import Real
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -141,8 +141,12 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     return read_checkpoint(target)
 
 
-def prepare(config: Config) -> ModuleType:
+def prepare(config: Config, sections: Collection[str] = config_check.RUNNER) -> ModuleType:
     """Import what ``config``'s task needs, so that its registries know all names, and return the task's module.
+
+    Args:
+        config: of a run.
+        sections: those that will be used, in which every key has to be one that somebody reads.
 
     Raises:
         UserError: the task's extra is not installed, or the config has a key that nobody reads.
@@ -168,7 +172,7 @@ def prepare(config: Config) -> ModuleType:
             f"{task} needs OpenCV, whose build with windows misses {str(error).split(':')[0]}: "
             "pip install --force-reinstall --no-deps opencv-python-headless"
         ) from error
-    config_check.check(config)
+    config_check.check(config, sections)
     return module
 
 
@@ -305,6 +309,7 @@ def test(
     with _process_group(launcher):
         task.configure(config, Path(data) if data is not None else None, splits=("val",), classes=names or None)
         folder = _set_up(config, work_dir, launcher)
+        add_wandb(config, folder, on=False)  # a run's config still has its training's
         if not config.get("test_dataloader"):
             config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
             config.test_cfg = {key: value for key, value in (config.get("val_cfg") or {}).items() if key != "type"}
@@ -349,14 +354,15 @@ def build_for_inference(config: Config, checkpoint: str | Path, device: str | to
         UserError: unreadable checkpoint, or one of another model.
     """
     config = copy.deepcopy(config)
-    prepare(config)
+    prepare(config, ("model",))
     names = class_names(checkpoint)
     if names:
         _set_num_classes(config.model, len(names))
     else:  # weights that somebody else trained
         names = tuple(str(index) for index in range(_num_classes(config.model)))
     config.model.pop("pretrained", None)
-    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")), building("model"):
+    scope = config.get("default_scope", "mmengine")
+    with quiet(), building("model"), DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(config.model)
     load_weights(model, checkpoint, allow_head_mismatch=False)
     model.dataset_meta = {"classes": names}
@@ -502,15 +508,19 @@ def _process_group(launcher: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _running(folder: Path) -> Iterator[None]:
-    """Say in one line what a person can do about: a full disk, little shared memory, a lost file, a request to end.
+def quiet() -> Iterator[None]:
+    """Keep the libraries' advice to their own callers off the terminal: a person can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(mmengine|mmcv|mmdet|mmseg)\.")
+        yield
 
-    Also keeps the libraries' advice to their own callers off the terminal.
-    """
+
+@contextlib.contextmanager
+def _running(folder: Path) -> Iterator[None]:
+    """Say in one line what a person can do about: a full disk, little shared memory, a lost file, a request to end."""
     intact = "the checkpoints there are intact"
     try:
-        with warnings.catch_warnings(), _terminable(folder):
-            warnings.filterwarnings("ignore", module=r"(mmengine|mmcv|mmdet|mmseg)\.")
+        with quiet(), _terminable(folder):
             yield
     except OSError as error:
         if error.errno in _DISK_FULL:

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torch
 from timm.models import model_entrypoint
 
 from hybridzoo.__main__ import main
-from hybridzoo.train import config_check, engine, names
+from hybridzoo.train import config_check, engine, names, tracking
 from hybridzoo.train.classification import ImageClassifier
 from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import prepare
@@ -162,7 +163,7 @@ def test_nothing_is_wrong_with_our_own_configs(name):
     config = load_config(name)
     pytest.importorskip({"classification": "timm", "detection": "mmdet", "segmentation": "mmseg"}[config.task])
     prepare(config)
-    assert list(config_check.problems(config.to_dict())) == []
+    assert list(config_check.problems(config.to_dict(), config_check.RUNNER)) == []
 
 
 def test_resuming_on_other_classes_says_so(image_folder, tmp_path, run_config):
@@ -248,3 +249,26 @@ def test_a_reader_that_leaves_early_is_no_error():
     )
     assert piped.stderr == ""
     assert len(piped.stdout.splitlines()) == 1
+
+
+def test_testing_what_a_run_left_behind_is_quiet(run_config, image_folder, tmp_path, capfd, monkeypatch):
+    """The run's own config has wandb among its visualizers: a test logs nothing there, and prints its metrics alone."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = run_config("train_cfg.max_epochs=1")
+    tracking.add_wandb(config, tmp_path, on=True)
+    engine.train(config, work_dir=tmp_path / "run", data=image_folder, wandb=False)
+    capfd.readouterr()
+    engine.test(config, tmp_path / "run" / "final.pth", data=image_folder, work_dir=tmp_path / "test")
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["test"]
+    assert not list(tmp_path.glob("test/**/wandb"))
+
+
+def test_only_the_libraries_advice_is_kept_off(recwarn):
+    with engine.quiet():
+        warnings.warn_explicit("advice", UserWarning, "loss.py", 1, module="mmseg.models.losses.cross_entropy_loss")
+    assert not [w for w in recwarn if "advice" in str(w.message)]
+    with engine.quiet():
+        warnings.warn_explicit("yours", UserWarning, "own.py", 1, module="somebody.config")
+    assert [w for w in recwarn if "yours" in str(w.message)]
