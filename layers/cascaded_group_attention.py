@@ -11,6 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.relative_position import gather_bias
 from hybridzoo.layers.windows import from_windows, to_windows
 
 
@@ -32,10 +33,10 @@ class AbsoluteOffsetBias(nn.Module):
 
     def forward(self, height: int, width: int) -> Tensor:
         """Bias `(heads, tokens, tokens)` of a map not larger than the window, tokens row by row."""
-        rows, columns = (torch.arange(side, device=self.table.device) for side in (height, width))
-        down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
-        offset = down[:, None, :, None] * self.window + across[:, None, :]  # query row, column, key row, column
-        return self.table[:, offset.reshape(height * width, height * width)]
+        table = self.table.unflatten(1, (self.window, self.window))[:, :height, :width]
+        for axis in (1, 2):  # the same for offsets below zero
+            table = torch.cat((table.flip(axis).narrow(axis, 0, table.shape[axis] - 1), table), axis)
+        return gather_bias(table, (height, width))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         table = state_dict.get(f"{prefix}table")
