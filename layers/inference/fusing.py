@@ -49,13 +49,17 @@ class Fusible(nn.Module):
         On a CPU in float32, linear layers and convolutions are oneDNN's, with packed weights and their activation, and
         large blocks take a few images at a time. Fuse on the device that the network is to run on.
 
+        All weights become buffers: `parameters()` is empty. PyTorch's optimizers and timm's `create_optimizer_v2`
+        refuse that ("optimizer got an empty parameter list"). While a network is trained, fuse a `copy.deepcopy()`
+        of it, the averaged weights already in it: what averages or swaps weights (EMA) would find none.
+
         Args:
             image_size: position tables are fixed for images of this size, in pixels, one number or (height, width); by
                 default the one that the weights were published for. Others work, and make their tables every time.
             portable: fold norms only, to export: into operators that every runtime knows.
 
         Returns:
-            The network itself, in evaluation. All weights are buffers now.
+            The network itself, in evaluation.
         """
         fuse(self, None if portable else self.example_image(image_size), portable=portable)
         return self

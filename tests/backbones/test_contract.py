@@ -11,7 +11,7 @@ import timm
 import torch
 from networks import BLOCKS, FAMILIES, LEADERS, MODELS, image, mostly, shallow, size, variants
 from timm.models import is_model_in_modules
-from timm.optim import param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 from hybridzoo.checkpoints import cards
 from hybridzoo.layers.inference import FusedError
@@ -245,6 +245,9 @@ def test_a_fused_network_computes_the_same(name):
                 for twin in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
                     assert (twin(x) - expected).abs().max() < tolerance * expected.std()
     assert not list(fused.parameters())
+    for optimizer in (lambda: torch.optim.SGD(fused.parameters(), 0.1), lambda: create_optimizer_v2(fused, "adamw")):
+        with pytest.raises(ValueError, match="empty parameter list"):
+            optimizer()
     with pytest.raises(FusedError, match="train"):
         fused.train()
     with pytest.raises(FusedError, match="load_state_dict"):

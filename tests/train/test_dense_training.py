@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 from mmengine.registry import DATASETS, DefaultScope
 
+from hybridzoo.layers.inference import FusedError
 from hybridzoo.train import engine, resuming
 from hybridzoo.train.config import load_config
 from hybridzoo.train.digits import digits_root
@@ -105,6 +107,30 @@ def test_one_step_changes_backbone_and_heads(task, data):
     rates = {name: group["lr"] for group in optim_wrapper.param_groups for name in _names(model, group)}
     assert rates["backbone.model.stem.conv1.weight"] < rates["backbone.model.stages.3.blocks.1.mlp.fc1.weight"]
     assert {rates[name] for name in rates if not name.startswith("backbone.")} == {max(rates.values())}
+
+
+@EACH
+def test_a_detectors_or_segmentors_network_can_be_fused(task, data):
+    """Features and answers stay; the heads, which are mmdet's and mmseg's, are as they were."""
+    config = configured(demo(task), data)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        from mmengine.registry import MODELS
+
+        torch.manual_seed(0)
+        model = MODELS.build(config.model).eval()
+    image = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = tree_leaves(model.extract_feat(image))
+        heads = {name: value for name, value in model.named_parameters() if not name.startswith("backbone.model.")}
+        model.backbone.model.fuse((96, 128))
+        for got, wanted in zip(tree_leaves(model.extract_feat(image)), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.std().item())
+        sample = build_dataset(config, "test_dataloader")[0]
+        (answer,) = model.test_step({"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]})
+    assert ("pred_instances" if task == "detection" else "pred_sem_seg") in answer
+    assert dict(model.named_parameters()).keys() == heads.keys()
+    with pytest.raises(FusedError, match="train"):
+        model.train()
 
 
 class _Holder:
