@@ -22,8 +22,9 @@ from torchvision.transforms import Compose
 from hybridzoo.train import networks
 from hybridzoo.train.backbone import freeze
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.images import natural_key, read_image
-from hybridzoo.train.layouts import SPLITS, How, classified_images, inspect_classification
+from hybridzoo.train.images import ImageError, natural_key, read_image
+from hybridzoo.train.layouts import SPLITS, How, OnBad, classified_images, inspect_classification
+from hybridzoo.train.lost import Lost
 from hybridzoo.train.weights import load_matching, read_parts, tell
 
 
@@ -128,6 +129,7 @@ class FolderDataset(Dataset[tuple[Any, int]]):
         exclude: image files to leave out.
         white_value: see `hybridzoo.train.images`.
         transform: PIL image -> tensor.
+        on_bad: at an image that cannot be read any more: "stop", or "skip" it, say so, and take the next one.
 
     Raises:
         UserError: no images, or one in a folder that is no class; on access, an image that cannot be read.
@@ -141,6 +143,7 @@ class FolderDataset(Dataset[tuple[Any, int]]):
         exclude: Sequence[str] = (),
         white_value: float | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
+        on_bad: OnBad = "stop",
     ) -> None:
         self.folder = root / split
         if not self.folder.is_dir():
@@ -155,13 +158,20 @@ class FolderDataset(Dataset[tuple[Any, int]]):
         self.samples = [(path, index[name]) for path, name in found]
         self.white_value = white_value
         self.transform = transform
+        self.lost = Lost(len(found)) if on_bad == "skip" else None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         path, label = self.samples[i]
-        image = read_image(path, white_value=self.white_value)
+        try:
+            image = read_image(path, white_value=self.white_value)
+        except ImageError as error:
+            if self.lost is None:
+                raise
+            self.lost.add(i, error)  # which ends where most are lost
+            return self[(i + 1) % len(self)]
         return (image if self.transform is None else self.transform(image)), label
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
@@ -209,6 +219,7 @@ def TimmDataset(
     classes: Sequence[str] = (),
     exclude: Sequence[str] = (),
     white_value: float | None = None,
+    on_bad: OnBad = "stop",
     **options: Any,
 ) -> Any:
     """A dataset giving (image (C, H, W), class index): an image folder, or one of ``timm.data.create_dataset``.
@@ -221,6 +232,7 @@ def TimmDataset(
         classes: class names in the order of their indices.
         exclude: image files to leave out.
         white_value: see `hybridzoo.train.images`; not for datasets that decode by themselves (``wds``, ``torch``).
+        on_bad: see `FolderDataset`; other datasets stop.
         **options: passed to ``create_dataset``.
 
     Raises:
@@ -229,7 +241,7 @@ def TimmDataset(
     made = create_transform(**transform)
     dataset: Any
     if not name and root is not None:
-        dataset = FolderDataset(Path(root), split, classes, exclude, white_value)
+        dataset = FolderDataset(Path(root), split, classes, exclude, white_value, on_bad=on_bad)
     else:
         try:
             dataset = create_dataset(name, root, split=split, **options)
@@ -315,6 +327,7 @@ def configure(
         dataset.classes = names
         dataset.exclude = [str(path) for path in skipped]
         dataset.white_value = config.get("white_value")
+    config.train_dataloader.dataset.on_bad = config.get("on_bad", "stop")
     config.model.num_classes = len(names)
 
 

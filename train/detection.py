@@ -10,7 +10,9 @@ from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmdet asks
 from hybridzoo.train import coco, scenes
-from hybridzoo.train.layouts import SPLITS, How, Layout, Place, detection_layout, inspect_detection
+from hybridzoo.train.images import ImageError
+from hybridzoo.train.layouts import SPLITS, How, Layout, OnBad, Place, detection_layout, inspect_detection
+from hybridzoo.train.lost import Lost
 
 with scenes.quietly():
     from mmdet.datasets import CocoDataset
@@ -39,16 +41,29 @@ class CocoScenes(CocoDataset):
     Args:
         skipped: full paths of images to leave out.
         masks: whether masks are used.
+        on_bad: at a training image that cannot be read any more: "stop", or "skip" it, say so, and take another one.
         *args, **kwargs: mmdet's; the class names in `metainfo` give the order of the labels.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {}  # no palette for COCO's 80 classes
 
-    def __init__(self, *args: Any, skipped: Sequence[str] = (), masks: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, skipped: Sequence[str] = (), masks: bool = False, on_bad: OnBad = "stop", **kwargs: Any
+    ) -> None:
         self.skipped = [Path(path) for path in skipped]
         self.masks = masks
         with scenes.quietly():  # pycocotools prints
             super().__init__(*args, **kwargs)
+        self.lost = Lost(len(self)) if on_bad == "skip" and not self.test_mode else None
+
+    def prepare_data(self, index: int) -> Any:
+        try:
+            return super().prepare_data(index)
+        except ImageError as error:
+            if self.lost is None:
+                raise
+            self.lost.add(index, error)
+            return None  # mmengine draws another one
 
     def COCOAPI(self, file: str) -> _Annotations:
         folder = Path(self.data_prefix["img"])
@@ -145,6 +160,8 @@ def configure(
         for metric in scenes.evaluators(config, kind):
             metric.update(type="CocoScenesMetric", ann_file=str(layout.places["val"].labels))
             metric.update(folder=str(layout.places["val"].images), classes=names, skipped=left_out)
+    for dataset in scenes.datasets(config, "train"):
+        dataset.on_bad = how.on_bad
     scenes.set_classes(config, names)
 
 

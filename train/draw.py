@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from hybridzoo.train.plain import printable
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -298,11 +299,6 @@ def _text_colours(background: Colour) -> tuple[Colour, Colour]:
 
 def _name(index: int, class_names: Sequence[str]) -> str:
     return printable(class_names[index]) if 0 <= index < len(class_names) else str(index)
-
-
-def printable(name: str) -> str:
-    """A name on one line: line breaks and other control characters become spaces."""
-    return "".join(" " if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter for letter in name)
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> ImageFont.FreeTypeFont:

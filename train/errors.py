@@ -15,8 +15,9 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        if message.startswith("Caught UserError in "):  # a worker of PyTorch's loader: its traceback ends in the line
-            message = message.strip().rpartition("UserError: ")[2]
+        name = type(self).__name__
+        if message.startswith(f"Caught {name} in "):  # a worker of PyTorch's loader: its traceback ends in the line
+            message = message.strip().rpartition(f"{name}: ")[2]
         super().__init__(message)
 
 

@@ -182,12 +182,12 @@ def read_picture(source: Path | BinaryIO, *, name: str = "", white_value: float 
                 rgb, highest = _scaled(image, white_value, name)
             else:
                 if deep and white_value is not None:
-                    raise UserError(f"{name}: 16-bit colour, whose white value cannot be set; store it with 8 bits")
+                    raise ImageError(f"{name}: 16-bit colour, whose white value cannot be set; store it with 8 bits")
                 rgb = _as_rgb(image)
                 highest = 257 * int(np.asarray(rgb).max()) if deep else None
             return Picture(_upright(rgb, _orientation(image)), highest)
     except UNREADABLE as error:
-        raise UserError(f"{name}: {_reason(error, source)}") from error
+        raise ImageError(f"{name}: {_reason(error, source)}") from error
 
 
 def read_mask(path: Path) -> NDArray[Any]:
@@ -208,12 +208,16 @@ def read_mask(path: Path) -> NDArray[Any]:
             ids = np.asarray(_upright(image, _orientation(image)))
             return ids.astype(np.uint8) if ids.dtype == bool else ids
     except UNREADABLE as error:
-        raise UserError(f"mask {path}: {_reason(error, path)}") from error
+        raise ImageError(f"mask {path}: {_reason(error, path)}") from error
 
 
 def without_zero(ids: NDArray[Any]) -> NDArray[Any]:
     """Class ids of a mask in which 0 is no class: 0 and 255 become 255, which is ignored, k becomes k - 1."""
     return np.where((ids == 0) | (ids == 255), 255, ids - np.asarray(1, ids.dtype)).astype(ids.dtype)
+
+
+class ImageError(UserError):
+    """A picture or mask that cannot be read, or is refused."""
 
 
 class MaskError(UserError):
@@ -229,7 +233,7 @@ def shown_size(path: Path) -> tuple[tuple[int, int], bool]:
     try:
         status = path.stat()
     except OSError as error:
-        raise UserError(f"{path}: {_reason(error, path)}") from error
+        raise ImageError(f"{path}: {_reason(error, path)}") from error
     return _shown_size(path, status.st_mtime_ns, status.st_size)
 
 
@@ -245,7 +249,7 @@ def _shown_size(path: Path, changed: int, size: int) -> tuple[tuple[int, int], b
                 width, height = height, width
             return (width, height), turned
     except UNREADABLE as error:
-        raise UserError(f"{path}: {_reason(error, path)}") from error
+        raise ImageError(f"{path}: {_reason(error, path)}") from error
 
 
 def check_image(path: Path, *, full: bool, white_value: float | None = None) -> int | None:
@@ -269,14 +273,14 @@ def check_image(path: Path, *, full: bool, white_value: float | None = None) -> 
                 image.load()
                 return None
     except UNREADABLE as error:
-        raise UserError(f"{path}: {_reason(error, path)}") from error
+        raise ImageError(f"{path}: {_reason(error, path)}") from error
     return read_picture(path, white_value=white_value).highest
 
 
 def _open(source: Path | BinaryIO, name: str) -> Image.Image:
     """An image whose header is read and whose size is in bounds."""
     if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would wait for ever
-        raise UserError(f"{name}: not a file")
+        raise ImageError(f"{name}: not a file")
     image = Image.open(source, formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -286,7 +290,7 @@ def _open(source: Path | BinaryIO, name: str) -> Image.Image:
     else:
         return image
     image.close()
-    raise UserError(f"{name}: {width}x{height}, {problem}; cut it into parts or make it smaller")
+    raise ImageError(f"{name}: {width}x{height}, {problem}; cut it into parts or make it smaller")
 
 
 def _bits(image: Image.Image) -> int:
@@ -307,12 +311,12 @@ def _scaled(image: Image.Image, white_value: float | None, name: str) -> tuple[I
     if image.mode == "F":
         if not (np.isfinite(values).all() and low >= 0 and (white_value is not None or high <= 1)):
             limits = "0 to 1" if white_value is None else f"0 to white_value={white_value:g}"
-            raise UserError(f"{name}: floating point values from {low:g} to {high:g}, expected {limits}; {_SCALE_IT}")
+            raise ImageError(f"{name}: floating point values from {low:g} to {high:g}, expected {limits}; {_SCALE_IT}")
         white, highest = white_value or 1.0, None
     else:
         bits = _bits(image)
         if low < 0 or (bits > 16 and white_value is None):
-            raise UserError(f"{name}: {bits}-bit whole numbers from {low:g} to {high:g}; {_SCALE_IT}")
+            raise ImageError(f"{name}: {bits}-bit whole numbers from {low:g} to {high:g}; {_SCALE_IT}")
         white = white_value or 2.0**bits - 1
         highest = round(min(high * 65535 / white, 65535))
     scaled = values.astype(np.float32)

@@ -12,12 +12,13 @@ from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmseg asks
 from hybridzoo.train import scenes
-from hybridzoo.train.images import MaskError, read_mask, without_zero
+from hybridzoo.train.images import ImageError, MaskError, read_mask, without_zero
 from hybridzoo.train.layouts import (
     IGNORED,
     SPLITS,
     How,
     Layout,
+    OnBad,
     Place,
     ade20k_layout,
     inspect_segmentation,
@@ -25,6 +26,7 @@ from hybridzoo.train.layouts import (
     masked_images,
     segmentation_layout,
 )
+from hybridzoo.train.lost import Lost
 
 with scenes.quietly():
     from mmseg.datasets import ADE20KDataset, BaseSegDataset
@@ -75,13 +77,30 @@ class MaskScenes(BaseSegDataset):
     """Images with one-channel masks of class ids, without those named in `skipped` (full paths).
 
     Folders below do not matter, nor suffixes unless they are given, see `hybridzoo.train.layouts.masked_images`.
+    With `on_bad="skip"` a training image that cannot be read any more is skipped, which a line says, for another one.
     """
 
     def __init__(
-        self, *args: Any, skipped: Sequence[str] = (), img_suffix: str = "", seg_map_suffix: str = "", **kwargs: Any
+        self,
+        *args: Any,
+        skipped: Sequence[str] = (),
+        img_suffix: str = "",
+        seg_map_suffix: str = "",
+        on_bad: OnBad = "stop",
+        **kwargs: Any,
     ) -> None:
         self.skipped = {Path(path) for path in skipped}
         super().__init__(*args, img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+        self.lost = Lost(len(self)) if on_bad == "skip" and not self.test_mode else None
+
+    def prepare_data(self, index: int) -> Any:
+        try:
+            return super().prepare_data(index)
+        except ImageError as error:
+            if self.lost is None:
+                raise
+            self.lost.add(index, error)
+            return None  # mmengine draws another one
 
     def load_data_list(self) -> list[dict[str, Any]]:
         shared = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
@@ -147,6 +166,8 @@ def configure(
             for step in scenes.dicts(dataset.pipeline):
                 if step.get("reduce_zero_label"):  # the data decide
                     step.reduce_zero_label = layout.zero_is_none
+    for dataset in scenes.datasets(config, "train"):
+        dataset.on_bad = how.on_bad
     scenes.set_classes(config, report.classes)
 
 

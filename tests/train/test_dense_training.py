@@ -281,6 +281,45 @@ def test_unreadable_image_stops_or_is_skipped(task, own):
     assert broken.name not in {Path(dataset.get_data_info(i)["img_path"]).name for i in range(3)}
 
 
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_an_image_that_vanishes_in_training_stops_it_or_is_skipped_and_named(task, tmp_path, capfd):
+    """Named once over all workers; in validation nothing takes its place."""
+    from torch.utils.data import DataLoader
+
+    root = getattr(folders, task)(tmp_path / "d")
+    name = {"classification": "biformer_tiny_digits"}.get(task) or DEMOS[task]
+    folder, val = (
+        (root / "train/chelsea", root / "val/chelsea")
+        if task == "classification"
+        else (root / "images/train", root / "images/val")
+    )
+    made = {}
+    for on_bad in ("stop", "skip"):
+        config = load_config(name, [f"on_bad={on_bad}"])
+        configured(config, root)
+        made[on_bad] = build_dataset(config), build_dataset(config, "val_dataloader")
+    (folder / "1.png").unlink()
+    (val / "1.png").unlink()
+    count = len(made["skip"][0])
+
+    def read(dataset, workers=0):
+        return [None for _ in range(2) for _ in DataLoader(dataset, 1, num_workers=workers, collate_fn=len)]
+
+    for dataset, workers in ((made["stop"][0], 1), (made["stop"][1], 0), (made["skip"][1], 0)):
+        with pytest.raises(UserError, match=r"1\.png: no such file") as caught:
+            read(dataset, workers)
+        assert "\n" not in str(caught.value)
+    capfd.readouterr()
+    assert len(read(made["skip"][0], workers=1)) == 2 * count  # another worker in the second epoch
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith(f"skipping an image that cannot be read any more, 1 so far: {folder / '1.png'}: ")
+    for path in [path for path in root.rglob("*.png") if "train" in path.parts and "masks" not in path.parts]:
+        path.unlink()
+    with pytest.raises(UserError, match=rf"of {count} training images cannot be read any more; the last"):
+        read(made["skip"][0])
+
+
 def test_skipped_images_do_not_count_as_missed(own, tmp_path):
     """A detector that finds everything in the readable images scores 1 although one image is unreadable."""
     from mmengine.registry import METRICS

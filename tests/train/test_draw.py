@@ -222,6 +222,5 @@ def test_long_names_are_whole():
     small = draw._fitting(name, draw._font(24), 500)
     assert 9 <= small.size < 24
     assert small.getlength(name) <= 500
-    assert draw.printable("a\nb\x1b[0m") == "a b [0m"
     assert draw.captioned(image, name).height == 48 * 4 + 24
     draw.draw_boxes(image, [[1, 1, 9, 9]], [0], [0.5], None, [name * 20])

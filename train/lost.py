@@ -1,0 +1,36 @@
+"""Training images that could be read when the run began and cannot any more."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.images import ImageError
+from hybridzoo.train.plain import printable
+
+
+class Lost:
+    """Counts them over all of a loader's workers, and names each once, in the worker that meets it.
+
+    Args:
+        count: images in the dataset.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.seen = torch.zeros(count, dtype=torch.uint8).share_memory_()
+
+    def add(self, index: int, error: ImageError) -> None:
+        """Count the image at a place of the dataset.
+
+        Raises:
+            UserError: more than half of the images are lost: the data have gone, not an image.
+        """
+        if self.seen[index]:
+            return
+        self.seen[index] = 1
+        lost, count = int(self.seen.sum()), len(self.seen)
+        if 2 * lost > count:
+            raise UserError(f"{lost} of {count} training images cannot be read any more; the last: {error}") from error
+        print(printable(f"skipping an image that cannot be read any more, {lost} so far: {error}"), file=sys.stderr)
