@@ -74,3 +74,7 @@ def test_readme_pictures_exist():
 def test_nothing_names_a_path_of_somebodys_machine():
     for file in ROOT.glob("*.md"):
         assert not re.search(r"/(home|root|tmp|Users|work)/", file.read_text()), file.name
+
+
+def test_the_readme_shows_the_table_of_one_line_commands():
+    assert (ROOT / "docs" / "one_line.md").read_text() in (ROOT / "README.md").read_text()
