@@ -118,7 +118,7 @@ class Runner:
                 self.row(task, worker.error_row(error))
             self.finish(task, started)
 
-    def part(self, tasks: Sequence[Task], end: float, quiet: bool, most: int) -> None:
+    def part(self, tasks: Sequence[Task], end: float, quiet: bool, most: int = 99) -> None:
         pending, begun = deque(tasks), time.monotonic()
         filling = True  # a wave of tasks is being prepared
         while pending or any(w.task for w in self.workers):
