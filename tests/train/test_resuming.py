@@ -328,8 +328,19 @@ def test_another_config_is_refused_and_nothing_changes(
 
 
 def test_a_test_wants_the_same_classes_too(folder: Path, make_config: Any, image_folder: Path, tmp_path: Path) -> None:
+    file = folder / "epoch_2.pth"
+    score = engine.test(make_config(), file, work_dir=tmp_path / "before", data=image_folder)
+
+    def other_way_round(content: dict[str, Any]) -> None:
+        content["meta"]["class_names"] = CLASSES[::-1]
+        for name, value in content["state_dict"].items():
+            if name.startswith("model.head") and value.shape[:1] == (len(CLASSES),):
+                content["state_dict"][name] = value.flip(0)
+
+    changed(folder, other_way_round)  # the same names in another order are the same classes
+    assert engine.test(make_config(), file, work_dir=tmp_path / "after", data=image_folder) == score
     changed(folder, setter("meta", "class_names", to=[*CLASSES[:-1], "grey"]))
-    with pytest.raises(UserError, match="the model has no class"):
+    with pytest.raises(UserError, match="the model has no class 'red'"):
         engine.test(make_config(), folder / "epoch_2.pth", work_dir=tmp_path / "test", data=image_folder)
     changed(folder, setter("meta", "class_names", to=["a"] * 200_000))
     with pytest.raises(UserError, match="its class names are no list of at most 100,000"):
