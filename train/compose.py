@@ -6,7 +6,6 @@ network's, whatever the recipe wrote for its default one. A composed config has 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import torch
 from mmengine import Config
 from timm.models import group_parameters
 
-import hybridzoo.backbones  # noqa: F401 - registers the models with timm
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.networks import check_name
 
 # The stem learns at this part of the heads' rate, whatever the network's depth.
 STEM_RATE = 0.1
@@ -62,19 +61,6 @@ class Network:
         return round(STEM_RATE ** (1 / self.depth), 4) if self.depth else None
 
 
-def known_network(name: str) -> bool:
-    """Whether timm has the model, ours or its own; a tag after a point may follow the name."""
-    return bool(name) and timm.is_model(name)
-
-
-def check_network(name: str) -> None:
-    """Raise a UserError that suggests the nearest names, unless timm has the model."""
-    if not known_network(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`hybridzoo list` shows ours"
-        raise UserError(f"unknown model {name!r}: {hint}")
-
-
 def read_network(name: str, **arguments: Any) -> Network:
     """What a recipe has to know of a timm model, without its weights (on the meta device).
 
@@ -85,7 +71,7 @@ def read_network(name: str, **arguments: Any) -> Network:
     Raises:
         UserError: no such model, or an argument that it does not take.
     """
-    check_network(name)
+    check_name(name)
     return _read(name, _frozen(arguments))
 
 
@@ -153,7 +139,7 @@ def _any_size(name: str, arguments: dict[str, Any], fixed: bool) -> dict[str, An
 
 def set_network(config: Config, name: str) -> None:
     """Name another network in a config of any task, in place; arguments of the one before it go."""
-    check_network(name)
+    check_name(name)
     holder = network_of(config)
     if holder.get("name") == name:
         return
@@ -199,7 +185,7 @@ def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[
         UserError: a network that the recipe cannot use.
     """
     holder = network_of(config)
-    check_network(holder["name"])
+    check_name(holder["name"])
     if holder.get("drop_path_rate") is not None and not _takes(holder["name"], "drop_path_rate"):
         del holder["drop_path_rate"]
     network = read_network(holder["name"], **network_arguments(config))

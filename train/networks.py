@@ -30,9 +30,8 @@ def create(place: str, name: str, arguments: dict[str, Any], **settled: Any) -> 
     Raises:
         UserError: unknown name or tag; an argument that this network does not have, or a value that it refuses.
     """
+    check_name(name)
     arch = name.partition(".")[0]
-    if not timm.is_model(arch):
-        raise UserError(f"unknown model {name!r}: {suggest(arch, timm.list_models(), 'type: hybridzoo list')}")
     listed = ", ".join(f"{place}.{key}={value!r}" for key, value in arguments.items() if value is not None)
     try:
         get_pretrained_cfg(name, allow_unregistered="." not in name)
@@ -51,6 +50,13 @@ def create(place: str, name: str, arguments: dict[str, Any], **settled: Any) -> 
         raise UserError(f"{place}.{key}={arguments[key]!r}: {name} has no such argument; {near}") from error
     except (ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise _refused(name, listed, error) from error
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError that suggests the nearest names, unless timm has the model; a tag may follow after a point."""
+    arch = name.partition(".")[0]
+    if not timm.is_model(arch):
+        raise UserError(f"unknown model {name!r}: {suggest(arch, timm.list_models(), 'type: hybridzoo list')}")
 
 
 def check(place: str, name: str, arguments: dict[str, Any]) -> None:

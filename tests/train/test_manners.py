@@ -65,7 +65,7 @@ def test_our_command_registers_the_models_when_it_needs_them(tmp_path):
 def test_the_command_knows_our_models_where_it_composes_a_run():
     """Its process registers them late, and a recipe asks for them before any verb has imported the engine."""
     program = "import sys; sys.argv = ['hybridzoo']; from hybridzoo.train import compose"
-    program += "; compose.check_network('maxvit_tiny')"
+    program += "; compose.read_network('maxvit_tiny')"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

@@ -337,6 +337,7 @@ def test_a_test_wants_the_same_classes_too(folder: Path, make_config: Any, image
             if name.startswith("model.head") and value.shape[:1] == (len(CLASSES),):
                 content["state_dict"][name] = value.flip(0)
 
+    assert score["accuracy/top1"] != 100 / len(CLASSES)  # what exchanged classes might score as well
     changed(folder, other_way_round)  # the same names in another order are the same classes
     assert engine.test(make_config(), file, work_dir=tmp_path / "after", data=image_folder) == score
     changed(folder, setter("meta", "class_names", to=[*CLASSES[:-1], "grey"]))
