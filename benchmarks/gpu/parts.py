@@ -16,7 +16,7 @@ class Part(NamedTuple):
     tasks: Callable[[bool, Store], list[Task]]
     quiet: bool  # times something: nothing else may run then
     after: Callable[[Store], None] | None = None
-    wave: int = 99  # tasks that are prepared side by side; all workers by default
+    wave: int | None = None  # tasks that are prepared side by side, for long; all workers by default
 
 
 def ceiling_tasks(dry: bool, store: Store) -> list[Task]:

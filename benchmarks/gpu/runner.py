@@ -118,7 +118,7 @@ class Runner:
                 self.row(task, worker.error_row(error))
             self.finish(task, started)
 
-    def part(self, tasks: Sequence[Task], end: float, quiet: bool, most: int = 99) -> None:
+    def part(self, tasks: Sequence[Task], end: float, quiet: bool, most: int | None = None) -> None:
         pending, begun = deque(tasks), time.monotonic()
         filling = True  # a wave of tasks is being prepared
         while pending or any(w.task for w in self.workers):
@@ -134,7 +134,9 @@ class Runner:
             # Processes that still start join the wave as long as nobody measures.
             filling = filling and any(w.state in ("idle", "starting") for w in self.workers[:most]) and bool(pending)
             self.listen()
-            late = max(begun + PREPARING * (end - begun), end - MEASURING * min(most, len(self.workers)))
+            late = begun + PREPARING * (end - begun)
+            if most is not None:
+                late = max(late, end - MEASURING * most)
             for one in self.workers:
                 if quiet and one.state == "preparing" and time.monotonic() > late:
                     self.cut(one, "preparing")
