@@ -2,7 +2,7 @@
 
 hybridzoo train biformer_tiny_digits
 
-6 to 7 minutes on two CPU cores; top-1 98.2 % on writers that training never saw.
+4 to 7 minutes on two CPU cores; top-1 98.2 % on writers that training never saw.
 """
 
 _base_ = ["../_base_/classification_digits.py"]
