@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridzoo.train import layouts
+from hybridzoo.train.data import looking
 from hybridzoo.train.digits import CLASSES, digits_root
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.layouts import check_classification, check_detection, check_segmentation
@@ -142,7 +142,7 @@ def test_skipping_everything_is_an_error(folders):
 
 
 def test_large_sets_are_decoded_in_part_and_still_find_truncated_files(folders, monkeypatch):
-    monkeypatch.setattr(layouts, "FULL_DECODES", 4)
+    monkeypatch.setattr(looking, "FULL_DECODES", 4)
     decoded = []
     load = Image.Image.load
     lock = threading.Lock()
@@ -158,7 +158,7 @@ def test_large_sets_are_decoded_in_part_and_still_find_truncated_files(folders, 
     check_classification(folders)
     assert len(decoded) == 4
     monkeypatch.undo()
-    monkeypatch.setattr(layouts, "FULL_DECODES", 1)
+    monkeypatch.setattr(looking, "FULL_DECODES", 1)
     bad = folders / "val/2/1.png"
     truncate(bad)
     assert str(bad) in refused(check_classification, folders)
