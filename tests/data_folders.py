@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,4 +133,118 @@ def published_ade20k(root: Path) -> Path:
             path.unlink()
         (root / "masks" / split).rename(root / "annotations" / name)
     (root / "masks").rmdir()
+    return root
+
+
+def yolo(root: Path, style: str = "ultralytics", masks: bool = False) -> Path:
+    """As `detection`, in YOLO's layout: "ultralytics", "roboflow" (train/images, valid/...), or "bare" (no YAML)."""
+    detection(root / "coco")
+    words = {"train": "train", "val": "valid" if style == "roboflow" else "val"}
+    for split, word in words.items():
+        inner = (f"{word}/{{}}" if style == "roboflow" else f"{{}}/{word}").format
+        content = json.loads((root / "coco" / "annotations" / f"{split}.json").read_text())
+        labels = root / inner("labels")
+        labels.mkdir(parents=True)
+        (root / inner("images")).parent.mkdir(parents=True, exist_ok=True)
+        (root / "coco" / "images" / split).rename(root / inner("images"))
+        for image in content["images"]:
+            lines = []
+            for entry in content["annotations"]:
+                if entry["image_id"] == image["id"]:
+                    x, y, w, h = entry["bbox"]
+                    numbers = [(x + w / 2) / 96, (y + h / 2) / 80, w / 96, h / 80]
+                    if masks:
+                        numbers = [v / (96, 80)[i % 2] for i, v in enumerate(entry["segmentation"][0])]
+                    lines.append(" ".join(map(str, [entry["category_id"] - 1, *numbers])))
+            (labels / f"{Path(image['file_name']).stem}.txt").write_text("\n".join(lines) + "\n")
+    shutil.rmtree(root / "coco")
+    if style == "bare":
+        (root / "classes.txt").write_text("cat\ncup\n")
+    elif style == "roboflow":
+        (root / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['cat', 'cup']\n")
+    else:
+        (root / "data.yaml").write_text(
+            f"path: ../datasets/{root.name}\ntrain: images/train\nval: images/val\nnames:\n  0: cat\n  1: cup\n"
+        )
+    return root
+
+
+def voc(root: Path, style: str = "published") -> Path:
+    """As `detection`, in Pascal VOC's layout: "published" (ImageSets), or "beside" (XML files beside the pictures)."""
+    detection(root / "coco")
+    for split, word in (("train", "train"), ("val", "val" if style == "published" else "valid")):
+        content = json.loads((root / "coco" / "annotations" / f"{split}.json").read_text())
+        names = []
+        for image in content["images"]:
+            name = f"{split}_{image['id']:06d}"
+            names.append(name)
+            objects = ""
+            for entry in content["annotations"]:
+                if entry["image_id"] == image["id"]:
+                    x, y, w, h = entry["bbox"]
+                    corners = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+                    label = ["cat", "cup"][entry["category_id"] - 1]
+                    objects += (
+                        f"<object><name>{label}</name><difficult>0</difficult><bndbox>{corners}</bndbox></object>"
+                    )
+            size = "<size><width>96</width><height>80</height><depth>3</depth></size>"
+            text = f"<annotation><filename>{name}.jpg</filename>{size}{objects}</annotation>"
+            pictures = root / ("JPEGImages" if style == "published" else word)
+            files = root / ("Annotations" if style == "published" else word)
+            for folder in (pictures, files):
+                folder.mkdir(exist_ok=True)
+            Image.open(root / "coco" / "images" / split / image["file_name"]).save(pictures / f"{name}.jpg")
+            (files / f"{name}.xml").write_text(text)
+        if style == "published":
+            (root / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+            (root / "ImageSets" / "Main" / f"{word}.txt").write_text("\n".join(names) + "\n")
+    shutil.rmtree(root / "coco")
+    return root
+
+
+def cityscapes(root: Path, kind: str = "labelIds") -> Path:
+    """A road (7) before the sky (23), a car (26) on it, a border of ids that do not count; two towns."""
+    values = {7: 0, 23: 10, 26: 13, 3: 255} if kind == "labelTrainIds" else {7: 7, 23: 23, 26: 26, 3: 3}
+    ids = np.full((80, 96), values[23], np.uint8)
+    ids[40:], ids[50:60, 30:70], ids[:, :8] = values[7], values[26], values[3]
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            town = ("aachen", "bonn")[i % 2]
+            name = f"{town}_{i:06d}_000019"
+            for folder in (root / "leftImg8bit" / split / town, root / "gtFine" / split / town):
+                folder.mkdir(parents=True, exist_ok=True)
+            crop(NAMES[i % 4], seed=i).save(root / "leftImg8bit" / split / town / f"{name}_leftImg8bit.png")
+            labels = root / "gtFine" / split / town
+            Image.fromarray(ids).save(labels / f"{name}_gtFine_{kind}.png")
+            Image.fromarray(ids).convert("RGB").save(labels / f"{name}_gtFine_color.png")
+            (labels / f"{name}_gtFine_polygons.json").write_text("{}")
+    return root
+
+
+def imagenet(root: Path, labels: str = "csv") -> Path:
+    """Two synsets; validation images in one folder, their classes in Kaggle's "csv", "xml" files or the "devkit"."""
+    synsets = ("n01440764", "n01443537")
+    base = root if labels == "devkit" else root / "ILSVRC" / "Data" / "CLS-LOC"
+    classification(base, synsets)
+    rows = ["ImageId,PredictionString"]
+    for number, path in enumerate(sorted((base / "val").glob("*/*.png")), 1):
+        name, synset = f"ILSVRC2012_val_{number:08d}", path.parent.name
+        Image.open(path).save(base / "val" / f"{name}.JPEG", "JPEG")
+        rows.append(f"{name},{synset} 1 2 30 40 ")
+        if labels == "xml":
+            folder = root / "ILSVRC" / "Annotations" / "CLS-LOC" / "val"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.xml").write_text(f"<annotation><object><name>{synset}</name></object></annotation>")
+    for synset in synsets:
+        shutil.rmtree(base / "val" / synset)
+    if labels == "csv":
+        (root / "LOC_val_solution.csv").write_text("\n".join(rows) + "\n")
+    elif labels == "devkit":
+        from scipy.io import savemat
+
+        folder = root / "ILSVRC2012_devkit_t12" / "data"
+        folder.mkdir(parents=True)
+        table = np.array([(2, synsets[0]), (1, synsets[1])], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+        savemat(folder / "meta.mat", {"synsets": table})
+        (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n2\n1\n1\n")
     return root

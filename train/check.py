@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from hybridzoo.train import coco, draw, layouts
+from hybridzoo.train.data import yolo
+from hybridzoo.train.data.segmentation import class_ids
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.images import read_image, read_mask, without_zero
-from hybridzoo.train.layouts import How, Layout, Report, Split
+from hybridzoo.train.images import is_hidden, read_image, read_mask
+from hybridzoo.train.layouts import How, Layout, Place, Report, Split
 
 SHOWN = {"train": 8, "val": 4}  # samples on a sheet
 CELL = 420  # px, the longer side of a sample on it
@@ -27,15 +29,21 @@ def find_tasks(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise UserError(f"data root {root} {'is not a folder' if root.exists() else 'does not exist'}")
-    signs = {"classification": ["train"], "detection": ["annotations"], "segmentation": ["masks", "classes.txt"]}
-    if layouts.is_ade20k(root):
+    if layouts.is_ade20k(root) or layouts.is_cityscapes(root):
         return ["segmentation"]
-    found = [task for task, names in signs.items() if any((root / name).exists() for name in names)]
+    places = layouts.detection_layout(root).places.values()
+    lying = [place for place in places if place.labels.exists()]
+    found = ["detection"] if lying or (root / "annotations").exists() else []
+    if (root / "masks").exists() or ((root / "classes.txt").exists() and not any(p.form != "coco" for p in lying)):
+        found.append("segmentation")
+    train = layouts.class_folders(root, "train")
+    if train is not None and not any(place.images.is_relative_to(train) for place in lying):
+        found.insert(0, "classification")
     if not found:
         raise UserError(
             f"data root {root} has none of the layouts: train/<class>/ for classification; images/train/ with "
-            "annotations/train.json for detection, or with masks/train/ and classes.txt for segmentation; or those in "
-            "which COCO and ADE20K are published"
+            "annotations/train.json for detection, or with masks/train/ and classes.txt for segmentation; or those of "
+            "COCO, YOLO, Pascal VOC, ADE20K, Cityscapes and ImageNet"
         )
     return found
 
@@ -49,21 +57,26 @@ def inspect(root: Path, task: str, how: How) -> Report:
         UserError: see `hybridzoo.train.layouts`.
     """
     if task == "classification":
+        test = layouts.class_folders(root, "test")
+        if test is not None and all(path.is_dir() for path in test.iterdir() if not is_hidden(path.name)):
+            how = replace(how, splits=(*how.splits, "test"))  # one without folders has no labels
         return layouts.inspect_classification(root, how)
     if task == "segmentation":
-        return layouts.inspect_segmentation(root, how, layout=_ade20k(root) if layouts.is_ade20k(root) else None)
-    layout = layouts.detection_layout(root)
-    with_masks = without = 0
-    for split in how.splits:
-        entries = coco.read(layout.places[split].labels)["annotations"]
-        with_masks += sum(bool(entry.get("segmentation")) for entry in entries)
-        without += sum(not entry.get("segmentation") for entry in entries)
-    report = layouts.inspect_detection(root, how, masks=not without, layout=layout)
-    if with_masks and without:
-        report.notes.add(
-            "annotations without a mask, beside others with one: for detectors of boxes only", count=without
-        )
-    return report
+        layout = _ade20k(root) if layouts.is_ade20k(root) else layouts.segmentation_layout(root)
+    else:
+        layout = layouts.detection_layout(root)
+    if has_labels(layout.places["test"]):
+        how = replace(how, splits=(*how.splits, "test"))
+    if task == "segmentation":
+        return layouts.inspect_segmentation(root, how, layout=layout)
+    return layouts.inspect_detection(root, how, masks=None, layout=layout)
+
+
+def has_labels(place: Place) -> bool:
+    """Whether images and labels lie in a place."""
+    if place.form == "yolo" and not yolo.label_file(place.images / "any").parent.is_dir():
+        return False
+    return place.images.is_dir() and place.labels.exists()
 
 
 def _ade20k(root: Path) -> Layout:
@@ -122,15 +135,11 @@ def _samples(split: Split, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def _ids(stored: NDArray[Any], root: Path) -> NDArray[Any]:
-    return without_zero(stored) if layouts.is_ade20k(root) else stored
-
-
 def _drawn(report: Report, image: Image.Image, label: Any) -> Image.Image:
     if report.task == "classification":
         return image.copy()
     if report.task == "segmentation":
-        return draw.draw_segmentation(image, _ids(read_mask(label), report.root), report.classes)
+        return draw.draw_segmentation(image, class_ids(read_mask(label), report.layout), report.classes)
     boxes = np.array([entry["bbox"] for entry in label], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = None

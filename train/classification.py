@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from torchvision.transforms import Compose
 
 from hybridzoo.train import networks
 from hybridzoo.train.backbone import freeze
+from hybridzoo.train.data.classification import class_folders, split_folder, used_holdout
+from hybridzoo.train.data.holdout import holdout_of
+from hybridzoo.train.data.report import how_of, no_split
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import ImageError, natural_key, read_image
-from hybridzoo.train.layouts import SPLITS, How, OnBad, classified_images, inspect_classification
+from hybridzoo.train.layouts import SPLITS, OnBad, classified_images, inspect_classification
 from hybridzoo.train.lost import Lost
 from hybridzoo.train.weights import load_matching, read_parts, tell
 
@@ -130,6 +134,7 @@ class FolderDataset(Dataset[tuple[Any, int]]):
         white_value: see `hybridzoo.train.images`.
         transform: PIL image -> tensor.
         on_bad: at an image that cannot be read any more: "stop", or "skip" it, say so, and take the next one.
+        holdout: options of the `Holdout` that cuts a validation set from the training images; the part is `split`'s.
 
     Raises:
         UserError: no images, or one in a folder that is no class; on access, an image that cannot be read.
@@ -144,12 +149,14 @@ class FolderDataset(Dataset[tuple[Any, int]]):
         white_value: float | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
         on_bad: OnBad = "stop",
+        holdout: dict[str, Any] | None = None,
     ) -> None:
-        self.folder = root / split
+        part = holdout_of(holdout)
+        self.folder = split_folder(root, split, part)
         if not self.folder.is_dir():
             raise UserError(f"data {root} (split {split}): no such folder")
         bad = {Path(path) for path in exclude}
-        found = [(path, name) for path, name in classified_images(root, split) if path not in bad]
+        found = [(path, name) for path, name in classified_images(root, split, None, part) if path not in bad]
         index = {name: i for i, name in enumerate(classes or sorted({name for _, name in found}, key=natural_key))}
         unknown = sorted({name for _, name in found} - index.keys())
         if unknown or not found:
@@ -220,6 +227,7 @@ def TimmDataset(
     exclude: Sequence[str] = (),
     white_value: float | None = None,
     on_bad: OnBad = "stop",
+    holdout: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A dataset giving (image (C, H, W), class index): an image folder, or one of ``timm.data.create_dataset``.
@@ -233,6 +241,7 @@ def TimmDataset(
         exclude: image files to leave out.
         white_value: see `hybridzoo.train.images`; not for datasets that decode by themselves (``wds``, ``torch``).
         on_bad: see `FolderDataset`; other datasets stop.
+        holdout: see `FolderDataset`.
         **options: passed to ``create_dataset``.
 
     Raises:
@@ -241,7 +250,7 @@ def TimmDataset(
     made = create_transform(**transform)
     dataset: Any
     if not name and root is not None:
-        dataset = FolderDataset(Path(root), split, classes, exclude, white_value, on_bad=on_bad)
+        dataset = FolderDataset(Path(root), split, classes, exclude, white_value, on_bad=on_bad, holdout=holdout)
     else:
         try:
             dataset = create_dataset(name, root, split=split, **options)
@@ -304,6 +313,7 @@ def configure(
         for dataset in sets:  # the user's folder replaces the config's hfds/..., wds/...
             dataset.name = named = ""
     skipped: list[Path] = []
+    how = how_of(config, splits, classes)
     root = data or (Path(config.data_root) if config.get("data_root") else None)
     if root is None and config.get("digits"):
         from hybridzoo.train.digits import digits_root
@@ -315,13 +325,20 @@ def configure(
         raise UserError("no data: give an image folder with train/ and val/ in it (--data DIR), or set data_root")
     else:
         for split in splits:  # without them timm would measure on the training images
-            if root.is_dir() and not (root / split).is_dir():
-                raise UserError(f"data {root}: has no folder {split}/; expected {root}/{{train,val}}/<class name>/*")
-        report = inspect_classification(
-            root, How(config.get("on_bad", "stop"), splits, classes, config.get("white_value"))
-        )
+            if root.is_dir() and how.holdout is None and class_folders(root, split) is None:
+                raise no_split(root, split)
+        report = inspect_classification(root, how)
+        how = replace(how, holdout=used_holdout(root, how))
         report.tell()
         names, skipped = report.classes, report.skipped
+    if config.get("val_fraction") and named:
+        raise UserError(f"val_fraction: {named} is not divided; name its own validation set in val_dataloader.dataset")
+    holdout = how.holdout if not named else None
+    for key, split in (("train_dataloader", "train"), ("val_dataloader", "val")):
+        if config.get(key) and not named:
+            config[key].dataset.pop("holdout", None)
+            if holdout is not None:
+                config[key].dataset.holdout = holdout.part(split == "val").options()
     for dataset in sets:
         dataset.root = None if root is None else str(root)
         dataset.classes = names

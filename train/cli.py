@@ -29,6 +29,7 @@ EXTRAS = {
     "PIL": "train",
     "sklearn": "train",
     "wandb": "train",
+    "globox": "detection",
     "mmcv": "detection,segmentation",
     "mmdet": "detection",
     "pycocotools": "detection",
@@ -66,6 +67,10 @@ CfgOptions = Annotated[
 ]
 WorkDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Logs and checkpoints; default work_dirs/CONFIG.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Your own data; its classes are found by themselves.")]
+ValFraction = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Share of the training images to validate on, where there is no validation set."),
+]
 Processes = Annotated[Launcher, typer.Option("--launcher", help="pytorch: torchrun started this process.")]
 
 
@@ -124,6 +129,7 @@ def train(
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any.")
     ] = None,
+    val_fraction: ValFraction = None,
     cfg_options: CfgOptions = None,
     weights: Annotated[
         str | None, typer.Option(metavar="TAG_OR_FILE", help="Start from published weights, a file, or none.")
@@ -149,6 +155,7 @@ def train(
         img_size=img_size,
         freeze=freeze,
         workers=workers,
+        val_fraction=val_fraction,
     )
     from hybridzoo.train import engine
 
@@ -180,15 +187,19 @@ def check(
     white_value: Annotated[
         float | None, typer.Option(min=0, metavar="X", help="What is white in grey pictures of more than 8 bits.")
     ] = None,
+    val_fraction: ValFraction = None,
 ) -> None:
     """Look through a data folder as training does: what it holds, what is repaired or left out, what is wrong."""
     from hybridzoo.train import check as checks
+    from hybridzoo.train.data.holdout import Holdout
     from hybridzoo.train.layouts import How
 
-    how = How(on_bad=on_bad_image.value, white_value=white_value)
+    holdout = Holdout(val_fraction) if val_fraction is not None else None
+    how = How(on_bad=on_bad_image.value, white_value=white_value, holdout=holdout)
     for name in [task.value] if task is not None else checks.find_tasks(data):
         report = checks.inspect(data, name, how)
         print(f"{name}: {data}")
+        print(f"layout: {report.layout.name or 'a folder a class'}")
         for table in tables.data(report):
             tables.show(table)
         for line in report.notes.lines():

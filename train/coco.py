@@ -42,6 +42,7 @@ _NEEDED = {
     "categories": ("id", "name"),
     "annotations": ("image_id", "category_id"),
 }
+WHERE = "_where"  # file and line of an annotation that comes from another format, for errors
 _UNUSABLE = 0.1  # share of objects without a usable mask beyond which something is wrong with all of them
 
 
@@ -63,6 +64,16 @@ def read(file: Path) -> dict[str, Any]:
     finally:
         if collecting:
             gc.enable()
+    check(coco, file)
+    return coco
+
+
+def check(coco: Any, file: Path) -> None:
+    """Look whether the lists, ids and references of an annotation file's content hold together.
+
+    Raises:
+        UserError: they do not; names file and entry.
+    """
     for key, needed in _NEEDED.items():
         entries = coco.get(key) if isinstance(coco, dict) else None
         if not isinstance(entries, list) or not entries:
@@ -90,7 +101,6 @@ def read(file: Path) -> dict[str, Any]:
     check_names(names, f"{file}: category")
     _unique(names, f"{file}: category")
     _check_annotations(coco, file)
-    return coco
 
 
 def class_names(coco: dict[str, Any]) -> list[str]:
@@ -218,6 +228,8 @@ def _check_annotations(coco: dict[str, Any], file: Path) -> None:
 
 
 def _where(file: Path, entry: dict[str, Any], index: int) -> str:
+    if isinstance(entry.get(WHERE), str):
+        return entry[WHERE]
     return f"{file}: annotation id {entry['id']}" if "id" in entry else f"{file}: annotations[{index}]"
 
 

@@ -73,6 +73,7 @@ _OPTIONAL_KEYS = {
     "randomness",
     "start",
     "sync_bn",
+    "val_fraction",
     "visualizer",
     "white_value",
     "work_dir",
@@ -90,6 +91,7 @@ def load_config(
     img_size: int | None = None,
     freeze: int | None = None,
     workers: int | None = None,
+    val_fraction: float | None = None,
 ) -> Config:
     """Read a recipe or config with its bases, put a network and options into it, and settle what follows from them.
 
@@ -103,6 +105,7 @@ def load_config(
         img_size: side of the training images in pixels.
         freeze: leave the network's stem (0), or its stem and first k stages (k), as they are.
         workers: processes that load images; 0 loads them in the run's own.
+        val_fraction: share of the training images that is held out for validation, of data without a validation set.
 
     Raises:
         UserError: unknown config or network, a config that does not parse, a malformed option, or one that this config
@@ -137,6 +140,8 @@ def load_config(
     given |= settle.short_options(
         config, epochs=epochs, batch_size=batch_size, lr=lr, img_size=img_size, freeze=freeze, workers=workers
     )
+    if val_fraction is not None:
+        config.val_fraction = val_fraction
     left = dict(config.pop("settle", None) or {})
     published = recipe is not None and recipe.published
     if left.pop("network", False) or model is not None:

@@ -10,8 +10,10 @@ from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmdet asks
 from hybridzoo.train import coco, scenes
+from hybridzoo.train.data import annotations
+from hybridzoo.train.data.report import divided, how_of, place_of
 from hybridzoo.train.images import ImageError
-from hybridzoo.train.layouts import SPLITS, How, Layout, OnBad, Place, detection_layout, inspect_detection
+from hybridzoo.train.layouts import SPLITS, Layout, OnBad, Place, detection_layout, inspect_detection
 from hybridzoo.train.lost import Lost
 
 with scenes.quietly():
@@ -42,14 +44,22 @@ class CocoScenes(CocoDataset):
         skipped: full paths of images to leave out.
         masks: whether masks are used.
         on_bad: at a training image that cannot be read any more: "stop", or "skip" it, say so, and take another one.
+        source: what `Place.source` of `hybridzoo.train.data.report` gives; default plain COCO.
         *args, **kwargs: mmdet's; the class names in `metainfo` give the order of the labels.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {}  # no palette for COCO's 80 classes
 
     def __init__(
-        self, *args: Any, skipped: Sequence[str] = (), masks: bool = False, on_bad: OnBad = "stop", **kwargs: Any
+        self,
+        *args: Any,
+        skipped: Sequence[str] = (),
+        masks: bool = False,
+        on_bad: OnBad = "stop",
+        source: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
+        self.source = source
         self.skipped = [Path(path) for path in skipped]
         self.masks = masks
         with scenes.quietly():  # pycocotools prints
@@ -67,7 +77,8 @@ class CocoScenes(CocoDataset):
 
     def COCOAPI(self, file: str) -> _Annotations:
         folder = Path(self.data_prefix["img"])
-        return _load(Path(file), folder, self.metainfo["classes"], self.masks, self.skipped)
+        place = place_of(folder, Path(file), self.source)
+        return _load(place, self.metainfo["classes"], self.masks, self.skipped)
 
 
 @METRICS.register_module()
@@ -79,6 +90,7 @@ class CocoScenesMetric(CocoMetric):
         folder: where the images lie.
         classes: names in the order of the labels.
         skipped: full paths of images that were left out.
+        source: as of `CocoScenes`.
         **kwargs: mmdet's.
     """
 
@@ -88,12 +100,14 @@ class CocoScenesMetric(CocoMetric):
         folder: str = "",
         classes: Sequence[str] = (),
         skipped: Sequence[str] = (),
+        source: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         with scenes.quietly():
             masks = "segm" in self.metrics
-            self._coco_api = _load(Path(ann_file), Path(folder), classes, masks, [Path(path) for path in skipped])
+            place = place_of(Path(folder), Path(ann_file), source)
+            self._coco_api = _load(place, classes, masks, [Path(path) for path in skipped])
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """mmdet's metrics; all of them 0 where nothing was found in any image, which mmdet leaves without a score."""
@@ -105,9 +119,10 @@ class CocoScenesMetric(CocoMetric):
             return super().compute_metrics(results)
 
 
-def _load(file: Path, folder: Path, classes: Sequence[str], masks: bool, skipped: Sequence[Path]) -> _Annotations:
-    content = coco.read(file)
-    return _Annotations(coco.repaired(content, file, folder, classes=classes, masks=masks, skipped=skipped))
+def _load(place: Place, classes: Sequence[str], masks: bool, skipped: Sequence[Path]) -> _Annotations:
+    content = annotations.read(place)
+    fixed = coco.repaired(content, place.labels, place.images, classes=classes, masks=masks, skipped=skipped)
+    return _Annotations(fixed)
 
 
 def configure(
@@ -117,7 +132,7 @@ def configure(
 
     A folder in the layout of the config's own dataset (the one that its `ann_file` names, e.g.
     `annotations/instances_train2017.json`) keeps the config's classes, if its categories are among them; any other is
-    COCO or a scenes folder, see `hybridzoo.train.layouts`. All are checked alike, but for datasets that read their
+    one of those in `hybridzoo.train.layouts`. All are checked alike, but for datasets that read their
     files in a way of their own.
 
     Args:
@@ -147,7 +162,8 @@ def configure(
         layout = detection_layout(root)
 
     masks = "mask_head" in (config.model.get("roi_head") or config.model)
-    how = How(config.get("on_bad") or "stop", splits, classes, config.get("white_value"))
+    how = how_of(config, splits, classes)
+    layout = divided(layout, how, root)
     report = inspect_detection(root, how, masks=masks, layout=layout)
     report.tell()
     names, left_out = report.classes, [str(path) for path in report.skipped]
@@ -156,10 +172,12 @@ def configure(
         for dataset in scenes.datasets(config, split):
             dataset.update(type="CocoScenes", data_root=str(root), ann_file=scenes.below(place.labels, root))
             dataset.update(data_prefix={"img": f"{scenes.below(place.images, root)}/"}, skipped=left_out, masks=masks)
+            scenes.say(dataset, source=place.source())
     for kind in ("CocoMetric", "CocoScenesMetric"):
         for metric in scenes.evaluators(config, kind):
             metric.update(type="CocoScenesMetric", ann_file=str(layout.places["val"].labels))
             metric.update(folder=str(layout.places["val"].images), classes=names, skipped=left_out)
+            scenes.say(metric, source=layout.places["val"].source())
     for dataset in scenes.datasets(config, "train"):
         dataset.on_bad = how.on_bad
     scenes.set_classes(config, names)
@@ -170,6 +188,8 @@ def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | Non
     with DATASETS.switch_scope_and_registry(config.get("default_scope", "mmdet")) as registry:
         kinds = [registry.get(node.type) if isinstance(node.type, str) else node.type for node in used]
     ours = kinds[0] is CocoScenes
+    if any(node.get("source") for node in used):  # not plain COCO: what lies there says it better
+        return detection_layout(root)
     for kind, node in zip(kinds, used, strict=True):
         own_names = not ours and (node.get("metainfo") or {}).get("classes") is not None
         if kind not in (CocoDataset, CocoScenes) or own_names or node.get("backend_args"):

@@ -35,6 +35,7 @@ from hybridzoo.checkpoints.containers import flaw
 from hybridzoo.checkpoints.transfer import DownloadError, fetch
 from hybridzoo.train import config_check, hooks, optim, progress, resuming, run_folder, seeding, settle
 from hybridzoo.train.batchnorm import drop_a_last_one
+from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import Terminated, UserError, building
 from hybridzoo.train.names import TASKS
 from hybridzoo.train.tracking import add_wandb
@@ -234,6 +235,7 @@ def train(
             weights = None
         if weights is not None:
             whole = _is_whole_model(weights)  # read before a folder is made, which a bad file would leave behind
+        _hold_out(config, state, seed)
         task.configure(config, Path(data) if data is not None else None)
         if state is not None:
             state.check(config)
@@ -426,6 +428,28 @@ def _check_intervals(config: Config) -> None:
         raise UserError(  # a checkpoint holds no gradients
             f"default_hooks.checkpoint.interval={checkpoint.interval}: choose a multiple of accumulative_counts={steps}"
         )
+
+
+def _hold_out(config: Config, state: resuming.State | None, seed: int | None) -> None:
+    """Settle, in place, how the training images are divided: on a resumed run as they were.
+
+    Raises:
+        UserError: no share, or another than the run's.
+    """
+    given = config.get("val_fraction")
+    if isinstance(given, int | float):
+        first = seed if seed is not None else (config.get("randomness") or {}).get("seed") or 0
+        given = Holdout(float(given), int(first)).options()
+    asked = holdout_of(given)
+    if state is not None:
+        before = state.holdout
+        if asked is not None and (before is None or before.fraction != asked.fraction):
+            was = f"began with --val-fraction {before.fraction:g}" if before else "began without --val-fraction"
+            raise UserError(f"--val-fraction {asked.fraction:g}: the run {was}, and goes on with that")
+        asked = before
+    config.pop("val_fraction", None)
+    if asked is not None:
+        config.val_fraction = asked.options()
 
 
 def _beginning(place: run_folder.RunFolder, resume: bool) -> resuming.State | None:

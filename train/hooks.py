@@ -125,6 +125,8 @@ class AtomicCheckpointHook(CheckpointHook):
         meta["task"] = runner.cfg.get("task")
         meta["class_names"] = list((meta.get("dataset_meta") or {}).get("classes", []))
         meta["hybridzoo_version"] = hybridzoo.__version__
+        if runner.cfg.get("val_fraction"):
+            meta["val_fraction"] = dict(runner.cfg.val_fraction)
         meta["run"], meta["started"] = getattr(runner, "run", ""), getattr(runner, "started", False)
         hub = checkpoint["message_hub"]
         # The smoothed curves start anew after a resume: their buffers are objects, and scalars.json has the values.

@@ -11,10 +11,15 @@ A scenes folder, for detection, segmentation or both::
     ROOT/masks/{train,val}/**/*.png     segmentation: one channel, the pixel's class id, 255 is ignored
     ROOT/classes.txt                    segmentation: a name per line, the first line names id 0
 
-COCO and ADE20K as they are published count too, and whatever a config's datasets name, see `Layout`::
+COCO, ADE20K and Cityscapes as they are published count too, and whatever a config's datasets name, see `Layout`::
 
     ROOT/{train,val}2017/*.jpg, or below ROOT/images/; ROOT/annotations/instances_{train,val}2017.json
+    ROOT/{train,valid,test}/*.jpg with _annotations.coco.json beside them   (Roboflow's COCO)
     ROOT/images/{training,validation}/*.jpg, ROOT/annotations/{training,validation}/*.png   0 is no class
+    ROOT/leftImg8bit/{train,val,test}/<city>/*.png, ROOT/gtFine/...
+
+YOLO is described in `hybridzoo.train.data.yolo`, Pascal VOC in `voc`, ImageNet's archives in `imagenet`.  A third split
+is called `test`; `train` may also be `training`, `val` also `valid` or `validation`, `test` also `testing`.
 
 Which pictures are read, and how, says `hybridzoo.train.images`; what annotations are repaired, `hybridzoo.train.coco`.
 Every check names the first thing that is wrong, where, and what to do, as a UserError.  Images that cannot be decoded
@@ -27,13 +32,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hybridzoo.train.data.classification import classified_images, inspect_classification
+from hybridzoo.train.data.classification import class_folders, classified_images, inspect_classification
 from hybridzoo.train.data.detection import detection_layout, inspect_detection
 from hybridzoo.train.data.report import IGNORED, SPLITS, How, Layout, OnBad, Place, Report, Split
 from hybridzoo.train.data.segmentation import (
     ade20k_layout,
     inspect_segmentation,
     is_ade20k,
+    is_cityscapes,
     masked_images,
     segmentation_layout,
 )
@@ -51,12 +57,14 @@ __all__ = [
     "check_classification",
     "check_detection",
     "check_segmentation",
+    "class_folders",
     "classified_images",
     "detection_layout",
     "inspect_classification",
     "inspect_detection",
     "inspect_segmentation",
     "is_ade20k",
+    "is_cityscapes",
     "masked_images",
     "segmentation_layout",
 ]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hybridzoo.checkpoints.reading import strange
 from hybridzoo.train import run_folder
+from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.plain import printable, shown
 from hybridzoo.train.weights import read_checkpoint, unlike
@@ -44,6 +45,7 @@ class State:
         seed: of the run.
         run: its name, empty of a run before runs had names.
         started: it began from weights.
+        holdout: how it divides its training images.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class State:
     seed: int
     run: str
     started: bool
+    holdout: Holdout | None = None
 
     def check(self, config: Config) -> None:
         """Compare with a configured run: its task, its classes, every tensor of its network.
@@ -237,7 +240,23 @@ def _state(path: Path, content: Mapping[str, Any]) -> State:
                 what = f"{key}.{name}" if isinstance(name, str) else f"{key}: {shown(name)}"
                 raise UserError(f"checkpoint {path}: cannot be resumed: {what} {kind or 'is no name'}; {_OTHER}")
     run = meta.get("run")
-    return State(path, kept, meta["seed"], run if isinstance(run, str) else "", meta.get("started") is True)
+    started = meta.get("started") is True
+    return State(path, kept, meta["seed"], run if isinstance(run, str) else "", started, holdout_in(path, meta))
+
+
+def holdout_in(path: str | Path, meta: Any) -> Holdout | None:
+    """How a run divided its training images, by its checkpoint's `meta`; None where it did not.
+
+    Raises:
+        UserError: it is no such division.
+    """
+    options = meta.get("val_fraction") if isinstance(meta, dict) else None
+    if options is not None and not isinstance(options, dict):
+        raise UserError(f"checkpoint {path}: meta.val_fraction is {shown(options)}, no share and seed")
+    try:
+        return holdout_of(options)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
 
 
 def _message_hub(path: Path, hub: Mapping[str, Any]) -> dict[str, Any]:

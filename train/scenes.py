@@ -76,6 +76,14 @@ def set_classes(config: Config, names: Sequence[str]) -> None:
             head.loss_cls.class_weight = [1.0] * len(names) + [weights[-1]]
 
 
+def say(node: Any, **values: Any) -> None:
+    """Put values into a config's dict, and take those that are None out of it."""
+    for key, value in values.items():
+        node.pop(key, None)
+        if value is not None:
+            node[key] = value
+
+
 def below(path: Path, root: Path) -> str:
     """A path as a config has it: below its data root, or the whole."""
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

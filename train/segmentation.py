@@ -12,11 +12,12 @@ from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmseg asks
 from hybridzoo.train import scenes
+from hybridzoo.train.data.report import divided, how_of, place_of
+from hybridzoo.train.data.segmentation import is_cityscapes, renumbered
 from hybridzoo.train.images import ImageError, MaskError, read_mask, without_zero
 from hybridzoo.train.layouts import (
     IGNORED,
     SPLITS,
-    How,
     Layout,
     OnBad,
     Place,
@@ -51,6 +52,8 @@ class LoadMask(LoadAnnotations):
             return
         file = Path(results["seg_map_path"])
         ids = read_mask(file)
+        if results.get("seg_stored"):
+            ids = renumbered(ids, results["seg_stored"])
         size = results.get("ori_shape") if "seg_classes" in results else None
         if size and ids.shape != tuple(size):
             sizes = [f"{width}x{height}" for height, width in (ids.shape, size)]
@@ -78,6 +81,7 @@ class MaskScenes(BaseSegDataset):
 
     Folders below do not matter, nor suffixes unless they are given, see `hybridzoo.train.layouts.masked_images`.
     With `on_bad="skip"` a training image that cannot be read any more is skipped, which a line says, for another one.
+    `stored` is that of `hybridzoo.train.layouts.Layout`, `source` what its `Place.source` gives.
     """
 
     def __init__(
@@ -87,8 +91,12 @@ class MaskScenes(BaseSegDataset):
         img_suffix: str = "",
         seg_map_suffix: str = "",
         on_bad: OnBad = "stop",
+        stored: Sequence[int] | None = None,
+        source: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.stored = list(stored) if stored is not None else None
+        self.source = source
         self.skipped = {Path(path) for path in skipped}
         super().__init__(*args, img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
         self.lost = Lost(len(self)) if on_bad == "skip" and not self.test_mode else None
@@ -105,7 +113,10 @@ class MaskScenes(BaseSegDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         shared = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
         shared["seg_classes"] = len(self.metainfo["classes"])
-        place = Place(Path(self.data_prefix["img_path"]), Path(self.data_prefix["seg_map_path"]))
+        if self.stored is not None:
+            shared["seg_stored"] = self.stored
+        folders = Path(self.data_prefix["img_path"]), Path(self.data_prefix["seg_map_path"])
+        place = place_of(*folders, self.source)
         return [
             {"img_path": str(image), "seg_map_path": str(mask), "seg_fields": [], **shared}
             for image, mask in masked_images(place, (self.img_suffix, self.seg_map_suffix))
@@ -145,7 +156,8 @@ def configure(
     else:
         layout = layout_of(root)
 
-    how = How(config.get("on_bad") or "stop", splits, classes, config.get("white_value"))
+    how = how_of(config, splits, classes)
+    layout = divided(layout, how, root)
     report = inspect_segmentation(root, how, layout=layout)
     report.tell()
     for split in SPLITS:
@@ -163,6 +175,7 @@ def configure(
                 seg_map_suffix=layout.suffixes[1],
                 reduce_zero_label=layout.zero_is_none,
             )
+            scenes.say(dataset, stored=layout.stored, source=place.source())
             for step in scenes.dicts(dataset.pipeline):
                 if step.get("reduce_zero_label"):  # the data decide
                     step.reduce_zero_label = layout.zero_is_none
@@ -172,7 +185,7 @@ def configure(
 
 
 def layout_of(root: Path) -> Layout:
-    """ADE20K's layout, with its 150 classes unless there is a `classes.txt`, or ours."""
+    """ADE20K's layout, with its 150 classes unless there is a `classes.txt`, Cityscapes', or ours."""
     if not is_ade20k(root):
         return segmentation_layout(root)
     return ade20k_layout(root, None if (root / "classes.txt").exists() else ADE20KDataset.METAINFO["classes"])
@@ -183,6 +196,8 @@ def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | Non
     with DATASETS.switch_scope_and_registry(config.get("default_scope", "mmseg")) as registry:
         kinds = [registry.get(node.type) if isinstance(node.type, str) else node.type for node in used]
     ours = kinds[0] is MaskScenes
+    if any(node.get("source") or node.get("stored") for node in used) or is_cityscapes(root):
+        return layout_of(root)
     plain = (MaskScenes.load_data_list, BaseSegDataset.load_data_list)
     for kind, node in zip(kinds, used, strict=True):
         own_names = not ours and (node.get("metainfo") or {}).get("classes") is not None

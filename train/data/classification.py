@@ -1,4 +1,4 @@
-"""Classification folders."""
+"""Classification folders: the first folder below a split is the class; ImageNet's own archives too."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 from hybridzoo.train.class_names import check_names
+from hybridzoo.train.data import imagenet
+from hybridzoo.train.data.holdout import Holdout
 from hybridzoo.train.data.looking import add_split, existing_folder, note_left_out, readable
-from hybridzoo.train.data.report import How, Report
+from hybridzoo.train.data.report import SPLIT_NAMES, How, Layout, Report, has_validation
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import check_image, find_images, is_hidden, natural_key
 from hybridzoo.train.notes import Notes
@@ -24,12 +26,14 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
     how = how or How()
     root = existing_folder(Path(root), "data root")
     report = Report("classification", root, list(how.classes or ()))
+    holdout = used_holdout(root, how)
     found: dict[str, list[tuple[Path, str]]] = {}
-    if not report.classes and "train" not in how.splits and (root / "train").is_dir():
+    if not report.classes and "train" not in how.splits and class_folders(root, "train") is not None:
         report.classes = sorted({name for _, name in classified_images(root, "train")}, key=natural_key)
     for split in how.splits:
-        folder = existing_folder(root / split, "image folder")
-        found[split] = classified_images(root, split, report.notes)
+        part = holdout.part(split == "val") if holdout is not None and split != "test" else None
+        folder = existing_folder(split_folder(root, split, part), "image folder")
+        found[split] = classified_images(root, split, report.notes, part)
         if not found[split]:
             raise UserError(f"image folder {folder} holds no images; expected {folder}/<class name>/*.png")
         filled = {name for _, name in found[split]}
@@ -55,20 +59,59 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
         add_split(
             report, split, [path for path, _ in kept], [name for _, name in kept], [{name} for _, name in kept], counts
         )
+    flat = any(imagenet.is_flat(split.images, split_folder(root, split.name)) for split in report.splits)
+    report.layout = Layout({}, name="ImageNet's archives" if flat else "a folder a class")
     return report
 
 
-def classified_images(root: Path, split: str, notes: Notes | None = None) -> list[tuple[Path, str]]:
-    """(image, class name) of each image of a split, in natural order.
+def class_folders(root: Path, split: str) -> Path | None:
+    """The folder of a split; None where there is none."""
+    words = [*SPLIT_NAMES[split], f"ILSVRC2012_img_{split}"]
+    return next((base / word for base in imagenet.roots(root) for word in words if (base / word).is_dir()), None)
+
+
+def used_holdout(root: Path, how: How) -> Holdout | None:
+    """How the training images are divided; who only tests needs no division where there is a validation set.
 
     Raises:
-        UserError: an image that lies in no class folder.
+        UserError: data for training have a validation set.
     """
-    folder = root / split
+    if how.holdout is None or class_folders(root, "val") is None:
+        return how.holdout
+    if "train" in how.splits:
+        raise has_validation(how.holdout, root)
+    return None
+
+
+def split_folder(root: Path, split: str, part: Holdout | None = None) -> Path:
+    """The folder in which a split's images lie, or ought to.
+
+    Args:
+        part: of the training images, which may lie in the root itself.
+    """
+    if part is not None:
+        return class_folders(root, "train") or root
+    return class_folders(root, split) or root / split
+
+
+def classified_images(
+    root: Path, split: str, notes: Notes | None = None, part: Holdout | None = None
+) -> list[tuple[Path, str]]:
+    """(image, class name) of each image of a split, or of a part of the training images, in natural order.
+
+    Raises:
+        UserError: an image that lies in no class folder; a class of one image, which cannot be in both parts.
+    """
+    folder = split_folder(root, split, part)
     found = find_images(folder)
     note_left_out(found, folder, notes)
+    if imagenet.is_flat(found.images, folder):
+        return list(zip(found.images, imagenet.synsets(found.images, root), strict=True))
     named = [(path, path.relative_to(folder).parts[0]) for path in found.images]
     for path, name in named:
         if path == folder / name:
             raise UserError(f"image {path} is in no class folder; expected {folder}/<class name>/*.png")
-    return named
+    if part is None:
+        return named
+    kept = part.keep([str(path.relative_to(folder)) for path, _ in named], [name for _, name in named])
+    return [pair for pair, keep in zip(named, kept, strict=True) if keep]

@@ -8,35 +8,48 @@ from pathlib import Path
 from typing import Any
 
 from hybridzoo.train import coco
+from hybridzoo.train.data import annotations, voc, yolo
 from hybridzoo.train.data.looking import add_split, existing_folder, note_left_out, readable, say_absent
-from hybridzoo.train.data.report import SPLITS, How, Layout, Place, Report
+from hybridzoo.train.data.report import SPLIT_NAMES, How, Layout, Place, Report, divided
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import check_image, find_images
+from hybridzoo.train.notes import Notes
 
 
 def detection_layout(root: Path) -> Layout:
-    """COCO's own layout if that is what lies there, else ours, whether it lies there or not."""
-    places = {}
-    for split in SPLITS:
+    """What lies in a folder: COCO's own layout or Roboflow's, YOLO, Pascal VOC; else ours, whether anything does."""
+    found = _coco_layout(root)
+    if any(place.labels.exists() for place in found.places.values()):
+        return found
+    return yolo.layout(root) or voc.layout(root) or found
+
+
+def _coco_layout(root: Path) -> Layout:
+    places, name = {}, "images/ and annotations/"
+    for split, words in SPLIT_NAMES.items():
         places[split] = Place(root / "images" / split, root / "annotations" / f"{split}.json")
         if places[split].labels.exists():
             continue
         for file in sorted((root / "annotations").glob(f"instances_{split}*.json")):
-            name = file.stem.removeprefix("instances_")
-            folder = next((above / name for above in (root, root / "images") if (above / name).is_dir()), None)
+            year = file.stem.removeprefix("instances_")
+            folder = next((above / year for above in (root, root / "images") if (above / year).is_dir()), None)
             if folder is not None:
-                places[split] = Place(folder, file)
-    return Layout(places)
+                places[split], name = Place(folder, file), "COCO"
+        for word in words:
+            if (root / word / "_annotations.coco.json").is_file():
+                places[split], name = Place(root / word, root / word / "_annotations.coco.json"), "COCO (Roboflow)"
+    return Layout(places, name=name)
 
 
 def inspect_detection(
-    root: Path, how: How | None = None, *, masks: bool = False, layout: Layout | None = None
+    root: Path, how: How | None = None, *, masks: bool | None = False, layout: Layout | None = None
 ) -> Report:
     """Look through a folder for detection.
 
     Args:
         layout: default what `detection_layout` finds.
-        masks: also ask for a mask (polygons or run lengths) in every annotation, for instance segmentation.
+        masks: also ask for a mask (polygons or run lengths) in every annotation, for instance segmentation; None: if
+            every annotation has one.
 
     Raises:
         UserError: a missing or empty folder, a JSON file that is no COCO, an annotation that names a missing image or
@@ -44,29 +57,31 @@ def inspect_detection(
     """
     how = how or How()
     root = existing_folder(Path(root), "data root")
-    layout = layout or detection_layout(root)
-    report = Report("detection", root, list(how.classes or ()))
+    layout = divided(layout or detection_layout(root), how, root)
+    report = Report("detection", root, list(how.classes or ()), layout=layout)
     found: dict[str, tuple[Path, Path, dict[str, Any]]] = {}
     images: dict[str, list[Path]] = {}
-    training = layout.places["train"].labels if "train" in layout.places else None
-    if not report.classes and "train" not in how.splits and training and training.is_file():
-        report.classes = _with_all(coco.class_names(coco.read(training)), layout.classes)
+    training = layout.places.get("train")
+    if not report.classes and "train" not in how.splits and training and training.labels.exists():
+        report.classes = _with_all(coco.class_names(annotations.read(training)), layout.classes)
     for split in how.splits:
-        folder, file = existing_folder(layout.places[split].images, "image folder"), layout.places[split].labels
-        content = coco.read(file)
+        place = layout.places[split]
+        folder, file = existing_folder(place.images, "image folder"), place.labels
+        content = annotations.read(place, report.notes)
         found[split] = folder, file, content
         names = coco.class_names(content)
         if not report.classes:
             report.classes = _with_all(names, layout.classes)
         elif set(names) - set(report.classes) and not how.classes:
             extra = sorted(set(names) - set(report.classes))[0]
-            first = training.name if training else "the first"
+            first = training.labels.name if training else "the first"
             raise UserError(
                 f"{file.parent}: categories of {file.name} differ from {first}, which has no {extra!r}; "
                 "give both the same list"
             )
         lying = find_images(folder)
-        note_left_out(lying, folder, report.notes)
+        if place.form == "coco":  # the other forms' labels lie beside their images
+            note_left_out(lying, folder, report.notes)
         images[split] = [folder / entry["file_name"] for entry in content["images"]]
         rest = set(images[split]) - set(lying.images)
         for path, entry in zip(images[split], content["images"], strict=True):
@@ -74,9 +89,11 @@ def inspect_detection(
                 raise UserError(f"{file}: image id {entry['id']} names a missing file, {path}; add it or fix file_name")
         elsewhere = {path.resolve() for path in rest}  # named by another way, such as "../train/1.png"
         listed = set(images[split])
-        for path in lying.images:
+        for path in lying.images if place.form == "coco" and place.holdout is None else ():
             if path not in listed and not (elsewhere and path.resolve() in elsewhere):
                 report.notes.add(f"images that {file.name} does not list: left out", path)
+    if masks is None:
+        masks = _all_have_masks([content for *_, content in found.values()], report.notes)
     keep = readable(images, how, report, lambda path, full: check_image(path, full=full, white_value=how.white_value))
     for split, (folder, file, content) in found.items():
         fixed = coco.repaired(
@@ -101,6 +118,16 @@ def inspect_detection(
                 report.notes.add(f"images of {split} without an object", paths[number])
         say_absent([name for name in report.classes if not counts[name]], f"in {file.name}", split, report.notes)
     return report
+
+
+def _all_have_masks(contents: Sequence[dict[str, Any]], notes: Notes) -> bool:
+    having = [bool(entry.get("segmentation")) for content in contents for entry in content["annotations"]]
+    if any(having) and not all(having):
+        notes.add(
+            "annotations without a mask, beside others with one: for detectors of boxes only",
+            count=having.count(False),
+        )
+    return all(having)
 
 
 def _with_all(names: list[str], known: Sequence[str] | None) -> list[str]:

@@ -77,6 +77,12 @@ def readable(
         UserError: an image that cannot be decoded, unless such are skipped; none that can; 16-bit images that are dark.
         MaskError: a wrong label.
     """
+    if how.holdout is not None and {"train", "val"} <= splits.keys():
+        held, left = len(splits["val"]), len(splits["train"])
+        report.notes.say(
+            f"{held:,} of {held + left:,} training images are held out for validation (share "
+            f"{how.holdout.fraction:g}, seed {how.holdout.seed})"
+        )
     images: list[Path] = []
     for split, all_of_it in splits.items():
         chosen = looked_at(all_of_it)

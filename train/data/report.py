@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hybridzoo.train.data.holdout import Holdout, holdout_of
+from hybridzoo.train.errors import UserError
 from hybridzoo.train.notes import Notes
 
 OnBad = Literal["stop", "skip"]
-SPLITS = ("train", "val")
+Form = Literal["coco", "yolo", "voc"]
+SPLITS = ("train", "val")  # of training; a folder may have "test" too
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 IGNORED = 255  # pixels of a mask that neither train nor score
 
 
@@ -55,6 +63,7 @@ class Report:
         splits: those that were looked through.
         notes: what was repaired, left out or noticed.
         skipped: images that cannot be decoded.
+        layout: the folder's.
     """
 
     task: str
@@ -63,6 +72,7 @@ class Report:
     splits: list[Split] = field(default_factory=list)
     notes: Notes = field(default_factory=Notes)
     skipped: list[Path] = field(default_factory=list)
+    layout: Layout = field(default_factory=lambda: Layout({}))
 
     def tell(self) -> None:
         """Print the notes, once however many processes there are."""
@@ -81,20 +91,60 @@ class How:
         classes: the class names that a model knows, in order; default those of the data's training split, else of the
             first that is looked through.
         white_value: see `hybridzoo.train.images`.
+        holdout: how a validation set is cut from the training images, of data that have none.
     """
 
     on_bad: OnBad = "stop"
     splits: Sequence[str] = SPLITS
     classes: Sequence[str] | None = None
     white_value: float | None = None
+    holdout: Holdout | None = None
+
+
+def how_of(config: Mapping[str, Any], splits: Sequence[str], classes: Sequence[str] | None) -> How:
+    """How a run's config wants its data to be checked."""
+    holdout = holdout_of(config.get("val_fraction"))
+    return How(config.get("on_bad") or "stop", splits, classes, config.get("white_value"), holdout)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a split lies: the folder of its images, and their JSON file or the folder of their masks."""
+    """Where a split lies.
+
+    Attributes:
+        images: the folder of its images.
+        labels: their JSON file, the folder of their masks, YOLO's file of class names, or VOC's list or folder.
+        form: of a detection folder's labels.
+        split: its name, of YOLO and VOC, where `labels` alone does not say it.
+        root: the data folder, of YOLO and VOC.
+        holdout: the part of the images that is meant.
+    """
 
     images: Path
     labels: Path
+    form: Form = "coco"
+    split: str = ""
+    root: Path = Path()
+    holdout: Holdout | None = None
+
+    def source(self) -> dict[str, Any] | None:
+        """What a dataset's config says beside the two paths; None of plain COCO."""
+        if self.form == "coco" and self.holdout is None:
+            return None
+        return {
+            "form": self.form,
+            "split": self.split,
+            "root": str(self.root),
+            "holdout": self.holdout.options() if self.holdout is not None else None,
+        }
+
+
+def place_of(images: Path, labels: Path, source: Mapping[str, Any] | None) -> Place:
+    """The place that a dataset's config names, see `Place.source`."""
+    if not source:
+        return Place(images, labels)
+    holdout = holdout_of(source["holdout"])
+    return Place(images, labels, source["form"], source["split"], Path(source["root"]), holdout)
 
 
 @dataclass(frozen=True)
@@ -102,14 +152,48 @@ class Layout:
     """Where the splits of a detection or segmentation folder lie, and what its labels mean.
 
     Attributes:
-        places: split -> where it lies.
+        places: split -> where it lies, whether something lies there or not.
         classes: names in the order of their labels; default those of the JSON files, or of `classes.txt`. A detection
             folder keeps its own categories unless all of them are among these.
         zero_is_none: in masks 0 is ignored as 255 is, and 1 is the first class (ADE20K).
         suffixes: ends of the names of images and masks that belong together; default any picture's.
+        stored: the value that masks hold for each class, in the classes' order; all others are ignored (Cityscapes).
+        name: in words.
     """
 
     places: Mapping[str, Place]
     classes: Sequence[str] | None = None
     zero_is_none: bool = False
     suffixes: tuple[str, str] = ("", "")
+    stored: Sequence[int] | None = None
+    name: str = ""
+
+
+def divided(layout: Layout, how: How, root: Path) -> Layout:
+    """The layout with its validation set cut from the training set, if that is asked for.
+
+    Raises:
+        UserError: data for training have a validation set; who only tests gets that.
+    """
+    holdout = how.holdout
+    if holdout is None or layout.places["train"].holdout is not None:
+        return layout
+    train, val = layout.places["train"], layout.places["val"]
+    same = (val.images, val.labels) == (train.images, train.labels) and val.images != train.root
+    if val.images.is_dir() and val.labels.exists() and not same:
+        if "train" not in how.splits:
+            return layout
+        raise has_validation(holdout, root)
+    parts = {"train": replace(train, holdout=holdout.part(False)), "val": replace(train, holdout=holdout.part(True))}
+    return replace(layout, places={**layout.places, **parts})
+
+
+def no_split(root: Path, split: str) -> UserError:
+    """The error of data without a split, which says what can be done about it."""
+    held = "; --val-fraction 0.2 holds out one training image in five" if split == "val" else ""
+    return UserError(f"data {root}: has no folder {split}/; expected {root}/{{train,val}}/<class name>/*{held}")
+
+
+def has_validation(holdout: Holdout, root: Path) -> UserError:
+    """The error of data that have a validation set already."""
+    return UserError(f"--val-fraction {holdout.fraction:g}: data {root} has a validation set; leave the option out")

@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybridzoo.train.class_names import check_names
 from hybridzoo.train.data.looking import add_split, existing_folder, listed, note_left_out, readable, say_absent
-from hybridzoo.train.data.report import IGNORED, SPLITS, How, Layout, Place, Report
+from hybridzoo.train.data.report import IGNORED, SPLIT_NAMES, How, Layout, Place, Report, divided
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import MaskError, check_image, find_images, read_mask, shown_size, without_zero
 from hybridzoo.train.notes import Notes
 
+CITYSCAPES = {  # class -> the value in `*_labelIds.png`; the benchmark's 19 classes, by cityscapesScripts
+    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
+    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26,
+    "truck": 27, "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
+}  # fmt: skip
+
+
+def ade20k_root(root: Path) -> Path:
+    """The folder that holds ADE20K's two: the root, or the published archive's inside it."""
+    inner = root / "ADEChallengeData2016"
+    return inner if inner.is_dir() and not (root / "images").exists() else root
+
 
 def is_ade20k(root: Path) -> bool:
     """Whether a folder has the layout of ADE20K, and not ours."""
+    root = ade20k_root(root)
     return not (root / "masks").exists() and all(
         (root / kind / "training").is_dir() for kind in ("images", "annotations")
     )
@@ -26,14 +40,37 @@ def is_ade20k(root: Path) -> bool:
 
 def ade20k_layout(root: Path, classes: Sequence[str] | None) -> Layout:
     """ADE20K's layout, with its class names or, by default, those of the folder's `classes.txt`."""
-    folders = {"train": "training", "val": "validation"}
+    root = ade20k_root(root)
+    folders = {"train": "training", "val": "validation", "test": "testing"}
     places = {split: Place(root / "images" / name, root / "annotations" / name) for split, name in folders.items()}
-    return Layout(places, classes, zero_is_none=True)
+    return Layout(places, classes, zero_is_none=True, name="ADE20K")
+
+
+def is_cityscapes(root: Path) -> bool:
+    """Whether a folder has the layout of Cityscapes."""
+    return (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir()
+
+
+def cityscapes_layout(root: Path) -> Layout:
+    """Cityscapes' layout, with the masks that its scripts make (`labelTrainIds`) if they lie there."""
+    made = next((root / "gtFine").glob("*/*/*_gtFine_labelTrainIds.png"), None) is not None
+    places = {split: Place(root / "leftImg8bit" / split, root / "gtFine" / split) for split in SPLIT_NAMES}
+    kind = "labelTrainIds" if made else "labelIds"
+    return Layout(
+        places,
+        list(CITYSCAPES),
+        suffixes=("_leftImg8bit.png", f"_gtFine_{kind}.png"),
+        stored=None if made else list(CITYSCAPES.values()),
+        name=f"Cityscapes ({kind})",
+    )
 
 
 def segmentation_layout(root: Path) -> Layout:
-    """Our own layout."""
-    return Layout({split: Place(root / "images" / split, root / "masks" / split) for split in SPLITS})
+    """Cityscapes' layout if that is what lies there, else our own."""
+    if is_cityscapes(root):
+        return cityscapes_layout(root)
+    places = {split: Place(root / "images" / split, root / "masks" / split) for split in SPLIT_NAMES}
+    return Layout(places, name="images/ and masks/")
 
 
 def inspect_segmentation(root: Path, how: How | None = None, *, layout: Layout | None = None) -> Report:
@@ -51,19 +88,19 @@ def inspect_segmentation(root: Path, how: How | None = None, *, layout: Layout |
     """
     how = how or How()
     root = existing_folder(Path(root), "data root")
-    layout = layout or segmentation_layout(root)
+    layout = divided(layout or segmentation_layout(root), how, root)
     classes = list(layout.classes or _read_classes(root / "classes.txt"))
     if how.classes and list(how.classes) != classes:
         whose = f"data {root} has classes" if layout.classes else f"{root / 'classes.txt'} names"
         raise UserError(f"{whose} {', '.join(classes)}; the model knows {', '.join(how.classes)}")
-    report = Report("segmentation", root, classes)
+    report = Report("segmentation", root, classes, layout=layout)
     found = {split: masked_images(layout.places[split], layout.suffixes, report.notes) for split in how.splits}
     masks = {image: mask for pairs in found.values() for image, mask in pairs}
     pixels: dict[Path, NDArray[np.int64]] = {}
 
     def check(image: Path, full: bool) -> int | None:
         highest = check_image(image, full=full, white_value=how.white_value)
-        pixels[image] = _mask_pixels(image, masks[image], classes, layout.zero_is_none)
+        pixels[image] = _mask_pixels(image, masks[image], classes, layout)
         return highest
 
     images = {split: [image for image, _ in pairs] for split, pairs in found.items()}
@@ -96,7 +133,9 @@ def masked_images(
     folders = {"images": place.images, "masks": place.labels}
     for (kind, folder), suffix in zip(folders.items(), suffixes, strict=True):
         found = find_images(existing_folder(folder, f"{kind[:-1]} folder"))
-        found.others += [path for path in found.images if not path.name.endswith(suffix)]
+        found.others += [
+            path for path in found.images if not path.name.endswith(suffix) and "_gtFine_" not in path.name
+        ]
         found.images = [path for path in found.images if path.name.endswith(suffix)]
         note_left_out(found, folder, notes)
         if not found.images:
@@ -114,7 +153,24 @@ def masked_images(
         if alone:
             path = named[one][alone[0]]
             raise UserError(f"{one[:-1]} {path} has no {other[:-1]} in {folders[other]}; add or remove one")
-    return [(path, named["masks"][name]) for name, path in named["images"].items()]
+    kept = place.holdout.keep(list(named["images"])) if place.holdout is not None else [True] * len(named["images"])
+    pairs = [(path, named["masks"][name]) for name, path in named["images"].items()]
+    return [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
+
+
+def class_ids(ids: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """Class numbers of a mask in a layout, `IGNORED` where there is none."""
+    if layout.stored is not None:
+        return renumbered(ids, layout.stored)
+    return without_zero(ids) if layout.zero_is_none else ids
+
+
+def renumbered(ids: NDArray[Any], stored: Sequence[int]) -> NDArray[np.uint8]:
+    """Class numbers of a mask that holds other values: `stored[k]` becomes k, every other value 255."""
+    new = np.full(ids.shape, IGNORED, np.uint8)
+    for number, value in enumerate(stored):
+        new[ids == value] = number
+    return new
 
 
 def _read_classes(file: Path) -> list[str]:
@@ -135,7 +191,7 @@ def _read_classes(file: Path) -> list[str]:
     return names
 
 
-def _mask_pixels(image: Path, mask: Path, classes: Sequence[str], zero_is_none: bool) -> NDArray[np.int64]:
+def _mask_pixels(image: Path, mask: Path, classes: Sequence[str], layout: Layout) -> NDArray[np.int64]:
     """Pixels of each class in a mask, and last those that are ignored.
 
     Raises:
@@ -154,6 +210,9 @@ def _mask_pixels(image: Path, mask: Path, classes: Sequence[str], zero_is_none: 
         raise MaskError(
             f"mask {mask} is {ids.shape[1]}x{ids.shape[0]}, its image {width}x{height}{because}; correct it"
         )
+    zero_is_none = layout.zero_is_none
+    if layout.stored is not None:
+        ids = renumbered(ids, layout.stored)
     learned = ids != IGNORED
     low, high = int(np.min(ids)), int(np.max(ids, where=learned, initial=0))
     if low < 0 or high >= len(classes) + zero_is_none:
