@@ -5,8 +5,8 @@ a module of the same name in its place. Signatures, in-place outputs and index c
 that `mmcv.ops` stays untouched; each operator is tested against its definition in `tests/train/test_mmcv_ops.py`.
 A name we do not provide exists too (mmcv looks all of them up at import) and raises `OperatorNotProvided` when called.
 
-boxes: non-maximum suppression and overlaps · pooling: RoI and border pooling · sampling: deformable convolution and
-attention, CARAFE, masked convolution, PSA masks · losses: focal losses.
+boxes: non-maximum suppression and overlaps · pooling: RoI Align · sampling: deformable convolution and attention ·
+losses: focal loss. These are what the recipes of `configs/` use.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from types import ModuleType
 from typing import Any
 
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.mmcv_ops.missing import OperatorNotProvided, not_provided
+
+__all__ = ["OperatorNotProvided", "install"]
 
 NAME = "mmcv._ext"
 _MODULES = ("boxes", "losses", "pooling", "sampling")
-
-
-class OperatorNotProvided(NotImplementedError):
-    """An operator of mmcv's compiled extension that neither torchvision nor this package has."""
 
 
 class _Loader:
@@ -41,17 +40,15 @@ class _Loader:
             module.__dict__.update({name: getattr(operators, name) for name in operators.__all__})
         module.__dict__["get_compiler_version"] = lambda: "none (operators from hybridzoo and torchvision)"
         module.__dict__["get_compiling_cuda_version"] = lambda: "none (operators from hybridzoo and torchvision)"
-        module.__dict__["__getattr__"] = _not_provided
+        module.__dict__["__getattr__"] = _missing
 
 
-def _not_provided(name: str) -> Callable[..., Any]:
+def _missing(name: str) -> Callable[..., Any]:
     if name.startswith("__"):  # interpreter and import machinery probe these; an operator never has such a name
         raise AttributeError(f"module {NAME!r} has no attribute {name!r}")
 
     def operator(*_: Any, **__: Any) -> Any:
-        raise OperatorNotProvided(
-            f"mmcv operator {name!r} has no substitute here: install onedl-mmcv with its compiled operators to use it"
-        )
+        raise not_provided(name)
 
     operator.__name__ = name
     return operator

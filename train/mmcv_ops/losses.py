@@ -1,4 +1,4 @@
-"""Focal losses (Lin et al., arXiv 1708.02002). Targets are class indices; class C of C means background."""
+"""Focal loss (Lin et al., arXiv 1708.02002). Targets are class indices; class C of C means background."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-__all__ = [
-    "sigmoid_focal_loss_backward",
-    "sigmoid_focal_loss_forward",
-    "softmax_focal_loss_backward",
-    "softmax_focal_loss_forward",
-]
+__all__ = ["sigmoid_focal_loss_backward", "sigmoid_focal_loss_forward"]
 
 
 def _class_weight(weight: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -47,34 +42,6 @@ def sigmoid_focal_loss_backward(
     slope = miss.pow(gamma) * (gamma * p * log_p - miss)
     slope = torch.where(positive, alpha * slope, (alpha - 1) * slope)
     grad_input.copy_(slope * _class_weight(weight, target, classes).unsqueeze(-1))
-
-
-def _picked(softmax: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability of the target class and its logarithm, and which rows count (target >= 0), each (N,)."""
-    p = softmax.to(_precise(softmax)).gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return p, p.clamp(min=torch.finfo(p.dtype).tiny).log(), target >= 0
-
-
-def softmax_focal_loss_forward(
-    softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    """-alpha (1 - p)^gamma log p of the target's probability, from probabilities (N, C), to `output` (N,)."""
-    p, log_p, counts = _picked(softmax, target)
-    loss = -alpha * (1 - p).pow(gamma) * log_p * _class_weight(weight, target, softmax.size(1))
-    output.copy_(torch.where(counts, loss, 0))
-
-
-def softmax_focal_loss_backward(
-    softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
-) -> None:
-    """Gradient with respect to the *logits* behind `softmax`, to `grad_input` (N, C)."""
-    p, log_p, counts = _picked(softmax, target)
-    miss = (1 - p).clamp(min=torch.finfo(p.dtype).tiny)  # (1 - p)^(gamma - 1) stays finite at p = 1
-    slope = alpha * (gamma * miss.pow(gamma - 1) * p * log_p - miss.pow(gamma))  # p dL/dp
-    slope = torch.where(counts, slope * _class_weight(weight, target, softmax.size(1)), 0)
-    buff.copy_(slope)
-    one_hot = F.one_hot(target.clamp(min=0), softmax.size(1))
-    grad_input.copy_(slope.unsqueeze(1) * (one_hot - softmax))
 
 
 def _precise(x: Tensor) -> torch.dtype:
