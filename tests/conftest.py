@@ -8,6 +8,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the tests' subprocesses
 os.environ.setdefault("WANDB_MODE", "offline")
 
+pytest_plugins = ["cpu_seconds"]
+
 # Sweeps draw new examples in every run but CI's, which judges a change and must not fail by the day's luck.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -21,19 +21,18 @@ NAME = "efficientvit_msra_m0.r224_in1k_authors"
 CARD = store.find(NAME)  # its address ends in a name of its own, which timm's cache keeps
 
 
-def published(factor: float = 1.0) -> dict[str, Tensor]:
-    """A state dict of the authors' names and shapes."""
-    state = goldens.published_state("efficientvit_msra", "efficientvit_m0")
-    return {key: (factor * value).float() if value.is_floating_point() else value for key, value in state.items()}
-
-
 def saved(content: Any) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
 
 
-STATE, OTHER = published(), published(1.5)
+# State dicts of the authors' names and shapes.
+STATE = {
+    key: value.float() if value.is_floating_point() else value
+    for key, value in goldens.published_state("efficientvit_msra", "efficientvit_m0").items()
+}
+OTHER = {key: 1.5 * value if value.is_floating_point() else value for key, value in STATE.items()}
 CONTENT = saved({"model": STATE})
 FIRST_CONV = "stem.conv1.conv.weight"
 PUBLISHED_FIRST_CONV = "patch_embed.0.c.weight"
