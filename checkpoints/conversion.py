@@ -15,8 +15,7 @@ from torch import Tensor
 
 from hybridzoo.checkpoints.catalogue import Card, cards
 from hybridzoo.checkpoints.files import hash_of
-from hybridzoo.checkpoints.keymaps import convert
-from hybridzoo.checkpoints.keymaps.inverse import publish
+from hybridzoo.checkpoints.keymaps import convert, publish
 from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, strip_prefixes, unwrap, wrong_numbers
 from hybridzoo.checkpoints.writing import place_for, write
 
@@ -183,38 +182,16 @@ def _listed(keys: Iterable[str], most: int = 12) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def _in_layout(network: dict[str, Tensor], name: str, to: Layout) -> dict[str, Tensor]:
+def _in_layout(network: dict[str, Tensor], name: str, to: Literal["published", "timm"]) -> dict[str, Tensor]:
     """Our tensors in another layout, which has to lead back to them."""
     try:
-        if to == "timm" or name.startswith("maxvit_"):  # MaxViT's published files are timm's
-            result = _like_timm(network, name)
-        else:
-            result = publish(network, name)
+        result = publish(network, name, to)
     except ValueError as error:
         raise CheckpointError(f"to={to!r}: {error}") from error
     back = convert(result, name)
     if back.keys() != network.keys() or not all(_same_bits(back[key], network[key]) for key in network):
         raise CheckpointError(f"to={to!r}: these weights of {name} have no exact form there")
     return result
-
-
-def _like_timm(network: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Names that timm's own network has, learnt by converting them."""
-    import timm
-
-    host = name.replace("_mit_", "_").replace("_msra_", "_")
-    if name.startswith("maxvit_"):
-        sides = {32 * (value.shape[-1] + 1) // 2 for key, value in network.items() if key.endswith(".attn.bias.table")}
-        host = f"{name}_tf_{sides.pop()}"
-    if not name.startswith(("maxvit_", "efficientvit_")):
-        raise ValueError(f"timm has no network of its own for {name}")
-    if not timm.is_model(host):
-        raise ValueError(f"timm has no {host}")
-    with torch.device("meta"):
-        example = timm.create_model(host).state_dict()
-    ours = {id(tensor): key for key, tensor in convert(example, name).items()}
-    names = {key: ours[id(tensor)] for key, tensor in example.items() if id(tensor) in ours}
-    return {theirs: network[own] for theirs, own in names.items() if own in network}
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -1,8 +1,13 @@
-"""From the names in published state dicts to ours: one module per family, chosen by the model's name."""
+"""Names in published state dicts and ours: one module per family, chosen by the model's name.
+
+A module has `convert` and, where the way back is known, `publish` (the authors' layout) and `like_timm` (timm's own).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Literal
 
 from torch import Tensor
 
@@ -48,8 +53,38 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
     Raises:
         ValueError: no key map for this model.
     """
+    return _family(model_name).convert(state_dict, model_name.split(".")[0])
+
+
+def publish(
+    state_dict: Mapping[str, Tensor], model_name: str, layout: Literal["published", "timm"] = "published"
+) -> dict[str, Tensor]:
+    """A classifier's weights under the names and shapes of the authors' own code or of timm's: what `convert` undoes.
+
+    Constants that the published code makes for itself (index buffers, masks, caches) are left out.
+
+    Args:
+        state_dict: of our network.
+        model_name: registered name, with or without a tag.
+        layout: whose names.
+
+    Raises:
+        ValueError: there is no such layout of this model.
+    """
+    family, name = _family(model_name), model_name.split(".")[0]
+    way = getattr(family, "publish" if layout == "published" else "like_timm", None)
+    if way is None:
+        reasons = {
+            "published": "no weights in a layout of the authors' own exist",
+            "timm": "timm has no network of its own",
+        }
+        raise ValueError(f"model {name}: {reasons[layout]}")
+    return way(state_dict, name)
+
+
+def _family(model_name: str) -> ModuleType:
     name = model_name.split(".")[0]
     for prefix, module in _FAMILIES.items():
         if name == prefix or name.startswith(f"{prefix}_"):
-            return module.convert(state_dict, name)
+            return module
     raise ValueError(f"model_name: no published weights are known for {model_name!r}; families: {', '.join(_FAMILIES)}")

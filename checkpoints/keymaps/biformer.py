@@ -7,38 +7,47 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps.rules import rename
+from hybridzoo.checkpoints.keymaps.tables import HEAD, Table, to_ours, to_published
 
-_RULES = [
-    # stem: conv, norm, (GELU,) conv, norm in one Sequential
-    (r"^downsample_layers\.0\.0\.", "stem.conv1."),
-    (r"^downsample_layers\.0\.1\.", "stem.norm1."),
-    (r"^downsample_layers\.0\.3\.", "stem.conv2."),
-    (r"^downsample_layers\.0\.4\.", "stem.norm2."),
-    (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),  # stl only: bring both layouts to stages.s.b
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
-    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
-    (r"\.mlp\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.[23]\.", ".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
-# Between stages: conv then norm, or, in the Swin-like skeleton, norm then conv.
-_MERGES = {
-    False: [(r"^downsample_layers\.(\d+)\.0\.", r"stages.\1.downsample.conv."),
-            (r"^downsample_layers\.(\d+)\.1\.", r"stages.\1.downsample.norm.")],
-    True: [(r"^downsample_layers\.(\d+)\.0\.", r"stages.\1.downsample.norm."),
-           (r"^downsample_layers\.(\d+)\.1\.", r"stages.\1.downsample.conv.")],
-}  # fmt: skip
+_POINTWISE = re.compile(r"\.(qkv|proj|fc[12])\.weight$")
+
+
+def _table(model: str) -> Table:
+    swin_like, nchw = "_stl" in model, "_nchw" in model
+    conv, norm = (1, 0) if swin_like else (0, 1)  # between stages
+    qkv, proj = ("qkv_linear", "output_linear") if nchw else ("qkv.qkv", "wo")
+    return [
+        ("downsample_layers.0.0.", "stem.conv1."),
+        ("downsample_layers.0.1.", "stem.norm1."),
+        ("downsample_layers.0.3.", "stem.conv2."),
+        ("downsample_layers.0.4.", "stem.norm2."),
+        (f"downsample_layers.*.{conv}.", "stages.*.downsample.conv."),
+        (f"downsample_layers.*.{norm}.", "stages.*.downsample.norm."),
+        *([] if swin_like else [("stages.*.*.", "stages.*.blocks.*.")]),
+        # the last stage's attention is plain and has our names
+        *[(f"stages.{stage}.blocks.*.attn.{qkv}.", f"stages.{stage}.blocks.*.attn.qkv.") for stage in range(3)],
+        *[(f"stages.{stage}.blocks.*.attn.{proj}.", f"stages.{stage}.blocks.*.attn.proj.") for stage in range(3)],
+        (".mlp.0.", ".mlp.fc1."),
+        (".mlp.2." if swin_like else ".mlp.3.", ".mlp.fc2."),
+        *HEAD,
+    ]
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`."""
-    rules = _RULES + _MERGES["_stl" in model_name]
-    converted = {}
-    for published, tensor in state_dict.items():
-        key = rename(published, rules)
+    converted, table = {}, _table(model_name)
+    for name, tensor in state_dict.items():
+        key = to_ours(name, table)
         # stl_nchw was published with 1x1 convolutions where we have linear layers
-        pointwise = tensor.ndim == 4 and tensor.shape[2:] == (1, 1) and re.search(r"\.(qkv|proj|fc1|fc2)\.", key)
+        pointwise = tensor.ndim == 4 and tensor.shape[2:] == (1, 1) and _POINTWISE.search(key)
         converted[key] = tensor.flatten(1) if pointwise else tensor
     return converted
+
+
+def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    published, table = {}, _table(model_name)
+    for key, tensor in state_dict.items():
+        pointwise = "_nchw" in model_name and _POINTWISE.search(key)
+        published[to_published(key, table)] = tensor[:, :, None, None] if pointwise else tensor
+    return published

@@ -7,37 +7,41 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps.rules import rename
+from hybridzoo.checkpoints.keymaps.tables import HEAD, Table, shifted, to_ours, to_published
 
-_TRANSFORMERS = [  # to the authors' names
-    (r"^(?:nat|dinat)\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.norm\.", "patch_embed.norm."),
-    (r"^encoder\.levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
-    (r"^encoder\.", ""),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.self\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-    *[(rf"^hidden_states_norms\.stage{i + 1}\.", f"norm{i}.") for i in range(4)],
+_TRANSFORMERS: Table = [  # to the authors' names
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("embeddings.norm.", "patch_embed.norm."),
+    ("encoder.levels.*.layers.", "levels.*.blocks."),
+    ("encoder.", ""),
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".attention.self.", ".attn."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    ("layernorm.", "norm."),
+    ("classifier.", "head."),
+    *shifted("hidden_states_norms.stage{}.", "norm{}.", 1, range(4)),
 ]
-_RULES = [
-    (r"^patch_embed\.proj\.(?:0\.)?(weight|bias)$", r"stem.conv1.\1"),
-    (r"^patch_embed\.proj\.1\.", "stem.conv2."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
-    (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"^layers\.(\d+)\.(norm|attn|mlp|gamma)", r"stages.\1.blocks.0.\2"),  # isotropic: a block is a stage
-    (r"\.gamma([12])$", r".scale\1.gamma"),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
-_DENSE = [  # of a detector or segmentor: a norm for each output map
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^(?!out_norms\.)", "model."),
-]
+
+
+def _table(model: str) -> Table:
+    isotropic = "isotropic" in model or model.startswith("vitrpb")
+    one_convolution = isotropic or model.startswith("dinat_s_")
+    levels = "layers" if one_convolution else "levels"
+    stem = [("patch_embed.proj.0.", "stem.conv1."), ("patch_embed.proj.1.", "stem.conv2.")]
+    return [
+        *([("patch_embed.proj.", "stem.conv1.")] if one_convolution else stem),
+        ("patch_embed.norm.", "stem.norm."),
+        # Published stages end with the downsampling that ours begin with.
+        *[(f"{levels}.{i}.downsample.", f"stages.{i + 1}.downsample.") for i in range(3)],
+        ("layers.*.", "stages.*.blocks.0.") if isotropic else (f"{levels}.*.blocks.", "stages.*.blocks."),
+        (".gamma1", ".scale1.gamma"),
+        (".gamma2", ".scale2.gamma"),
+        *([(".attn.rpb", ".attn.bias.table")] if model.startswith("vitrpb") else []),
+        *HEAD,
+    ]
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
@@ -52,38 +56,32 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
         return {f"backbone.{k}": v for k, v in convert(inside, model_name).items()} | outside
     if any(".attention.self." in key for key in state):
         state = _from_transformers(state)
-    rules = _RULES + (_DENSE if any(key.startswith("norm0.") for key in state) else [])
-    converted = {}
-    for published, tensor in state.items():
-        if published.endswith(".relative_position_index"):
-            continue  # follows from the map's size
-        key = _next_stage(rename(published, rules))
-        if model_name.startswith("vitrpb"):
-            key = key.replace(".attn.rpb", ".attn.bias.table")
-        converted[key] = tensor
+    # An index follows from the map's size.
+    state = {name: value for name, value in state.items() if not name.endswith(".relative_position_index")}
+    table = _table(model_name)
+    converted = {to_ours(name, table): tensor for name, tensor in state.items()}
+    if any(key.startswith("norm0.") for key in converted):  # of a detector or segmentor: a norm for each output map
+        outputs = [(f"norm{i}.", f"out_norms.{i}.") for i in range(4)]
+        converted = {to_ours(key, outputs): tensor for key, tensor in converted.items()}
+        return {k if k.startswith("out_norms.") else f"model.{k}": tensor for k, tensor in converted.items()}
     return converted
 
 
-def _next_stage(key: str) -> str:
-    """Published stages end with the downsampling that ours begin with."""
-    prefix, found, rest = key.partition("levels.")
-    if not found:
-        prefix, found, rest = key.partition("layers.")
-    if not found or ".downsample." not in rest:
-        return key
-    stage, _, name = rest.partition(".")
-    return f"{prefix}stages.{int(stage) + 1}.{name}"
+def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    table = _table(model_name)
+    return {to_published(key, table): tensor for key, tensor in state_dict.items()}
 
 
 def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' names and shapes: q, k and v in one projection, one vector for each layer scale."""
     converted = {}
-    for published, tensor in state.items():
-        if ".attention.self.key." in published or ".attention.self.value." in published:
+    for name, tensor in state.items():
+        if ".attention.self.key." in name or ".attention.self.value." in name:
             continue
-        key = rename(published, _TRANSFORMERS)
-        if ".attention.self.query." in published:
-            parts = [state[published.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+        key = to_ours(name.removeprefix("nat.").removeprefix("dinat."), _TRANSFORMERS)
+        if ".attention.self.query." in name:
+            parts = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
             converted[key.replace(".query.", ".qkv.")] = torch.cat(parts)
         elif key.endswith(".layer_scale_parameters"):
             for i, gamma in enumerate(tensor.unbind(0), start=1):

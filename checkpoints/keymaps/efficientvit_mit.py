@@ -7,62 +7,98 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps.rules import Rules, rename
+from hybridzoo.checkpoints.keymaps.tables import Row, Table, shifted, to_ours, to_published
 
-# The authors' layout to timm's. L counts the stem as a stage.
-_B_TO_TIMM: Rules = [
-    (r"^backbone\.input_stem\.op_list\.0\.", "stem.in_conv."),
-    (r"^backbone\.input_stem\.op_list\.(\d+)\.", lambda m: f"stem.res{int(m[1]) - 1}."),
-    (r"^backbone\.stages\.(\d+)\.op_list\.", r"stages.\1.blocks."),
+_PARTS = (("inverted_conv", "expand"), ("depth_conv", "depthwise"), ("point_conv", "project"))
+_SPATIAL = ".spatial_conv."  # what a block without a depthwise convolution has in place of the inverted one
+
+
+def _parts(published: str, ours: str) -> list[Row]:
+    return [(f"{published}.main.{theirs}.", f"{ours}.{own}.") for theirs, own in _PARTS]
+
+
+_BLOCKS: Table = [
+    *_parts("stages.*.blocks.*", "stages.*.blocks.*"),
+    *_parts(".local_module", ".local"),
+    (".context_module.main.", ".attn.branch."),
+    (".attn.branch.qkv.conv.", ".attn.branch.qkv."),
+    (".attn.branch.aggreg.", ".attn.branch.aggregate."),
 ]
-_L_TO_TIMM: Rules = [
-    (r"^backbone\.stages\.0\.op_list\.0\.", "stem.in_conv."),
-    (r"^backbone\.stages\.0\.op_list\.(\d+)\.", lambda m: f"stem.res{int(m[1]) - 1}."),
-    (r"^backbone\.stages\.(\d+)\.op_list\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
-]
-_RULES: Rules = [
-    (r"^stem\.in_conv\.", "stem.conv."),
-    (r"^stem\.res(\d+)\.main\.(?:depth_conv|conv1)\.", r"stem.pairs.\1.branch.0."),
-    (r"^stem\.res(\d+)\.main\.(?:point_conv|conv2)\.", r"stem.pairs.\1.branch.1."),
-    (r"(\.blocks\.\d+)\.main\.", r"\1."),
-    (r"\.context_module\.main\.", ".attn.branch."),
-    (r"\.local_module\.main\.", ".local."),
-    (r"\.attn\.branch\.qkv\.conv\.", ".attn.branch.qkv."),
-    (r"\.attn\.branch\.aggreg\.", ".attn.branch.aggregate."),
-    # classifier: the authors', then timm's
-    (r"^head\.op_list\.0\.", "head.before."),
-    (r"^head\.op_list\.2\.linear\.", "head.after.0."),
-    (r"^head\.op_list\.2\.norm\.", "head.after.1."),
-    (r"^head\.op_list\.3\.linear\.", "head.fc."),
-    (r"^head\.in_conv\.", "head.before."),
-    (r"^head\.classifier\.([01])\.", r"head.after.\1."),
-    (r"^head\.classifier\.4\.", "head.fc."),
-    # segmentation head
-    (r"^head\.input_ops\.([01])\.op_list\.0\.", r"head.inputs.\1."),
-    (r"^head\.input_ops\.2\.", "head.inputs.2."),
-    (r"^head\.middle\.op_list\.(\d+)\.main\.", r"head.middle.\1."),
-    # convolutions of the bottlenecks
-    (r"\.(?:inverted_conv|spatial_conv)\.", ".expand."),
-    (r"\.depth_conv\.", ".depthwise."),
-    (r"\.point_conv\.", ".project."),
-]  # fmt: skip
+
+
+def _stem(published: str, model: str, first: int) -> list[Row]:
+    layers = ("conv1", "conv2") if "_mit_l" in model else ("depth_conv", "point_conv")
+    rows: list[Row] = []
+    for i, layer in enumerate(layers):
+        rows += shifted(f"{published}{{}}.main.{layer}.", f"stem.pairs.{{}}.branch.{i}.", first, range(8))
+    return rows
+
+
+def _authors(model: str) -> Table:
+    large = "_mit_l" in model  # counts the stem as a stage
+    stem = "backbone.stages.0" if large else "backbone.input_stem"
+    return [
+        (f"{stem}.op_list.0.", "stem.conv."),
+        *_stem(f"{stem}.op_list.", model, 1),
+        *shifted("backbone.stages.{}.op_list.*.", "stages.{}.blocks.*.", int(large), range(4)),
+        *_BLOCKS,
+        ("head.op_list.0.", "head.before."),
+        ("head.op_list.2.linear.", "head.after.0."),
+        ("head.op_list.2.norm.", "head.after.1."),
+        ("head.op_list.3.linear.", "head.fc."),
+    ]
+
+
+def _timm(model: str) -> Table:
+    return [
+        ("stem.in_conv.", "stem.conv."),
+        *_stem("stem.res", model, 0),
+        *_BLOCKS,
+        ("head.in_conv.", "head.before."),
+        ("head.classifier.0.", "head.after.0."),
+        ("head.classifier.1.", "head.after.1."),
+        ("head.classifier.4.", "head.fc."),
+    ]
+
+
+def _segmentation(names: Mapping[str, Tensor]) -> Table:
+    # Of a segmentation head's last convolutions the last one classifies; one before it widens.
+    last = max(int(m[1]) for name in names if (m := re.match(r"head\.output_ops\.0\.op_list\.(\d+)\.", name)))
+    return [
+        ("head.input_ops.*.op_list.0.", "head.inputs.*."),
+        ("head.input_ops.2.", "head.inputs.2."),
+        *_parts("head.middle.op_list.*", "head.middle.*"),
+        (f"head.output_ops.0.op_list.{last}.conv.", "head.classifier."),
+        ("head.output_ops.0.op_list.0.", "head.widen."),
+    ]
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`; a segmentation model's backbone stays below `backbone.`."""
-    # Of a segmentation head's last convolutions the last one classifies; one before it widens.
-    outputs = [int(m[1]) for key in state_dict if (m := re.match(r"head\.output_ops\.0\.op_list\.(\d+)\.", key))]
-    rules: Rules = [
-        *(_L_TO_TIMM if "_mit_l" in model_name else _B_TO_TIMM),
-        *_RULES,
-        (rf"^head\.output_ops\.0\.op_list\.{max(outputs, default=0)}\.conv\.", "head.classifier."),
-        (r"^head\.output_ops\.0\.op_list\.0\.", "head.widen."),
-    ]
-    segments = any(key.startswith("head.input_ops.") for key in state_dict)
+    segments = any(name.startswith("head.input_ops.") for name in state_dict)
+    authors = any(".op_list." in name for name in state_dict)
+    table = [*(_segmentation(state_dict) if segments else []), *(_authors if authors else _timm)(model_name)]
     converted = {}
-    for published, tensor in state_dict.items():
-        key = rename(published, rules)
-        if segments and published.startswith("backbone."):
-            key = f"backbone.{key}"
-        converted[key] = tensor
+    for name, tensor in state_dict.items():
+        key = to_ours(name.replace(_SPATIAL, ".inverted_conv."), table)
+        converted[f"backbone.{key}" if segments and name.startswith("backbone.") else key] = tensor
     return converted
+
+
+def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    return _published(state_dict, _authors(model_name))
+
+
+def like_timm(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    return _published(state_dict, _timm(model_name))
+
+
+def _published(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    depthwise = {key.rpartition(".depthwise.")[0] for key in state}
+    published = {}
+    for key, tensor in state.items():
+        name, block = to_published(key, table), key.rpartition(".expand.")[0]
+        published[name if block in depthwise else name.replace(".inverted_conv.", _SPATIAL)] = tensor
+    return published

@@ -6,48 +6,76 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps.rules import Rules, rename
+from hybridzoo.checkpoints.keymaps.tables import Table, shifted, to_ours, to_published
 
-_RULES: Rules = [
-    # the authors' stem: convolutions and activations in one Sequential
-    (r"^patch_embed\.([0246])\.", lambda m: f"stem.conv{int(m[1]) // 2 + 1}."),
-    (r"^patch_embed\.", "stem."),
-    # the authors' blocks2 and blocks3 begin with the three parts of a downsampling
-    (r"^blocks1\.", "stages.0.blocks."),
-    (r"^blocks([23])\.0\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.res1."),
-    (r"^blocks([23])\.1\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.patchmerge."),
-    (r"^blocks([23])\.2\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.res2."),
-    (r"^blocks([23])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 3}."),
-    # now timm's layout
-    (r"\.res([12])\.0\.m\.", lambda m: f".local{int(m[1]) - 1}.branch."),
-    (r"\.res([12])\.1\.m\.", lambda m: f".ffn{int(m[1]) - 1}.branch."),
-    (r"\.patchmerge\.conv1\.", ".merge.expand."),
-    (r"\.patchmerge\.conv2\.", ".merge.depthwise."),
-    (r"\.patchmerge\.conv3\.", ".merge.project."),
-    (r"\.patchmerge\.", ".merge."),
-    (r"\.dw([01])\.m\.", r".local\1.branch."),
-    (r"\.ffn([01])\.m\.", r".ffn\1.branch."),
-    (r"\.pw([12])\.", r".fc\1."),
-    (r"\.mixer\.m\.attn\.", ".attn.branch."),
-    (r"\.dws\.", ".depthwise."),
-    (r"\.attn\.branch\.proj\.1\.", ".attn.branch.proj."),
-    (r"\.attention_biases$", ".bias.table"),
-    (r"^head\.bn\.", "head.after."),
-    (r"^head\.(?:l|linear)\.", "head.fc."),
-    (r"\.c\.", ".conv."),
-    (r"\.bn\.", ".norm."),
+_BLOCK: Table = [  # the same in both
+    ("head.bn.", "head.after."),
+    (".bn.", ".norm."),
+    *[(f".pw*.{layer}.", f".fc*.{layer}.") for layer in ("conv", "norm")],
+    (".blocks.*.dw*.m.", ".blocks.*.local*.branch."),
+    (".blocks.*.ffn*.m.", ".blocks.*.ffn*.branch."),
+    (".mixer.m.attn.", ".attn.branch."),
+    (".attn.branch.dws.", ".attn.branch.depthwise."),
+    (".attn.branch.proj.1.", ".attn.branch.proj."),
+    (".attn.branch.attention_biases", ".attn.branch.bias.table"),
+]
+
+
+def _authors() -> Table:
+    rows = [(f"patch_embed.{2 * i}.", f"stem.conv{i + 1}.") for i in range(4)]  # activations between them
+    rows += [("blocks1.", "stages.0.blocks.")]
+    for stage in (1, 2):  # blocks2 and blocks3 begin with the three parts of a downsampling
+        blocks, downsample = f"blocks{stage + 1}", f"stages.{stage}.downsample"
+        for i in (0, 1):
+            rows += [(f"{blocks}.{2 * i}.0.m.", f"{downsample}.local{i}.branch.")]
+            rows += [(f"{blocks}.{2 * i}.1.m.", f"{downsample}.ffn{i}.branch.")]
+        rows += [(f"{blocks}.1.", f"{downsample}.merge."), *_merge(f"{downsample}.merge")]
+        rows += shifted(f"{blocks}.{{}}.", f"stages.{stage}.blocks.{{}}.", 3, range(9))
+    return [*rows, (".c.", ".conv."), *_BLOCK, ("head.l.", "head.fc.")]
+
+
+def _merge(place: str) -> Table:
+    parts = ("expand", "depthwise", "project")
+    return [(f"{place}.conv{i}.", f"{place}.{part}.") for i, part in enumerate(parts, start=1)]
+
+
+_AUTHORS = _authors()
+_TIMM: Table = [
+    ("patch_embed.", "stem."),
+    *[
+        (f"stages.*.downsample.res{i + 1}.{j}.m.", f"stages.*.downsample.{part}{i}.branch.")
+        for i in (0, 1)
+        for j, part in enumerate(("local", "ffn"))
+    ],
+    ("stages.*.downsample.patchmerge.", "stages.*.downsample.merge."),
+    *_merge("stages.*.downsample.merge"),
+    *_BLOCK,
+    ("head.linear.", "head.fc."),
 ]
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`; of a detector only the backbone is kept."""
-    detector = any(key.startswith("backbone.") for key in state_dict)
+    state = dict(state_dict)
+    if any(name.startswith("backbone.") for name in state):
+        state = {k.removeprefix("backbone."): value for k, value in state.items() if k.startswith("backbone.")}
+    table = _AUTHORS if any(name.startswith("blocks1.") for name in state) else _TIMM
     converted = {}
-    for published, tensor in state_dict.items():
-        if published.endswith("attention_bias_idxs") or (detector and not published.startswith("backbone.")):
+    for name, tensor in state.items():
+        if name.endswith("attention_bias_idxs"):
             continue  # the indices follow from the window
-        key = rename(published.removeprefix("backbone."), _RULES)
+        key = to_ours(name, table)
         # some files hold 1x1 convolutions as matrices
         matrix = tensor.ndim == 2 and key.endswith((".conv.weight", ".se.fc1.weight", ".se.fc2.weight"))
         converted[key] = tensor[:, :, None, None] if matrix else tensor
     return converted
+
+
+def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    return {to_published(key, _AUTHORS): tensor for key, tensor in state_dict.items()}
+
+
+def like_timm(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    return {to_published(key, _TIMM): tensor for key, tensor in state_dict.items()}

@@ -8,78 +8,107 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps.rules import Rules, rename
+from hybridzoo.checkpoints.keymaps.tables import HEAD, Reshape, Table, shifted, to_ours, to_published
 
 _BLOCKS_PER_STAGE = 3  # DeiT's twelve blocks are four stages here
 _CONSTANTS = re.compile(r"\.(attn_mask|relative_position_index)$")  # buffers of Swin's windows: made when needed here
-_TABLE = re.compile(r"\.relative_position_bias_table$")
+
+_HOSTS: dict[str, Table] = {
+    "deit": [
+        ("patch_embed.", "stem."),
+        *[(token, f"stem.{token}") for token in ("cls_token", "pos_embed")],
+        *[(f"blocks.{i}.", "stages.{}.blocks.{}.".format(*divmod(i, _BLOCKS_PER_STAGE))) for i in range(12)],
+    ],
+    "pvt": [
+        ("patch_embed1.", "stem."),
+        *shifted("patch_embed{}.", "stages.{}.downsample.", 1, range(1, 4)),
+        ("pos_embed1", "stem.pos_embed"),
+        *shifted("pos_embed{}", "stages.{}.downsample.pos_embed", 1, range(1, 4)),
+        *shifted("block{}.*.", "stages.{}.blocks.*.", 1, range(4)),
+    ],
+    "swin": [
+        ("patch_embed.", "stem."),
+        # Swin merges patches at the end of a stage, we at the start of the next
+        *[(f"layers.{i}.downsample.", f"stages.{i + 1}.downsample.") for i in range(3)],
+        ("layers.*.blocks.", "stages.*.blocks."),
+        (".relative_position_bias_table", ".bias.table"),
+    ],
+    "cswin": [
+        ("stage1_conv_embed.0.", "stem.proj."),
+        ("stage1_conv_embed.2.", "stem.norm."),
+        ("merge*.", "stages.*.downsample."),
+        *shifted("stage{}.*.", "stages.{}.blocks.*.", 1, range(4)),
+        (".attns.*.get_v.", ".stripes.*."),  # LePE
+        (".attns.0.", ".attn."),
+        ("stages.*.blocks.*.qkv.", "stages.*.blocks.*.attn.qkv."),
+        ("stages.*.blocks.*.proj.", "stages.*.blocks.*.attn.proj."),
+        (".stripes.*.", ".attn.lepe.*."),
+    ],
+}
 
 
-def _patches(match: re.Match[str]) -> str:
-    """PVT's embedding of the patches of stage 1, 2, …: our stem, and what comes first in our stages 1, …"""
-    stage = int(match[1]) - 1
-    return f"stages.{stage}.downsample." if stage else "stem."
+def _relative(table: Tensor) -> Tensor:
+    """`(offsets, heads)`, query minus key -> `(heads, rows, columns)`, key minus query."""
+    side = round(table.shape[0] ** 0.5)
+    return table.t().unflatten(1, (side, side)).flip(1, 2).contiguous()
 
 
-def _stage(match: re.Match[str]) -> str:
-    return f"stages.{int(match[1]) - 1}.blocks.{match[2]}."
+# What is published in a form that broadcasts, by the end of its name: its axes, ours, and there and back. Agent
+# attention's row, column and class biases are `(heads, agents, entries)` here.
+_SHAPES: dict[str, tuple[int, int, Reshape, Reshape]] = {
+    "bias.table": (2, 3, _relative, lambda t: t.flip(1, 2).flatten(1).t().contiguous()),
+    "ah_bias": (5, 3, lambda t: t[0].flatten(2), lambda t: t[None, :, :, :, None]),
+    "aw_bias": (5, 3, lambda t: t[0].flatten(2), lambda t: t[None, :, :, None, :]),
+    "ha_bias": (5, 3, lambda t: _swapped(t[0].flatten(1, 2)), lambda t: _swapped(t)[None, :, :, None, :]),
+    "wa_bias": (5, 3, lambda t: _swapped(t[0].flatten(1, 2)), lambda t: _swapped(t)[None, :, None, :, :]),
+    "ac_bias": (4, 2, lambda t: t[0].flatten(1), lambda t: t[None, :, :, None]),
+    "ca_bias": (4, 2, lambda t: t[0].flatten(1), lambda t: t[None, :, None, :]),
+}
 
 
-_RULES: Rules = [
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    # DeiT
-    (r"^(cls_token|pos_embed)$", r"stem.\1"),
-    (r"^blocks\.(\d+)\.", lambda m: "stages.{}.blocks.{}.".format(*divmod(int(m[1]), _BLOCKS_PER_STAGE))),
-    # PVT; the first rule is DeiT's and Swin's too
-    (r"^patch_embed\.", "stem."),
-    (r"^patch_embed(\d)\.", _patches),
-    (r"^pos_embed(\d)$", lambda m: f"{_patches(m)}pos_embed"),
-    (r"^block(\d)\.(\d+)\.", _stage),
-    # Swin merges patches at the end of a stage, we at the start of the next
-    (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
-    (r"^layers\.(\d+)\.", r"stages.\1."),
-    # CSwin
-    (r"^stage1_conv_embed\.0\.", "stem.proj."),
-    (r"^stage1_conv_embed\.2\.", "stem.norm."),
-    (r"^merge(\d)\.", r"stages.\1.downsample."),
-    (r"^stage(\d)\.(\d+)\.", _stage),
-    (r"(blocks\.\d+)\.(qkv|proj)\.", r"\1.attn.\2."),
-]
-
-
-def _agent_major(key: str, tensor: Tensor) -> Tensor:
-    """Agent attention's row, column and class biases, published to broadcast: `(heads, agents, entries)` here."""
-    if re.search(r"\.a[hw]_bias$", key) and tensor.ndim == 5:  # (1, heads, agents, rows, 1) or (…, 1, columns)
-        return tensor[0].flatten(2)
-    if re.search(r"\.[hw]a_bias$", key) and tensor.ndim == 5:  # (1, heads, rows, 1, agents) or (…, 1, columns, agents)
-        return tensor[0].flatten(1, 2).transpose(1, 2).contiguous()
-    if re.search(r"\.(ac|ca)_bias$", key) and tensor.ndim == 4:  # (1, heads, agents, 1) and (1, heads, 1, agents)
-        return tensor[0].flatten(1)
-    return tensor
+def _swapped(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous()
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`."""
-    renamed = {rename(key, _RULES): tensor for key, tensor in state_dict.items() if not _CONSTANTS.search(key)}
+    state = {name: tensor for name, tensor in state_dict.items() if not _CONSTANTS.search(name)}
     # A CSwin block holds the family's attention (one branch, its convolution a plain `dwc`) or stripes (LePE).
-    family = {key.rsplit(".attns.", 1)[0] for key in renamed if re.search(r"\.attns\.0\.(an_bias|residual\.)", key)}
-    converted: dict[str, Tensor] = {}
-    for key, tensor in renamed.items():
-        block, _, part = key.partition(".attns.")
-        if part:
-            branch, _, name = part.partition(".")
-            if block in family:
-                key = f"{block}.attn.{name.replace('get_v.', 'dwc.')}"
-            else:
-                key = f"{block}.attn.lepe.{branch}.{name.removeprefix('get_v.')}"
-        elif _TABLE.search(key):  # (offsets, heads), query minus key -> (heads, rows, columns), key minus query
-            side = round(tensor.shape[0] ** 0.5)
-            key = _TABLE.sub(".bias.table", key)
-            tensor = tensor.t().unflatten(1, (side, side)).flip(1, 2).contiguous()
-        elif ".attn.q." in key:  # PVT projects queries, and keys with values
-            tensor = torch.cat([tensor, renamed[key.replace(".attn.q.", ".attn.kv.")]])
-            key = key.replace(".attn.q.", ".attn.qkv.")
-        elif ".attn.kv." in key:
+    family = {name.rsplit(".attns.", 1)[0] for name in state if re.search(r"\.attns\.0\.(an_bias|residual\.)", name)}
+    table, converted = _table(model_name), {}
+    for name, tensor in state.items():
+        if ".attn.kv." in name:
             continue
-        converted[key] = _agent_major(key, tensor)
+        if ".attn.q." in name:  # PVT projects queries, and keys with values
+            tensor = torch.cat([tensor, state[name.replace(".attn.q.", ".attn.kv.")]])
+            name = name.replace(".attn.q.", ".attn.qkv.")
+        if name.partition(".attns.")[0] in family:
+            name = name.replace(".get_v.", ".dwc.")
+        key = to_ours(name, table)
+        converted[key] = _reshaped(key, tensor, back=False)
     return converted
+
+
+def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    table, pvt, published = _table(model_name), "_pvt_" in model_name, {}
+    for key, tensor in state_dict.items():
+        name = to_published(key, table).replace(".attns.0.dwc.", ".attns.0.get_v.")
+        if pvt and ".attn.qkv." in name:
+            channels = len(tensor) // 3
+            published[name.replace(".qkv.", ".q.")] = tensor[:channels].clone()
+            published[name.replace(".qkv.", ".kv.")] = tensor[channels:].clone()
+        else:
+            published[name] = _reshaped(key, tensor, back=True)
+    return published
+
+
+def _table(model: str) -> Table:
+    return [*_HOSTS[model.split("_")[1]], *HEAD]
+
+
+def _reshaped(key: str, tensor: Tensor, *, back: bool) -> Tensor:
+    for end, (theirs, ours, there, return_) in _SHAPES.items():
+        if key.endswith(f".{end}") and tensor.ndim == (ours if back else theirs):
+            return return_(tensor) if back else there(tensor)
+    return tensor

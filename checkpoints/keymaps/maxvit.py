@@ -6,21 +6,30 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps.rules import rename
+from hybridzoo.checkpoints.keymaps.tables import Table, to_ours, to_published
 
-_RULES = [
-    (r"^stem\.conv1\.(weight|bias)$", r"stem.conv1.conv.\1"),
-    (r"^stem\.norm1\.", "stem.conv1.norm."),
-    (r"\.conv\.shortcut\.expand\.", ".conv.shortcut.project.conv."),
-    (r"\.conv\.conv1_1x1\.", ".conv.expand.conv."),
-    (r"\.conv\.norm1\.", ".conv.expand.norm."),
-    (r"\.conv\.conv2_kxk\.", ".conv.depthwise.conv."),
-    (r"\.conv\.norm2\.", ".conv.depthwise.norm."),
-    (r"\.conv\.conv3_1x1\.", ".conv.project.conv."),
-    (r"\.attn\.rel_pos\.relative_position_bias_table$", ".attn.bias.table"),
+_TABLE: Table = [
+    ("stem.conv1.weight", "stem.conv1.conv.weight"),
+    ("stem.conv1.bias", "stem.conv1.conv.bias"),
+    ("stem.norm1.", "stem.conv1.norm."),
+    (".conv.shortcut.expand.", ".conv.shortcut.project.conv."),
+    (".conv.conv1_1x1.", ".conv.expand.conv."),
+    (".conv.norm1.", ".conv.expand.norm."),
+    (".conv.conv2_kxk.", ".conv.depthwise.conv."),
+    (".conv.norm2.", ".conv.depthwise.norm."),
+    (".conv.conv3_1x1.", ".conv.project.conv."),
+    (".attn.rel_pos.relative_position_bias_table", ".attn.bias.table"),
 ]
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`."""
-    return {rename(key, _RULES): tensor for key, tensor in state_dict.items()}
+    return {to_ours(name, _TABLE): tensor for name, tensor in state_dict.items()}
+
+
+def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
+    """See `hybridzoo.checkpoints.keymaps.publish`."""
+    return {to_published(key, _TABLE): tensor for key, tensor in state_dict.items()}
+
+
+like_timm = publish

@@ -280,7 +280,7 @@ def test_the_report_names_what_is_newly_initialised(model: nn.Module) -> None:
 
 def published_dense(name: str, norms: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A published detector's state dict, with a norm for each level; and our names for its backbone."""
-    from hybridzoo.checkpoints.keymaps.inverse import publish
+    from hybridzoo.checkpoints.keymaps import publish
 
     network = small(name)
     ours = {k: v for k, v in randomised(network.state_dict()).items() if not k.startswith(("norm.", "head."))}
@@ -330,7 +330,7 @@ def test_a_backbone_is_loaded_completely_or_not_at_all(tmp_path: Path) -> None:
 
 def test_classifiers_start_a_backbone(tmp_path: Path, capsys: Any) -> None:
     """Published ones, of which EfficientViT's (MIT) has a `backbone` too; and fewer levels than the network has."""
-    from hybridzoo.checkpoints.keymaps.inverse import publish
+    from hybridzoo.checkpoints.keymaps import publish
     from hybridzoo.train.backbone import PyramidBackbone
 
     for name in ("efficientvit_mit_b0", "dinat_mini"):
