@@ -16,8 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from hybridzoo.layers import NeighborhoodAttention2d, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.neighborhood import Dilation, Padding
+from hybridzoo.layers.patches import ConvDownsample, PatchStem
 
 HEAD_DIM = 32
 
@@ -65,36 +65,6 @@ class ConvStem(nn.Module):
         # Channels-last from the first convolution on: every later permutation is then a view.
         x = self.conv2(self.conv1(channels_last(x)))
         return self.norm(x.permute(0, 2, 3, 1))
-
-
-@register_notrace_module
-class PatchStem(nn.Module):
-    """Image (B, in_chans, H, W) -> (B, H/patch, W/patch, dim), rounded up: a convolution of its own stride, norm."""
-
-    def __init__(self, in_chans: int, dim: int, patch: int) -> None:
-        super().__init__()
-        self.patch = patch
-        self.conv1 = nn.Conv2d(in_chans, dim, patch, stride=patch)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        below, right = -x.shape[2] % self.patch, -x.shape[3] % self.patch
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-        x = self.conv1(channels_last(x))
-        return self.norm(x.permute(0, 2, 3, 1))
-
-
-class ConvDownsample(nn.Module):
-    """(B, H, W, dim) -> (B, H/2, W/2, out_dim), rounded up: 3x3 convolution without bias, then norm."""
-
-    def __init__(self, dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.LayerNorm(out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class DiNAT(Backbone):

@@ -114,7 +114,7 @@ class PlainWindow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         o, (batch, height, width, dim), w = self.ours, x.shape, self.ours.window
-        shift = w // 2 if o.shifted and height > w else 0
+        shift = o.shift if height > w else 0
         x = torch.roll(x, (-shift, -shift), (1, 2))
         windows = x.reshape(batch, height // w, w, width // w, w, dim).transpose(2, 3).reshape(-1, w * w, dim)
         q, k, v = (split_heads(t, o.num_heads) for t in o.qkv(windows).chunk(3, -1))

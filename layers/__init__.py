@@ -5,6 +5,7 @@ from hybridzoo.layers.bi_level_routing import BiLevelRoutingAttention
 from hybridzoo.layers.cascaded_group_attention import CascadedGroupAttention
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
+from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
 from hybridzoo.layers.head import PooledHead
 from hybridzoo.layers.inline_attention import InLineAttention
 from hybridzoo.layers.linear_attention import MultiScaleLinearAttention
@@ -14,7 +15,7 @@ from hybridzoo.layers.relative_position import RelativePositionBias
 from hybridzoo.layers.residual import Residual
 from hybridzoo.layers.stage import Stage
 from hybridzoo.layers.transformer_block import TransformerBlock
-from hybridzoo.layers.window_attention import WindowAttention
+from hybridzoo.layers.window_attention import ShiftedWindowAttention, WindowAttention
 
 __all__ = [
     "AgentAttention",
@@ -23,6 +24,7 @@ __all__ = [
     "ConvNormAct",
     "CoordinateBias",
     "CoordinateEmbedding",
+    "DepthwiseMlp",
     "FusedMBConv",
     "InLineAttention",
     "MBConv",
@@ -32,6 +34,7 @@ __all__ = [
     "PooledHead",
     "RelativePositionBias",
     "Residual",
+    "ShiftedWindowAttention",
     "Stage",
     "TransformerBlock",
     "WindowAttention",

@@ -21,6 +21,7 @@ class TransformerBlock(nn.Module):
         layer_scale: initial value of a learned factor a channel on both updates; 0 or `None` for none.
         drop_path: probability of dropping an update, per image.
         act_layer: makes the MLP's activation, the exact GELU by default.
+        mlp: takes the MLP's place; then `mlp_ratio` and `act_layer` count for nothing.
     """
 
     def __init__(
@@ -33,13 +34,16 @@ class TransformerBlock(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         act_layer: ActLayer = nn.GELU,
+        mlp: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attn
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer)  # type: ignore[arg-type]  # not a class alone
+        if mlp is None:
+            mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer)  # type: ignore[arg-type]  # not a class alone
+        self.mlp = mlp
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.layers.relative_position import RelativePositionBias, Resize
-from hybridzoo.layers.windows import attend
+from hybridzoo.layers.windows import attend, fit_window, from_windows, to_windows
 
 
 class WindowAttention(nn.Module):
@@ -35,3 +38,46 @@ class WindowAttention(nn.Module):
         query, key, value = self.qkv(windows).flatten(3, 4).flatten(0, 2).chunk(3, dim=-1)
         out = attend(query, key, value, self.num_heads, self.bias(windows.shape[3:5]), mask)
         return self.proj(out).view(windows.shape)
+
+
+@register_notrace_module
+class ShiftedWindowAttention(WindowAttention):
+    """Softmax attention in windows of a `(B, H, W, dim)` map that is rolled by `shift` tokens up and left before.
+
+    Windows that then hold two edges of the map are attended part by part. Where windows do not divide the map it is
+    extended by zeros at the bottom and right; these are projected and attended to (Swin's published rule). A window is
+    never larger than the map, and is not shifted along an axis that it covers.
+
+    Args:
+        dim: channels, a multiple of `num_heads`.
+        num_heads: attention heads.
+        window: side of the windows in tokens.
+        shift: below `window`; 0 for windows from the map's corner on.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0) -> None:
+        super().__init__(dim, num_heads, (window, window), table_resize="bicubic")  # as published for 384 px
+        self.window = window
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a map, not windows
+        _, height, width, _ = x.shape
+        window = fit_window(height, width, (self.window, self.window))
+        shift = [self.shift if n > self.window else 0 for n in (height, width)]
+        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
+        padded = (x.shape[1], x.shape[2])
+        if not any(shift):
+            return from_windows(super().forward(to_windows(x, window)), height, width)
+        x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
+        mask = _seam_mask(padded, window, shift, x.device)
+        x = from_windows(super().forward(to_windows(x, window), mask), *padded)
+        return torch.roll(x, (shift[0], shift[1]), (1, 2))[:, :height, :width]
+
+
+def _seam_mask(size: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:
+    """Which tokens of a window were neighbours before the roll: bool `(windows, tokens, tokens)`."""
+    # True for what came round from the other edge; only the last windows hold both kinds.
+    wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True)]
+    region = (2 * wrapped[0][:, None] + 1 * wrapped[1])[None, :, :, None]
+    label = to_windows(region, window).flatten(1, 2).flatten(2)[0]
+    return label[:, :, None] == label[:, None]

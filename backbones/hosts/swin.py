@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
-from hybridzoo.layers import Stage, TransformerBlock, WindowAttention
+from hybridzoo.layers import ShiftedWindowAttention, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.memory import channels_last
-from hybridzoo.layers.windows import fit_window, from_windows, to_windows
 
 STRIDES = (4, 8, 16, 32)
 
@@ -35,43 +34,6 @@ class SwinConfig:
     num_heads: tuple[int, ...]
     linear: tuple[int, ...] = (ALL, ALL, ALL, 0)  # blocks at the start of each stage with the family's attention
     img_size: int = 224
-
-
-@register_notrace_module
-class ShiftedWindowAttention(WindowAttention):
-    """Softmax attention in windows of a `(B, H, W, dim)` map, shifted by half a window if `shifted`.
-
-    Where windows do not divide the map it is extended, after the block's norm, by zeros at the bottom and right; these
-    are projected and attended to (published so). A window is never larger than the map, and is not shifted along an
-    axis that it covers.
-    """
-
-    def __init__(self, dim: int, num_heads: int, window: int, shifted: bool) -> None:
-        super().__init__(dim, num_heads, (window, window), table_resize="bicubic")  # as published for 384 px
-        self.window = window
-        self.shifted = shifted
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a map, not windows
-        _, height, width, _ = x.shape
-        window = fit_window(height, width, (self.window, self.window))
-        shift = [self.window // 2 if self.shifted and n > self.window else 0 for n in (height, width)]
-        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
-        padded = (x.shape[1], x.shape[2])
-        if not any(shift):
-            return from_windows(super().forward(to_windows(x, window)), height, width)
-        x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
-        mask = _seam_mask(padded, window, shift, x.device)
-        x = from_windows(super().forward(to_windows(x, window), mask), *padded)
-        return torch.roll(x, (shift[0], shift[1]), (1, 2))[:, :height, :width]
-
-
-def _seam_mask(size: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:
-    """Which tokens of a window were neighbours before the roll: bool `(windows, tokens, tokens)`."""
-    # True for what came round from the other edge; only the last windows hold both kinds.
-    wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True)]
-    region = (2 * wrapped[0][:, None] + 1 * wrapped[1])[None, :, :, None]
-    label = to_windows(region, window).flatten(1, 2).flatten(2)[0]
-    return label[:, :, None] == label[:, None]
 
 
 class PatchEmbed(nn.Module):
@@ -135,6 +97,7 @@ class Swin(Backbone):
         self.set_feature_info(dims, STRIDES)
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
         self.stem = PatchEmbed(in_chans, cfg.dim)
+        window = cfg.img_size // STRIDES[-1]
         stages = []
         for i, (depth, dim, heads) in enumerate(zip(cfg.depths, dims, cfg.num_heads, strict=True)):
             blocks = []
@@ -143,7 +106,7 @@ class Swin(Backbone):
                     attention(i, dim, heads, cfg.img_size // STRIDES[i])
                     if j < cfg.linear[i]
                     # Every second block of the stage, the family's included, is a shifted one.
-                    else ShiftedWindowAttention(dim, heads, cfg.img_size // 32, shifted=j % 2 == 1)
+                    else ShiftedWindowAttention(dim, heads, window, window // 2 if j % 2 else 0)
                 )
                 blocks.append(TransformerBlock(dim, attn, drop_path=next(rates)))
             stages.append(Stage(blocks, PatchMerging(dims[i - 1]) if i else None))
