@@ -130,6 +130,9 @@ def train(
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any.")
     ] = None,
     val_fraction: ValFraction = None,
+    early_stop: Annotated[
+        int | None, typer.Option(metavar="N", help="End after N epochs without a better validation.")
+    ] = None,
     cfg_options: CfgOptions = None,
     weights: Annotated[
         str | None, typer.Option(metavar="TAG_OR_FILE", help="Start from published weights, a file, or none.")
@@ -140,6 +143,9 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of all randomness.")] = None,
     on_bad_image: Annotated[OnBadImage | None, typer.Option(help="At an image that cannot be read.")] = None,
     no_wandb: Annotated[bool, typer.Option("--no-wandb", help="Do not log to Weights & Biases.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard's files beside the logs.")
+    ] = False,
     launcher: Processes = Launcher.none,
 ) -> None:
     """Train a classifier, detector or segmentor: a recipe, a network, your data."""
@@ -156,6 +162,7 @@ def train(
         freeze=freeze,
         workers=workers,
         val_fraction=val_fraction,
+        early_stop=early_stop,
     )
     from hybridzoo.train import engine
 
@@ -170,6 +177,7 @@ def train(
         weights=weights,
         data=data,
         wandb=not no_wandb,
+        tensorboard=tensorboard,
         seed=seed,
         device=device,
     )

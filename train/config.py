@@ -92,6 +92,7 @@ def load_config(
     freeze: int | None = None,
     workers: int | None = None,
     val_fraction: float | None = None,
+    early_stop: int | None = None,
 ) -> Config:
     """Read a recipe or config with its bases, put a network and options into it, and settle what follows from them.
 
@@ -106,6 +107,7 @@ def load_config(
         freeze: leave the network's stem (0), or its stem and first k stages (k), as they are.
         workers: processes that load images; 0 loads them in the run's own.
         val_fraction: share of the training images that is held out for validation, of data without a validation set.
+        early_stop: epochs without a better validation after which training ends.
 
     Raises:
         UserError: unknown config or network, a config that does not parse, a malformed option, or one that this config
@@ -142,6 +144,10 @@ def load_config(
     )
     if val_fraction is not None:
         config.val_fraction = val_fraction
+    if early_stop is not None:
+        if early_stop < 1:
+            raise UserError(f"--early-stop {early_stop}: give a number of epochs, at least 1")
+        config.default_hooks.early_stop = {"type": "EarlyStopHook", "patience": early_stop}
     left = dict(config.pop("settle", None) or {})
     published = recipe is not None and recipe.published
     if left.pop("network", False) or model is not None:

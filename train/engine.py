@@ -38,7 +38,7 @@ from hybridzoo.train.batchnorm import drop_a_last_one
 from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import Terminated, UserError, building
 from hybridzoo.train.names import TASKS
-from hybridzoo.train.tracking import add_wandb
+from hybridzoo.train.tracking import add_tensorboard, add_wandb
 from hybridzoo.train.weights import load_matching, read_checkpoint, read_state_dict, tell
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -55,6 +55,7 @@ class Runner(MMRunner):
     resumed: resuming.State | None = None
     run = ""  # name of the run, which its checkpoints hold
     started = False  # from weights, which they hold too
+    origin = ""  # where the weights come from, in words
     _train_dataloader: Any
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
@@ -187,6 +188,7 @@ def train(
     weights: str | Path | None = None,
     data: str | Path | None = None,
     wandb: bool = True,
+    tensorboard: bool = False,
     seed: int | None = None,
     device: str | None = None,
 ) -> dict[str, float]:
@@ -206,6 +208,7 @@ def train(
             kind, ours or published, gives its backbone.
         data: the user's own data instead of the config's, in the task's layout.
         wandb: log to Weights & Biases, offline where it cannot be reached.
+        tensorboard: write TensorBoard's files too.
         seed: default the config's, or with ``resume`` the interrupted run's.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; default a GPU where there is one.
 
@@ -250,6 +253,7 @@ def train(
         if amp or (amp is None and everyday and settle.use_amp_here(device)):
             optim.use_amp(config.optim_wrapper, config.get("amp_dtype", "bfloat16"))
         add_wandb(config, folder, on=wandb)
+        add_tensorboard(config, on=tensorboard)
 
         if is_main_process():
             hooks.remove_leftovers(folder)
@@ -261,13 +265,14 @@ def train(
             config.resume = True  # hooks ask for it
             if seed is None:  # loaders are built before mmengine looks at the checkpoint's seed
                 config.randomness = {**config.get("randomness", {}), "seed": state.seed}
-        elif weights is not None and _takes_a_backbone(config.model) and not whole:
+        origin = f"resumed from {state.path}" if state is not None else str(weights or "")
+        if state is None and weights is not None and _takes_a_backbone(config.model) and not whole:
             config.model.backbone.weights, weights = str(weights), None
 
         with building("(model, hooks, visualizer, randomness)"):
             runner = Runner.from_cfg(config)
         runner.initial_weights, runner.resumed = weights, state
-        runner.run, runner.started = run, started
+        runner.run, runner.started, runner.origin = run, started, origin
         try:
             runner.train()
             metrics = _validation_metrics(runner)

@@ -6,6 +6,7 @@ import hybridzoo.backbones
 import hybridzoo.train.backbone
 import hybridzoo.train.batchnorm
 import hybridzoo.train.config
+import hybridzoo.train.early_stop
 import hybridzoo.train.hooks
 import hybridzoo.train.necks
 import hybridzoo.train.optim

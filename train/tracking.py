@@ -1,4 +1,4 @@
-"""Weights & Biases, which must never stop or delay a training."""
+"""Trackers: Weights & Biases, which must never stop or delay a training, and TensorBoard, for those who ask for it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mmengine import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import VISBACKENDS
 from mmengine.visualization import WandbVisBackend
+
+from hybridzoo.train.errors import UserError
 
 _HOST_TIMEOUT = 2.0  # seconds
 
@@ -47,6 +49,22 @@ def add_wandb(config: Config, work_dir: Path, *, on: bool) -> None:
         init = {"project": "hybridzoo", "name": work_dir.name, "dir": str(work_dir), "mode": wandb_mode()}
         os.environ.setdefault("WANDB_SILENT", "true")
         backends.append({"type": "WandbBackend", "init_kwargs": init})
+    config.visualizer.vis_backends = backends
+
+
+def add_tensorboard(config: Config, *, on: bool) -> None:
+    """Make TensorBoard one of the visualizer backends of a config that `add_wandb` has seen, in place, or take it out.
+
+    Its files lie beside the other logs, in `<work_dir>/<timestamp>/vis_data`.
+
+    Raises:
+        UserError: it is asked for, and the package is missing.
+    """
+    backends = [b for b in config.visualizer.get("vis_backends", []) if not str(b["type"]).startswith("Tensorboard")]
+    if on:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard needs tensorboard: pip install 'hybridzoo[tensorboard]'")
+        backends.append({"type": "TensorboardVisBackend"})
     config.visualizer.vis_backends = backends
 
 

@@ -184,7 +184,7 @@ def tell(line: str) -> None:
     from mmengine.logging import print_log
 
     if is_main_process():
-        print(printable(line))
+        print(printable(line), flush=True)
         print_log(line, logger="current")
 
 

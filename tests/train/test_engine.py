@@ -71,7 +71,12 @@ def test_a_run_leaves_what_inference_and_tests_need(
     assert metrics["accuracy/top5"] == 100
     assert config.model.num_classes == 1000, "train changed the caller's config"
 
-    lines = capsys.readouterr().out.splitlines()
+    opening, _, lines = capsys.readouterr().out.partition("epoch 1/6")
+    said = "data: 36 training images, 15 validation images; 3 classes: blue, green, red\nnetwork: test_vit, 0."
+    assert opening.startswith(said)
+    assert "\nweights: from scratch\n" in opening
+    assert "\nrun: 6 epochs of 4 iterations, 8 images each" in opening
+    lines = f"epoch 1/6{lines}".splitlines()
     assert len(lines) == 13, lines  # two an epoch, and where the weights are
     assert lines[0].startswith("epoch 1/6  loss ")
     assert lines[-2].split() == ["validation", "top1", f"{metrics['accuracy/top1']:.4g}", "top5", "100"]

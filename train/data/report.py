@@ -78,7 +78,7 @@ class Report:
         """Print the notes, once however many processes there are."""
         if first_process():
             for line in self.notes.lines():
-                print(f"data: {line}")
+                print(f"data: {line}", flush=True)
 
 
 @dataclass(frozen=True)
