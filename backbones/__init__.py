@@ -4,6 +4,7 @@ from hybridzoo.backbones import fusing  # its rules
 from hybridzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
 from hybridzoo.backbones.ascan import AsCAN
 from hybridzoo.backbones.biformer import BiFormer
+from hybridzoo.backbones.dat import DAT
 from hybridzoo.backbones.dinat import DiNAT
 from hybridzoo.backbones.dinat_isotropic import IsotropicDiNAT
 from hybridzoo.backbones.efficientvit_mit import EfficientViTMIT
@@ -14,6 +15,7 @@ from hybridzoo.backbones.maxvit import MaxViT
 from hybridzoo.backbones.patnet import PATNet
 
 __all__ = [
+    "DAT",
     "AgentCSwin",
     "AgentDeiT",
     "AgentPVT",

@@ -5,6 +5,7 @@ from hybridzoo.layers.bi_level_routing import BiLevelRoutingAttention
 from hybridzoo.layers.cascaded_group_attention import CascadedGroupAttention
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
+from hybridzoo.layers.deformable_attention import DeformableAttention
 from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
 from hybridzoo.layers.head import PooledHead
 from hybridzoo.layers.inline_attention import InLineAttention
@@ -24,6 +25,7 @@ __all__ = [
     "ConvNormAct",
     "CoordinateBias",
     "CoordinateEmbedding",
+    "DeformableAttention",
     "DepthwiseMlp",
     "FusedMBConv",
     "InLineAttention",

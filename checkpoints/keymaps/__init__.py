@@ -14,6 +14,7 @@ from torch import Tensor
 from hybridzoo.checkpoints.keymaps import (
     ascan,
     biformer,
+    dat,
     dinat,
     efficientvit_mit,
     efficientvit_msra,
@@ -31,6 +32,7 @@ _FAMILIES = {
     "inline": hosts,
     "efficientvit_mit": efficientvit_mit,
     "efficientvit_msra": efficientvit_msra,
+    "dat": dat,
     "dinat": dinat,
     "maxvit": maxvit,
     "nat": dinat,
