@@ -108,8 +108,10 @@ def _tuples(value: Any) -> Any:
 
 def cards(pattern: str = "*", task: Task | None = "classification") -> list[Card]:
     """Cards whose model name or `model.tag` matches a shell pattern, in family order; `task=None` gives all tasks'."""
-    found = [c for c in _all_cards() if fnmatch.fnmatch(c.model, pattern) or fnmatch.fnmatch(c.name, pattern)]
-    return [card for card in found if task in (None, card.task)]
+    found = [card for card in _all_cards() if task in (None, card.task)]
+    if pattern == "*":
+        return found
+    return [card for card in found if fnmatch.fnmatch(card.model, pattern) or fnmatch.fnmatch(card.name, pattern)]
 
 
 def find(name: str) -> Card:

@@ -2,8 +2,7 @@
 
 Files lie in PyTorch's cache (`torch.hub.get_dir()/checkpoints`), where timm looks for them too; what it brought into
 the Hugging Face hub's cache is used from there. `<file>.json` in the former records what came at first use, of either
-cache; what does not agree with its record later is refused. Files of the hub are downloaded as all others are, over
-plain HTTP: huggingface_hub neither goes on after it was killed nor tries again when a server is busy.
+cache; what does not agree with its record later is refused. Files of the hub come as all others do, see `transfer`.
 
 Environment:
     TORCH_HOME, HF_HOME: other places for the two caches.
@@ -16,6 +15,7 @@ Environment:
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import re
@@ -28,7 +28,7 @@ from hybridzoo.checkpoints.catalogue import Card, cards, find
 from hybridzoo.checkpoints.containers import flaw
 from hybridzoo.checkpoints.files import NoteError, hash_of, read_record, write_note
 from hybridzoo.checkpoints.reading import CheckpointError, UnsafeError, read_checkpoint
-from hybridzoo.checkpoints.transfer import DownloadError, GoneError, WrongHashError, fetch
+from hybridzoo.checkpoints.transfer import DownloadError, GoneError, WrongHashError, fetch, is_address
 
 _LOG = logging.getLogger(__name__)
 _HUB = re.compile(r"^https://huggingface\.co/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+)")
@@ -140,17 +140,8 @@ def _bring(card: Card, cache_dir: str | Path | None, progress: bool) -> Path:
     path = _folder(cache_dir) / file_name(card)
     recorded = str(record_of(card, cache_dir=cache_dir).get("sha256", ""))
     url, token = _address(card)
-    elsewhere = "set TORCH_HOME to a folder of yours" if cache_dir is None else "choose another cache_dir"
     try:
-        received = fetch(
-            url,
-            path,
-            sha256=card.sha256 or recorded,
-            token=token,
-            flaw=_flaw,
-            progress=progress,
-            elsewhere=elsewhere,
-        )
+        received = fetch(url, path, sha256=card.sha256 or recorded, token=token, flaw=_flaw, progress=progress)
     except DownloadError as error:
         if isinstance(error, WrongHashError) and recorded and not card.sha256:
             record = _record(card, None, cache_dir)
@@ -172,13 +163,8 @@ def _address(card: Card) -> tuple[str, str]:
     hub = _HUB.match(card.url)
     variable = "HYBRIDZOO_MIRROR" if os.environ.get("HYBRIDZOO_MIRROR") else "HF_ENDPOINT" if hub else ""
     mirror = os.environ.get(variable, "").rstrip("/")
-    if mirror:
-        try:
-            good = urlsplit(mirror).scheme in ("http", "https") and urlsplit(mirror).hostname and mirror.isprintable()
-        except ValueError:
-            good = None
-        if not good or " " in mirror:
-            raise DownloadError(f"{card.name}: {variable} is {mirror!r}, which is no http or https address")
+    if mirror and not is_address(mirror):
+        raise DownloadError(f"{card.name}: {variable} is {mirror!r}, which is no http or https address")
     token = ""
     if hub and variable != "HYBRIDZOO_MIRROR":
         from huggingface_hub import get_token
@@ -252,6 +238,7 @@ def _folder(cache_dir: str | Path | None) -> Path:
     return Path(cache_dir).expanduser()
 
 
+@functools.cache
 def _last(url: str) -> str:
     """The last part of an address's path, without its escapes, folders and questions."""
     return PurePosixPath(unquote(urlsplit(url).path).replace("\\", "/")).name

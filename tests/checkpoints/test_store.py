@@ -178,7 +178,9 @@ def test_folders_as_people_write_them(server: Server, tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match="cache_dir: is empty"):
         checkpoints.download(NAME, cache_dir="")
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(DownloadError, match=r"taken: cannot be written .*; choose another cache_dir; give"):
+    with pytest.raises(
+        DownloadError, match=r"taken: cannot be written .*; choose another folder by TORCH_HOME or cache_dir; give"
+    ):
         checkpoints.download(NAME, cache_dir=tmp_path / "taken")
 
 
@@ -223,7 +225,9 @@ def test_a_read_only_cache_still_answers(server: Server, home: Path, monkeypatch
     assert left(home) == ["efficientvit_m0.pth"]
     (home / "efficientvit_m0.pth").unlink()
     monkeypatch.setattr(files, "write_note", refuse)
-    with pytest.raises(DownloadError, match=r"checkpoints: cannot be written \(Permission denied\); set TORCH_HOME"):
+    with pytest.raises(
+        DownloadError, match=r"checkpoints: cannot be written \(Permission denied\); choose another folder"
+    ):
         checkpoints.download(NAME)
 
 
