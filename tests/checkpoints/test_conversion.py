@@ -27,6 +27,7 @@ from hybridzoo.checkpoints.reading import CheckpointError
 PUBLISHED = {
     "agent/agent_pvt_tiny": "agent_pvt_tiny",
     "biformer/biformer_stl_nchw": "biformer_stl_nchw",
+    "dat/dat_tiny": "dat_tiny",
     "dinat/dinat_mini": "dinat_mini",
     "dinat/vitrpb_small": "vitrpb_small",
     "efficientvit_mit/efficientvit_b0": "efficientvit_mit_b0",
@@ -35,7 +36,7 @@ PUBLISHED = {
     "inline/inline_cswin_tiny": "inline_cswin_tiny",
     "maxvit/maxvit_tiny_tf_224": "maxvit_tiny",
 }
-ONE_WAY = ("dat", "litv2", "overlock", "ravlt")  # families without a way back
+ONE_WAY = ("litv2", "overlock", "ravlt")  # families without a way back
 # Every fixture of a classifier in the authors' own layout; networks that only tests have made are left out
 EVERY = [
     f"{family}/{name}"
@@ -84,6 +85,8 @@ def model_of(fixture: str) -> str:
     family, name = fixture.split("/")
     if family.startswith("efficientvit"):
         return family + "_" + name.split("_")[1]
+    for part, ours in (("dat_pp_", "dat_plus_"), ("dat_p_", "dat_plain_")):
+        name = name.replace(part, ours)
     return re.sub(r"^faster_vit_(\d)_.*", r"fastervit_\1", name)
 
 
