@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,21 @@ def test_nothing_names_a_path_of_somebodys_machine():
 
 def test_the_readme_shows_the_table_of_one_line_commands():
     assert (ROOT / "docs" / "one_line.md").read_text() in (ROOT / "README.md").read_text()
+
+
+LINES = [line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if re.search(r"\bhybridzoo \w", line)])
+def test_the_command_line_takes_readmes_lines(line):
+    """Every verb and option exists, every value is of its kind; nothing is run."""
+    from typer.main import get_command
+
+    from hybridzoo.train.cli import app, spread_options
+
+    words = spread_options(shlex.split(line[re.search(r"\bhybridzoo \w", line).start() :])[1:])
+    group, command = None, get_command(app)
+    while hasattr(command, "commands"):
+        group, command, words = command, command.commands[words[0]], words[1:]
+    assert group is not None
+    command.make_context(command.name, words)

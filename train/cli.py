@@ -43,6 +43,7 @@ app.add_typer(checkpoint_verbs.app, name="checkpoints")
 class Launcher(str, Enum):
     none = "none"
     pytorch = "pytorch"
+    slurm = "slurm"
 
 
 class Task(str, Enum):
@@ -71,7 +72,7 @@ ValFraction = Annotated[
     float | None,
     typer.Option(metavar="X", help="Share of the training images to validate on, where there is no validation set."),
 ]
-Processes = Annotated[Launcher, typer.Option("--launcher", help="pytorch: torchrun started this process.")]
+Processes = Annotated[Launcher, typer.Option("--launcher", help="Who started the process: torchrun (pytorch) or srun.")]
 
 
 @app.callback(invoke_without_command=True, epilog=examples("list", "info biformer_tiny"))
@@ -146,6 +147,7 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard's files beside the logs.")
     ] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Divide the weights among the processes.")] = False,
     launcher: Processes = Launcher.none,
 ) -> None:
     """Train a classifier, detector or segmentor: a recipe, a network, your data."""
@@ -178,6 +180,7 @@ def train(
         data=data,
         wandb=not no_wandb,
         tensorboard=tensorboard,
+        fsdp=fsdp,
         seed=seed,
         device=device,
     )

@@ -65,6 +65,7 @@ _OPTIONAL_KEYS = {
     "device",
     "env_cfg",
     "find_unused_parameters",
+    "fsdp",
     "log_level",
     "log_processor",
     "model_wrapper_cfg",

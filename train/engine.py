@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import torch
 from mmengine import Config
+from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
@@ -33,7 +34,18 @@ from torch import nn
 import hybridzoo.backbones  # noqa: F401 - registers the models with timm
 from hybridzoo.checkpoints.containers import flaw
 from hybridzoo.checkpoints.transfer import DownloadError, fetch
-from hybridzoo.train import config_check, hooks, optim, progress, resuming, run_folder, seeding, settle
+from hybridzoo.train import (
+    config_check,
+    hooks,
+    launching,
+    optim,
+    progress,
+    resuming,
+    run_folder,
+    seeding,
+    settle,
+    sharding,
+)
 from hybridzoo.train.batchnorm import drop_a_last_one
 from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import Terminated, UserError, building
@@ -55,6 +67,7 @@ class Runner(MMRunner):
     resumed: resuming.State | None = None
     run = ""  # name of the run, which its checkpoints hold
     started = False  # from weights, which they hold too
+    sharded = False  # by FSDP
     origin = ""  # where the weights come from, in words
     _train_dataloader: Any
 
@@ -83,6 +96,8 @@ class Runner(MMRunner):
         return built
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        if self.cfg.get("fsdp"):
+            return model.to(get_device())  # divided when its first weights are in it
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         return wrapped.to(self.cfg.device) if self.cfg.get("device") else wrapped
 
@@ -95,6 +110,11 @@ class Runner(MMRunner):
             return super().build_test_loop(loop)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        if self.cfg.get("fsdp") and not self.sharded:
+            self._init_model_weights()
+            self._load_initial_weights()
+            sharding.shard(self.model)
+            self.sharded = True
         with building("optim_wrapper"):
             return super().build_optim_wrapper(optim_wrapper)
 
@@ -102,11 +122,23 @@ class Runner(MMRunner):
         with building("param_scheduler"):
             return super().build_param_scheduler(scheduler)
 
-    def load_or_resume(self) -> None:
-        if self.initial_weights is not None:  # mmengine has initialised the model by now
+    def _init_model_weights(self) -> None:
+        """mmengine's, which comes after the optimizer is built: too late where the model is divided among processes."""
+        if not self.sharded:
+            super()._init_model_weights()
+
+    def _load_initial_weights(self) -> None:
+        if self.initial_weights is not None:
             start_from(self.model, self.initial_weights)
+
+    def load_or_resume(self) -> None:
+        if not self.sharded:
+            self._load_initial_weights()  # mmengine has initialised the model by now
         if self.resumed is not None:
             self.resumed.check_built(self.optim_wrapper, self.param_schedulers)
+            if self.sharded:
+                found = self.resumed.content["optimizer"]
+                self.resumed.content["optimizer"] = sharding.divided_state(found, self.optim_wrapper.optimizer)
             self.resume(str(self.resumed.path))
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -117,8 +149,13 @@ class Runner(MMRunner):
         checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         inner: Any = self.model.module if is_model_wrapper(self.model) else self.model
-        inner.load_state_dict(checkpoint["state_dict"])
+        state = checkpoint["state_dict"]
+        inner.load_state_dict(sharding.divided(state, inner.state_dict()) if self.sharded else state)
         return checkpoint
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with sharding.gathered(self.model, self.optim_wrapper.optimizer) if self.sharded else contextlib.nullcontext():
+            super().save_checkpoint(*args, **kwargs)
 
     def dump_config(self) -> None:
         if self._train_loop is not None:  # a test leaves the training's config as it is
@@ -189,6 +226,7 @@ def train(
     data: str | Path | None = None,
     wandb: bool = True,
     tensorboard: bool = False,
+    fsdp: bool = False,
     seed: int | None = None,
     device: str | None = None,
 ) -> dict[str, float]:
@@ -202,13 +240,14 @@ def train(
             Without it, ``work_dir`` must not hold a run's checkpoints.
         amp: mixed precision in the config's ``amp_dtype``. Default: in everyday recipes where a GPU has bfloat16, in
             others not.
-        launcher: ``"pytorch"`` under torchrun, else ``"none"``.
+        launcher: ``"pytorch"`` under torchrun, ``"slurm"`` under srun, else ``"none"``.
         weights: file to start from, or the name of a published one (``dinat_mini.in1k``), which is downloaded: of a
             whole model, or of the backbone alone.  The class heads may differ.  A detector or segmentor of another
             kind, ours or published, gives its backbone.
         data: the user's own data instead of the config's, in the task's layout.
         wandb: log to Weights & Biases, offline where it cannot be reached.
         tensorboard: write TensorBoard's files too.
+        fsdp: divide parameters, gradients and optimizer state among the processes, see `hybridzoo.train.sharding`.
         seed: default the config's, or with ``resume`` the interrupted run's.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; default a GPU where there is one.
 
@@ -242,6 +281,10 @@ def train(
         task.configure(config, Path(data) if data is not None else None)
         if state is not None:
             state.check(config)
+        if fsdp:
+            config.fsdp = True
+        if config.get("fsdp"):
+            _check_fsdp(config, launcher)
         if everyday:
             settle.fit_data(config, settle.count_images(config), started=started)
         folder = _set_up(config, work_dir, launcher)
@@ -435,6 +478,13 @@ def _check_intervals(config: Config) -> None:
         )
 
 
+def _check_fsdp(config: Config, launcher: str) -> None:
+    if launcher == "none":
+        raise UserError("--fsdp: there is one process, nothing to divide; use torchrun and --launcher pytorch")
+    if any("EMA" in str(hook.get("type")) for hook in config.get("custom_hooks") or ()):
+        raise UserError("--fsdp: no moving average of divided weights is kept; give --cfg-options custom_hooks=[]")
+
+
 def _hold_out(config: Config, state: resuming.State | None, seed: int | None) -> None:
     """Settle, in place, how the training images are divided: on a resumed run as they were.
 
@@ -504,7 +554,7 @@ def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
     config.work_dir = str(folder)
     # mmengine keeps one object per name and names runs by the second: two in one process would share their state.
     config.experiment_name = f"{stem}_{next(_runs)}"
-    config.launcher = launcher
+    config.launcher = "none" if launcher == "none" else "pytorch"  # the processes have found each other
     if launcher != "none" and not torch.cuda.is_available():
         wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
         wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
@@ -519,10 +569,9 @@ def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
 
 @contextlib.contextmanager
 def _process_group(launcher: str) -> Iterator[None]:
-    """Join torchrun's other processes.  mmengine would ask for a GPU even where the processes talk over gloo."""
-    if launcher == "pytorch" and not torch.distributed.is_initialized():
-        if "RANK" not in os.environ:
-            raise UserError("launcher='pytorch': start it by torchrun --nproc-per-node 2 -m hybridzoo train ...")
+    """Join the run's other processes.  mmengine would ask for a GPU even where they talk over gloo."""
+    if launcher != "none" and not torch.distributed.is_initialized():
+        launching.settle_environment(launcher)
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hybridzoo.train import bad_batch
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.seeding import seed_all
+from hybridzoo.train.sharding import local
 
 
 def by_epoch(runner: Any) -> bool:
@@ -84,7 +85,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
         # In distributed runs another process may have met the NaN: this one sees it in the weights.
         for key, value in runner.model.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
+            if value.is_floating_point() and not torch.isfinite(local(value)).all():
                 raise UserError(f"{key} is not finite at {position(runner)}: training stopped{last_good(runner)}")
         ids = list(runner.message_hub.runtime_info.get("keep_ckpt_ids", []))
         if self.max_keep_ckpts > 0:

@@ -266,7 +266,7 @@ def fit_data(config: Config, images: int | None, *, started: bool) -> None:
             schedule["end"] = 1 / an_epoch
         if 0 < schedule.get("begin", 0) * an_epoch < 1:
             schedule["begin"] = 1 / an_epoch
-    if steps >= LONG_RUN and not config.get("custom_hooks"):
+    if steps >= LONG_RUN and not config.get("custom_hooks") and not config.get("fsdp"):
         config.custom_hooks = [{"type": "TimmEMAHook", "decay": min(0.9998, 1 - 20 / steps), "use_warmup": True}]
 
 
