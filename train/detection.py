@@ -10,7 +10,7 @@ from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmdet asks
 from hybridzoo.train import coco, scenes
-from hybridzoo.train.data import annotations
+from hybridzoo.train.data import labels
 from hybridzoo.train.data.report import divided, how_of, place_of
 from hybridzoo.train.images import ImageError
 from hybridzoo.train.layouts import SPLITS, Layout, OnBad, Place, detection_layout, inspect_detection
@@ -120,7 +120,7 @@ class CocoScenesMetric(CocoMetric):
 
 
 def _load(place: Place, classes: Sequence[str], masks: bool, skipped: Sequence[Path]) -> _Annotations:
-    content = annotations.read(place)
+    content = labels.read(place)
     fixed = coco.repaired(content, place.labels, place.images, classes=classes, masks=masks, skipped=skipped)
     return _Annotations(fixed)
 

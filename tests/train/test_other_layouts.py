@@ -17,7 +17,7 @@ from PIL import Image
 from hybridzoo.__main__ import main
 from hybridzoo.train import check, coco, engine
 from hybridzoo.train.config import load_config
-from hybridzoo.train.data import annotations
+from hybridzoo.train.data import labels
 from hybridzoo.train.data.holdout import Holdout
 from hybridzoo.train.data.report import place_of
 from hybridzoo.train.errors import UserError
@@ -34,7 +34,7 @@ MAKERS = {
 
 def boxes(root: Path, split: str = "train") -> list[tuple[str, list[float]]]:
     place = detection_layout(root).places[split]
-    content = annotations.read(place)
+    content = labels.read(place)
     fixed = coco.repaired(content, place.labels, place.images, classes=["cat", "cup"], masks=False)
     names = {entry["id"]: entry["name"] for entry in fixed["categories"]}
     return [(names[entry["category_id"]], np.round(entry["bbox"], 3).tolist()) for entry in fixed["annotations"]]
@@ -57,7 +57,7 @@ def test_a_dataset_config_reads_what_was_checked(made, tmp_path):
     """What a run's config keeps of a place is enough to read it again."""
     place = detection_layout(MAKERS[made](tmp_path / "data")).places["val"]
     again = place_of(place.images, place.labels, json.loads(json.dumps(place.source())))
-    assert annotations.read(again) == annotations.read(place)
+    assert labels.read(again) == labels.read(place)
 
 
 def test_outlines_of_yolo_are_masks(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridzoo.train import coco
-from hybridzoo.train.data import annotations, voc, yolo
+from hybridzoo.train.data import labels, voc, yolo
 from hybridzoo.train.data.looking import add_split, existing_folder, note_left_out, readable, say_absent
 from hybridzoo.train.data.report import SPLIT_NAMES, How, Layout, Place, Report, divided
 from hybridzoo.train.errors import UserError
@@ -63,11 +63,11 @@ def inspect_detection(
     images: dict[str, list[Path]] = {}
     training = layout.places.get("train")
     if not report.classes and "train" not in how.splits and training and training.labels.exists():
-        report.classes = _with_all(coco.class_names(annotations.read(training)), layout.classes)
+        report.classes = _with_all(coco.class_names(labels.read(training)), layout.classes)
     for split in how.splits:
         place = layout.places[split]
         folder, file = existing_folder(place.images, "image folder"), place.labels
-        content = annotations.read(place, report.notes)
+        content = labels.read(place, report.notes)
         found[split] = folder, file, content
         names = coco.class_names(content)
         if not report.classes:
@@ -99,11 +99,11 @@ def inspect_detection(
         fixed = coco.repaired(
             content, file, folder, classes=report.classes, masks=masks, skipped=report.skipped, notes=report.notes
         )
-        labels = {category["id"]: category["name"] for category in fixed["categories"]}
+        named = {category["id"]: category["name"] for category in fixed["categories"]}
         objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in fixed["images"]}
         for entry in fixed["annotations"]:
-            objects[entry["image_id"]].append({**entry, "class": labels[entry["category_id"]]})
-        counts = Counter(labels[entry["category_id"]] for entry in fixed["annotations"])
+            objects[entry["image_id"]].append({**entry, "class": named[entry["category_id"]]})
+        counts = Counter(named[entry["category_id"]] for entry in fixed["annotations"])
         paths = {entry["id"]: folder / entry["file_name"] for entry in fixed["images"]}
         kept = [number for number, path in paths.items() if path in keep]
         shows = [{entry["class"] for entry in objects[number]} for number in kept]

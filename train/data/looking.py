@@ -78,9 +78,9 @@ def readable(
         MaskError: a wrong label.
     """
     if how.holdout is not None and {"train", "val"} <= splits.keys():
-        held, left = len(splits["val"]), len(splits["train"])
+        held, kept = len(splits["val"]), len(splits["train"])
         report.notes.say(
-            f"{held:,} of {held + left:,} training images are held out for validation (share "
+            f"{held:,} of {held + kept:,} training images are held out for validation (share "
             f"{how.holdout.fraction:g}, seed {how.holdout.seed})"
         )
     images: list[Path] = []

@@ -41,8 +41,8 @@ def layout(root: Path) -> Layout | None:
     places = {}
     for split, words in SPLIT_NAMES.items():
         pairs = [pair for word in words for pair in _pairs(root, word)]
-        there = next((pair for pair in pairs if _has_xml(pair[1])), None)
-        places[split] = Place(*(there or pairs[0]), "voc", split, root)
+        images, files = next((pair for pair in pairs if _has_xml(pair[1])), pairs[0])
+        places[split] = Place(images, files, "voc", split, root)
     if not any(_has_xml(place.labels) for place in places.values()):
         return None
     return Layout(places, name="Pascal VOC (XML files)")

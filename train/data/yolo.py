@@ -15,7 +15,7 @@ Without a YAML file, `classes.txt` or a `*.names` file in ROOT or ROOT/labels na
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -210,7 +210,7 @@ def _keypoints(names: Path) -> int:
 
 def _objects(
     file: Path, size: tuple[int, int], names: Sequence[str], names_file: Path, keypoints: int
-) -> Iterator[dict[str, Any]] | list[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
