@@ -22,3 +22,28 @@ def check_names(names: Sequence[str], what: str) -> None:
             raise UserError(f"{what} {name!r} is empty; give it a name")
         if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
             raise UserError(f"{what} {name!a} holds control characters; rename it")
+
+
+def compare_with_model(data: Sequence[str], model: Sequence[str], where: str) -> None:
+    """Refuse data with a class that a trained model does not know; order does not matter, nor what the data lack.
+
+    Args:
+        where: the data's names stand, for the message.
+
+    Raises:
+        UserError: it has both lists.
+    """
+    extra = [name for name in data if name not in set(model)]
+    if not extra:
+        return
+    more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+    missing = [name for name in model if name not in set(data)]
+    lacking = f"; it knows {_listed(missing)}, which the data lack" if missing else ""
+    raise UserError(
+        f"{where}: the model has no class {extra[0]!r}{more}, which cannot be scored{lacking}. "
+        f"The data name {_listed(data)}; the model knows {_listed(model)}"
+    )
+
+
+def _listed(names: Sequence[str], most: int = 40) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
-from hybridzoo.train import networks
+from hybridzoo.train import measures, networks
 from hybridzoo.train.backbone import freeze
 from hybridzoo.train.data.classification import class_folders, split_folder, used_holdout
 from hybridzoo.train.data.holdout import holdout_of
@@ -44,6 +44,7 @@ class ImageClassifier(BaseModel):
         label_smoothing: in [0, 1).
         frozen_stages: the stem (0), or the stem and the first k stages (k), neither learn nor change their statistics.
         binary: binary cross-entropy over the classes instead of softmax.
+        tta: predict the mean of what an image and its mirror image give.
         data_preprocessor: mmengine's; the default moves the batch to the device.
         **model_args: passed to ``timm.create_model`` (``drop_path_rate``, ``img_size``, ...).
 
@@ -60,12 +61,14 @@ class ImageClassifier(BaseModel):
         label_smoothing: float = 0.0,
         binary: bool = False,
         frozen_stages: int = -1,
+        tta: bool = False,
         data_preprocessor: dict[str, Any] | nn.Module | None = None,
         **model_args: Any,
     ) -> None:
         super().__init__(data_preprocessor)
         self.model = networks.create("model", name, model_args, pretrained=pretrained, num_classes=num_classes)
         self.frozen = freeze(self.model, frozen_stages)
+        self.tta = tta
         self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.loss: nn.Module
         if binary:
@@ -109,6 +112,8 @@ class ImageClassifier(BaseModel):
         if mode == "tensor":
             return logits
         scores = logits.float().softmax(dim=-1)
+        if self.tta:
+            scores = (scores + self.model(inputs.flip(-1)).float().softmax(dim=-1)) / 2
         known: Sequence[Any] = [None] * len(scores) if targets is None else targets.tolist()
         return [{"scores": score, "target": target} for score, target in zip(scores, known, strict=True)]
 
@@ -280,17 +285,22 @@ class TopK(BaseMetric):
         # "gpu" means over the process group: mmengine's "cpu" leaves a folder in the working directory.
         super().__init__(**{"collect_device": "gpu", **kwargs})
         self.topk = tuple(topk)
+        self.details: measures.Details | None = None  # of the last validation, in the first process
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         scores = torch.stack([sample["scores"] for sample in data_samples])
         targets = torch.as_tensor([sample["target"] for sample in data_samples], device=scores.device)
         order = scores.argsort(dim=1, descending=True, stable=True)
-        # One integer an image, the place of its class: mmengine drops the samples that were only added to
-        # give each process the same number, which a batch's sum would not allow.
-        self.results.extend((order == targets[:, None]).int().argmax(dim=1).tolist())
+        # An entry an image, the place of its class, its class and the likeliest one: mmengine drops the samples that
+        # were only added to give each process the same number, which a batch's sums would not allow.
+        places = (order == targets[:, None]).int().argmax(dim=1)
+        self.results.extend(torch.stack([places, targets, order[:, 0]], 1).tolist())
 
-    def compute_metrics(self, results: list[int]) -> dict[str, float]:
-        return {f"top{k}": 100.0 * sum(place < k for place in results) / len(results) for k in self.topk}
+    def compute_metrics(self, results: list[list[int]]) -> dict[str, float]:
+        places, true, predicted = zip(*results, strict=True)
+        names = (self.dataset_meta or {}).get("classes") or range(max(*true, *predicted) + 1)
+        self.details = measures.classification(true, predicted, [str(name) for name in names])
+        return {f"top{k}": 100.0 * sum(place < k for place in places) / len(places) for k in self.topk}
 
 
 def configure(
@@ -344,7 +354,8 @@ def configure(
         dataset.classes = names
         dataset.exclude = [str(path) for path in skipped]
         dataset.white_value = config.get("white_value")
-    config.train_dataloader.dataset.on_bad = config.get("on_bad", "stop")
+    if config.get("train_dataloader"):
+        config.train_dataloader.dataset.on_bad = config.get("on_bad", "stop")
     config.model.num_classes = len(names)
 
 

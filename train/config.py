@@ -134,11 +134,7 @@ def load_config(
 
     if model is not None:
         compose.set_network(config, model)
-    given = set()
-    for option in options:
-        key, value = _parse_option(option, config)
-        _assign(config, key, value, option)
-        given.add(key)
+    given = change(config, options)
     config_check.check_sections(config)
     given |= settle.short_options(
         config, epochs=epochs, batch_size=batch_size, lr=lr, img_size=img_size, freeze=freeze, workers=workers
@@ -162,6 +158,20 @@ def load_config(
         config.settle = {**left, "given": sorted(given)}
     _complete(config)
     return config
+
+
+def change(config: Config, options: Sequence[str]) -> set[str]:
+    """Put ``key.subkey=value`` options into a config, in place, and return their keys.
+
+    Raises:
+        UserError: a malformed option, or one that the config has no place for.
+    """
+    given = set()
+    for option in options:
+        key, value = _parse_option(option, config)
+        _assign(config, key, value, option)
+        given.add(key)
+    return given
 
 
 def _complete(config: Config) -> None:

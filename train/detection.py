@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from mmengine import Config
+from mmengine.model import BaseTTAModel
+from mmengine.structures import InstanceData
+from pycocotools import mask as mask_tools
+from torchvision.ops import batched_nms
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmdet asks
-from hybridzoo.train import coco, scenes
+from hybridzoo.train import coco, measures, scenes, views
 from hybridzoo.train.data import labels
 from hybridzoo.train.data.report import divided, how_of, place_of
 from hybridzoo.train.images import ImageError
@@ -18,12 +23,31 @@ from hybridzoo.train.lost import Lost
 
 with scenes.quietly():
     from mmdet.datasets import CocoDataset
-    from mmdet.datasets.api_wrappers import COCO
+    from mmdet.datasets.api_wrappers import COCO, COCOeval
     from mmdet.evaluation import CocoMetric
-    from mmdet.registry import DATASETS, METRICS
+    from mmdet.registry import DATASETS, METRICS, MODELS
+    from mmdet.structures.bbox import bbox_flip
     from mmdet.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
+
+
+_KINDS = {"bbox": "box", "segm": "mask"}
+# mmdet's names of pycocotools' numbers, in its order.
+_ITEMS = {
+    "mAP": 0,
+    "mAP_50": 1,
+    "mAP_75": 2,
+    "mAP_s": 3,
+    "mAP_m": 4,
+    "mAP_l": 5,
+    "AR@100": 6,
+    "AR@300": 7,
+    "AR@1000": 8,
+    "AR_s@1000": 9,
+    "AR_m@1000": 10,
+    "AR_l@1000": 11,
+}
 
 
 class _Annotations(COCO):  # type: ignore[misc]
@@ -104,19 +128,109 @@ class CocoScenesMetric(CocoMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.details: measures.Details | None = None  # of the last validation, in the first process
         with scenes.quietly():
             masks = "segm" in self.metrics
             place = place_of(Path(folder), Path(ann_file), source)
             self._coco_api = _load(place, classes, masks, [Path(path) for path in skipped])
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """mmdet's metrics; all of them 0 where nothing was found in any image, which mmdet leaves without a score."""
-        if not any(len(found["bboxes"]) for _, found in results):
-            items = self.metric_items or ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
-            return {f"{metric}_{item}": 0.0 for metric in self.metrics for item in items}
+        """mmdet's metrics, not rounded; all of them 0 where nothing was found, which mmdet leaves without a score."""
         self.img_ids = [truth["img_id"] for truth, _ in results]
-        with scenes.quietly():
-            return super().compute_metrics(results)
+        if self.format_only or not set(self.metrics) <= _KINDS.keys():
+            with scenes.quietly():
+                return super().compute_metrics(results)
+        self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta["classes"])
+        found = [answer for _, answer in results]
+        metrics: dict[str, float] = {}
+        evaluated: dict[str, Any] = {}
+        for kind in self.metrics:
+            evaluation = self._evaluate(found, kind)
+            evaluated[_KINDS[kind]] = evaluation.eval
+            nothing = not any(len(answer["bboxes"]) for answer in found)
+            for item in self.metric_items or list(_ITEMS)[:6]:
+                metrics[f"{kind}_{item}"] = 0.0 if nothing else float(evaluation.stats[_ITEMS[item]])
+        counts = self._confused(found)
+        self.details = measures.detection(len(results), counts, self.dataset_meta["classes"], evaluated)
+        return metrics
+
+    def _evaluate(self, found: Sequence[dict[str, Any]], kind: str) -> COCOeval:
+        """pycocotools' evaluation of "bbox" or "segm", done."""
+        objects = []
+        for image, answer in zip(self.img_ids, found, strict=True):
+            scores = answer.get("mask_scores", answer["scores"]) if kind == "segm" else answer["scores"]
+            for i, (left, top, right, bottom) in enumerate(answer["bboxes"].tolist()):
+                entry = {"image_id": image, "category_id": self.cat_ids[answer["labels"][i]], "iscrowd": 0}
+                entry |= {"id": len(objects) + 1, "score": float(scores[i])}
+                if kind == "segm":
+                    entry |= {"segmentation": answer["masks"][i], "area": float(mask_tools.area(answer["masks"][i]))}
+                else:
+                    width, height = right - left, bottom - top
+                    entry |= {"bbox": [left, top, width, height], "area": width * height}
+                objects.append(entry)
+        truth = self._coco_api.dataset
+        with scenes.quietly():  # pycocotools prints
+            answers = _Annotations({**truth, "annotations": objects})
+            evaluation = COCOeval(self._coco_api, answers, kind)
+            evaluation.params.catIds, evaluation.params.imgIds = self.cat_ids, self.img_ids
+            evaluation.params.maxDets, evaluation.params.iouThrs = list(self.proposal_nums), self.iou_thrs
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation
+
+    def _confused(self, found: Sequence[dict[str, Any]]) -> measures.Counts:
+        """(true, predicted) numbers of objects, by their boxes; the last row and column are for nothing."""
+        classes = len(self.cat_ids)
+        counts = np.zeros((classes + 1, classes + 1), np.int64)
+        index = {number: i for i, number in enumerate(self.cat_ids)}
+        for image, answer in zip(self.img_ids, found, strict=True):
+            truth = [entry for entry in self._coco_api.imgToAnns[image] if entry["category_id"] in index]
+            crowd = np.array([bool(entry.get("iscrowd")) for entry in truth], bool)
+            sure = np.argsort(-answer["scores"], kind="stable")
+            sure = sure[answer["scores"][sure] >= measures.SCORE]
+            boxes = np.asarray(answer["bboxes"][sure], np.float64).reshape(-1, 4)
+            boxes[:, 2:] -= boxes[:, :2]
+            true_boxes = np.array([entry["bbox"] for entry in truth], np.float64).reshape(-1, 4)
+            overlaps = np.zeros((len(boxes), len(truth)))
+            if overlaps.size:
+                overlaps = mask_tools.iou(boxes, true_boxes, crowd.astype(np.uint8))
+            true = np.array([index[entry["category_id"]] for entry in truth], np.int64)
+            for pair in measures.matched(true, np.asarray(answer["labels"])[sure], overlaps, crowd):
+                counts[pair] += 1
+        return counts
+
+
+@MODELS.register_module()
+class ViewsOfObjects(BaseTTAModel):
+    """What a detector finds in several views of an image, as one answer; masks too, which mmdet's own does not merge.
+
+    Args:
+        most: objects to keep.
+        **kwargs: mmengine's: the detector as `module`.
+    """
+
+    def __init__(self, most: int = 100, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.most = most
+
+    def merge_preds(self, data_samples_list: Sequence[Sequence[Any]]) -> list[Any]:
+        """Of an image's views, which may be mirrored: the objects that no surer one of the class overlaps."""
+        return [self._merged(samples) for samples in data_samples_list]
+
+    def _merged(self, samples: Sequence[Any]) -> Any:
+        found = []
+        for sample in samples:
+            objects = sample.pred_instances
+            if sample.metainfo.get("flip"):
+                objects.bboxes = bbox_flip(objects.bboxes, sample.ori_shape, sample.flip_direction)
+                if "masks" in objects:
+                    objects.masks = objects.masks.flip(-1)
+            found.append(objects)
+        objects = InstanceData.cat(found)
+        kept = batched_nms(objects.bboxes, objects.scores, objects.labels, views.OVERLAP)[: self.most]
+        samples[0].pred_instances = objects[kept]
+        return samples[0]
 
 
 def _load(place: Place, classes: Sequence[str], masks: bool, skipped: Sequence[Path]) -> _Annotations:

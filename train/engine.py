@@ -45,6 +45,9 @@ from hybridzoo.train import (
     seeding,
     settle,
     sharding,
+    testing,
+    trained,
+    views,
 )
 from hybridzoo.train.batchnorm import drop_a_last_one
 from hybridzoo.train.data.holdout import Holdout, holdout_of
@@ -190,15 +193,25 @@ def prepare(config: Config, sections: Collection[str] = config_check.RUNNER) -> 
     Raises:
         UserError: the task's extra is not installed, or the config has a key that nobody reads.
     """
-    task = config.task
-    if task not in TASKS:
-        raise UserError(f"config task={task!r}: choose {', '.join(TASKS)}")
+    if config.task not in TASKS:
+        raise UserError(f"config task={config.task!r}: choose {', '.join(TASKS)}")
     if config.get("on_bad", "stop") not in ("stop", "skip"):
         raise UserError(f"config on_bad={config.on_bad!r}: choose stop or skip")
+    module = task_module(config.task)
+    config_check.check(config, sections)
+    return module
+
+
+def task_module(task: str) -> ModuleType:
+    """The module of a task; importing it makes the task's registries know all names.
+
+    Raises:
+        UserError: the task's extra is not installed.
+    """
     try:
         if task != "classification":
             importlib.import_module("hybridzoo.train.mmcv_ops").install()
-        module = importlib.import_module(f"hybridzoo.train.{task}")
+        return importlib.import_module(f"hybridzoo.train.{task}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("hybridzoo"):
             raise
@@ -211,8 +224,6 @@ def prepare(config: Config, sections: Collection[str] = config_check.RUNNER) -> 
             f"{task} needs OpenCV, whose build with windows misses {str(error).split(':')[0]}: "
             "pip install --force-reinstall --no-deps opencv-python-headless"
         ) from error
-    config_check.check(config, sections)
-    return module
 
 
 def train(
@@ -229,6 +240,7 @@ def train(
     fsdp: bool = False,
     seed: int | None = None,
     device: str | None = None,
+    pictures: bool = False,
 ) -> dict[str, float]:
     """Train, validate and save as ``config`` says.
 
@@ -250,9 +262,10 @@ def train(
         fsdp: divide parameters, gradients and optimizer state among the processes, see `hybridzoo.train.sharding`.
         seed: default the config's, or with ``resume`` the interrupted run's.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; default a GPU where there is one.
+        pictures: also draw the curves of the training and the results, see `hybridzoo.train.results.draw`.
 
     Returns:
-        The metrics of the last validation.
+        The metrics of the last validation; `results.json` in the work folder has them class by class.
 
     Raises:
         UserError: bad input, a loss that is not finite, a full disk, or a ``work_dir`` that another run is in.
@@ -260,12 +273,14 @@ def train(
     """
     config = copy.deepcopy(config)
     task = prepare(config)
+    if data is not None and config.get("digits"):
+        config.digits = None
     if weights is None:
         weights = config.get("load_from")
     resume = resume or bool(config.get("resume"))
     config.resume, config.load_from = False, None
     _check_intervals(config)
-    with _process_group(launcher), run_folder.RunFolder(_folder(config, work_dir)) as place, _running(place.path):
+    with _process_group(launcher), run_folder.RunFolder(folder_of(config, work_dir)) as place, _running(place.path):
         state = _beginning(place, resume)
         whole = False
         everyday = bool(config.get("settle"))
@@ -324,88 +339,109 @@ def train(
                 metrics = _validation_metrics(runner)
             _save_final(runner)
             if is_main_process():
-                print(f"weights: {folder / 'final.pth'}")
+                weights = folder / "final.pth"
+                testing.leave(config, runner.val_loop, folder, metrics, pictures=pictures, checkpoint=str(weights))
+                print(f"weights: {weights}")
         finally:
             _close(runner)
     return metrics
 
 
 def test(
-    config: Config,
+    config: Config | None,
     checkpoint: str | Path,
     *,
     work_dir: str | Path | None = None,  # noqa: PT028
     launcher: str = "none",  # noqa: PT028
     data: str | Path | None = None,  # noqa: PT028
+    device: str | None = None,  # noqa: PT028
+    tta: bool = False,  # noqa: PT028
+    slide: views.Slide | None = None,  # noqa: PT028
+    pictures: bool = False,  # noqa: PT028
 ) -> dict[str, float]:
-    """Measure a checkpoint on the test set, or on the validation set where ``config`` has no test set.
+    """Measure a checkpoint on the test set, or on the validation set where the config has no test set.
+
+    Class by class, with what was taken for what, the results are in `results.json` (see `hybridzoo.train.results`) in
+    the work folder.
 
     Args:
-        config: as it was trained.
-        checkpoint: its weights; they have to fit completely.
-        work_dir: for the log, default ``work_dirs/<config name>``.
+        config: as it was trained; None takes what the checkpoint holds.
+        checkpoint: its weights, which have to fit completely, or the folder of the run that left them.
+        work_dir: for the results and the log. Default: the run's folder that the checkpoint lies in, where no config is
+            given, else ``work_dirs/<config name>``.
         launcher: as in :func:`train`.
-        data: as in :func:`train`.
+        data: as in :func:`train`. Classes are matched by name, whatever their order.
+        device: as in :func:`train`.
+        tta: average over flipped and, for detection and segmentation, resized images.
+        slide: segmentation: predict windows of this size and step, and merge them.
+        pictures: also draw the results, see `hybridzoo.train.results.draw`.
 
     Returns:
         Metric -> value.
 
     Raises:
-        UserError: bad input, or a checkpoint of another model.
+        UserError: bad input, a config that contradicts the checkpoint, or a checkpoint of another model.
     """
-    config = copy.deepcopy(config)
-    task = prepare(config)
-    names = class_names(checkpoint)
+    path = trained.find(checkpoint)
+    if config is None:
+        config, own_folder = trained.load(path), trained.folder_of(path)
+    else:
+        config, own_folder = copy.deepcopy(config), None
+        prepare(config)
+        trained.compare(config, path)
+    names = class_names(path)
     with _process_group(launcher):
-        task.configure(config, Path(data) if data is not None else None, splits=("val",), classes=names or None)
-        folder = _set_up(config, work_dir, launcher)
+        place = Path(data) if data is not None else None
+        task_module(config.task).configure(config, place, splits=("val",), classes=names or None)
+        folder = _set_up(config, work_dir or own_folder, launcher)
+        if device is not None:
+            config.device = settle.check_device(device)
         add_wandb(config, folder, on=False)  # a run's config still has its training's
-        if not config.get("test_dataloader"):
-            config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
-            config.test_cfg = {key: value for key, value in (config.get("val_cfg") or {}).items() if key != "type"}
-        unused = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
-        for key in (*unused, "val_dataloader", "val_cfg", "val_evaluator"):
-            config[key] = None
-        for key in (
-            "checkpoint",
-            "seed",
-            "batch_norm",
-            "stop_on_nan",
-            "param_scheduler",
-            "sync_buffers",
-            "sampler_seed",
-        ):
-            config.default_hooks[key] = None
+        testing.arrange(config)
         _drop_missing_hooks(config)
-        config.resume, config.load_from = False, None
-        resuming.compare_classes(checkpoint, names, resuming.class_names(config))
+        resuming.compare_classes(path, names, resuming.class_names(config))
+        views.apply(config, tta=tta, slide=slide)
         with _running(folder):
             with building("(model, hooks, visualizer, randomness)"):
                 runner = Runner.from_cfg(config)
-            load_weights(runner.model, checkpoint, allow_head_mismatch=False)
+            network = views.inner(runner.model)
+            load_weights(network, path, allow_head_mismatch=False)
+            testing.fuse(network, len(runner.test_dataloader.dataset))
             try:
-                return {name: float(value) for name, value in runner.test().items() if isinstance(value, Real)}
+                found = runner.test()
             finally:
                 _close(runner)
+            metrics = {name: float(value) for name, value in found.items() if isinstance(value, Real)}
+            if is_main_process():
+                facts = {"checkpoint": str(path.resolve()), "options": {"tta": tta, "slide": slide and list(slide)}}
+                testing.leave(config, runner.test_loop, folder, metrics, pictures=pictures, **facts)
+            return metrics
 
 
-def build_for_inference(config: Config, checkpoint: str | Path, device: str | torch.device | None = None) -> nn.Module:
+def build_for_inference(
+    config: Config | None, checkpoint: str | Path, device: str | torch.device | None = None
+) -> nn.Module:
     """The trained model in evaluation mode, without any data.
 
     Args:
-        config: as it was trained.
-        checkpoint: its weights; they have to fit completely.
+        config: as it was trained; None takes what the checkpoint holds.
+        checkpoint: its weights, which have to fit completely, or the folder of the run that left them.
         device: default a GPU where there is one.
 
     Returns:
         The model; ``model.dataset_meta["classes"]`` has the class names in the checkpoint, else the classes' numbers.
 
     Raises:
-        UserError: unreadable checkpoint, or one of another model.
+        UserError: unreadable checkpoint, one of another model, or a config that contradicts it.
     """
-    config = copy.deepcopy(config)
-    prepare(config, ("model",))
-    names = class_names(checkpoint)
+    path = trained.find(checkpoint)
+    if config is None:
+        config = trained.load(path)
+    else:
+        config = copy.deepcopy(config)
+        prepare(config, ("model",))
+        trained.compare(config, path)
+    names = class_names(path)
     if names:
         _set_num_classes(config.model, len(names))
     else:  # weights that somebody else trained
@@ -414,7 +450,7 @@ def build_for_inference(config: Config, checkpoint: str | Path, device: str | to
     scope = config.get("default_scope", "mmengine")
     with quiet(), building("model"), DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(config.model)
-    load_weights(model, checkpoint, allow_head_mismatch=False)
+    load_weights(model, path, allow_head_mismatch=False)
     model.dataset_meta = {"classes": names}
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
@@ -465,7 +501,8 @@ def _stem(config: Config) -> str:
     return Path(config.filename).stem if config.filename else "run"
 
 
-def _folder(config: Config, work_dir: str | Path | None) -> Path:
+def folder_of(config: Config, work_dir: str | Path | None) -> Path:
+    """Where a run works: the folder asked for, the config's, or `work_dirs/<config name>`."""
     return Path(work_dir or config.get("work_dir") or Path("work_dirs", _stem(config)))
 
 
@@ -546,7 +583,7 @@ def _raise(record: logging.LogRecord) -> None:
 
 def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
     """Fill in what depends on this machine and this call; return the work folder."""
-    folder, stem = _folder(config, work_dir), _stem(config)
+    folder, stem = folder_of(config, work_dir), _stem(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

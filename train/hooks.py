@@ -21,7 +21,7 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
-from hybridzoo.train import bad_batch
+from hybridzoo.train import bad_batch, trained
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.seeding import seed_all
 from hybridzoo.train.sharding import local
@@ -72,9 +72,10 @@ class AtomicCheckpointHook(CheckpointHook):
     """mmengine's checkpoints, written atomically; an old one goes only after the new one is on the disk.
 
     A checkpoint holds plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it, and carries in
-    ``meta`` what inference needs: ``task``, ``class_names``, ``cfg`` (the resolved config), ``hybridzoo_version``; and
-    what going on needs: ``run``, the name of the run, and ``started``, whether it began from weights.  mmengine's
-    ``last_checkpoint`` file is not written: see ``run_folder.newest_first``.
+    ``meta`` what inference needs: ``task``, ``class_names``, ``setup`` (see :mod:`hybridzoo.train.trained`),
+    ``hybridzoo_version``; for a person ``cfg``, the resolved config, which nobody evaluates; and what going on needs:
+    ``run``, the name of the run, and ``started``, whether it began from weights.  mmengine's ``last_checkpoint`` file
+    is not written: see ``run_folder.newest_first``.
     """
 
     best_ckpt_path: str | None
@@ -129,6 +130,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if runner.cfg.get("val_fraction"):
             meta["val_fraction"] = dict(runner.cfg.val_fraction)
         meta["run"], meta["started"] = getattr(runner, "run", ""), getattr(runner, "started", False)
+        meta[trained.KEY] = trained.describe(runner.cfg)
         hub = checkpoint["message_hub"]
         # The smoothed curves start anew after a resume: their buffers are objects, and scalars.json has the values.
         hub["log_scalars"] = {}

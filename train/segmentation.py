@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine import Config
 
 import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and mmcv's operators before mmseg asks
-from hybridzoo.train import scenes
+from hybridzoo.train import measures, scenes
 from hybridzoo.train.data.report import divided, how_of, place_of
 from hybridzoo.train.data.segmentation import is_cityscapes, renumbered
 from hybridzoo.train.images import ImageError, MaskError, read_mask, without_zero
@@ -32,7 +33,8 @@ from hybridzoo.train.lost import Lost
 with scenes.quietly():
     from mmseg.datasets import ADE20KDataset, BaseSegDataset
     from mmseg.datasets.transforms import LoadAnnotations
-    from mmseg.registry import DATASETS, TRANSFORMS
+    from mmseg.evaluation import IoUMetric
+    from mmseg.registry import DATASETS, METRICS, TRANSFORMS
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
@@ -124,6 +126,45 @@ class MaskScenes(BaseSegDataset):
         ]
 
 
+@METRICS.register_module()
+class MaskScenesMetric(IoUMetric):
+    """mmseg's metrics from exact counts of which class was taken for which.
+
+    Args:
+        **kwargs: mmseg's.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.details: measures.Details | None = None  # of the last validation, in the first process
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
+        if self.format_only:
+            super().process(data_batch, data_samples)
+            return
+        classes = len(self.dataset_meta["classes"])
+        for sample in data_samples:
+            predicted = sample["pred_sem_seg"]["data"].squeeze().long().cpu().numpy()
+            true = sample["gt_sem_seg"]["data"].squeeze().long().cpu().numpy()
+            known = true != self.ignore_index
+            # The pairs of classes that the image shows, which are few, and their numbers.
+            self.results.append(np.unique(true[known] * classes + predicted[known], return_counts=True))
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        """mmseg's metrics, rounded by it to two places."""
+        if self.format_only:
+            return super().compute_metrics(results)
+        names = self.dataset_meta["classes"]
+        counts = np.zeros(len(names) ** 2, np.int64)
+        for pairs, numbers in results:
+            counts[pairs] += numbers
+        counts = counts.reshape(len(names), len(names))
+        self.details = measures.segmentation(len(results), counts, names)
+        right, found, true = np.diagonal(counts), counts.sum(0), counts.sum(1)
+        areas = (right, found + true - right, found, true)
+        return super().compute_metrics([tuple(torch.from_numpy(area.astype(float)) for area in areas)])
+
+
 def configure(
     config: Config, data: Path | None, *, splits: Sequence[str] = SPLITS, classes: Sequence[str] | None = None
 ) -> None:
@@ -159,6 +200,7 @@ def configure(
     how = how_of(config, splits, classes)
     layout = divided(layout, how, root)
     report = inspect_segmentation(root, how, layout=layout)
+    layout = report.layout
     report.tell()
     for split in SPLITS:
         place = layout.places[split]
@@ -179,6 +221,8 @@ def configure(
             for step in scenes.dicts(dataset.pipeline):
                 if step.get("reduce_zero_label"):  # the data decide
                     step.reduce_zero_label = layout.zero_is_none
+    for metric in scenes.evaluators(config, "IoUMetric"):
+        metric.type = "MaskScenesMetric"
     for dataset in scenes.datasets(config, "train"):
         dataset.on_bad = how.on_bad
     scenes.set_classes(config, report.classes)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hybridzoo.train.predict import Prediction
 
 
+MOST_CLASSES = 25  # that a table of results lists
 _WIDEST = 10_000  # columns: on a pipe no line is ever wrapped
 
 
@@ -102,8 +103,33 @@ def scores(values: dict[str, float]) -> Table:
     return table
 
 
-def predictions(found: Sequence["Prediction"], source: Path) -> Table:
-    """A line per class (classification, segmentation) or object (detection) of each image, best first."""
+def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per class with all that is known of it; of many classes the worst, by the first score."""
+    counts = {"class", "images", "objects", "pixels"}
+    columns = list(rows[0])
+    first = next(name for name in columns if name not in counts)
+    table = _table("class", *(f"{name}>" for name in columns[1:]))
+    shown = rows
+    if len(rows) > MOST_CLASSES:
+        measured = [row for row in rows if row[first] is not None]
+        shown = sorted(measured, key=lambda row: row[first])[:MOST_CLASSES]
+        table.title = f"the {len(shown)} of {len(rows)} classes with the lowest {first}"
+    for row in shown:
+        cells = [row["class"]]
+        for name in columns[1:]:
+            value = row[name]
+            cells.append("-" if value is None else f"{value:,}" if name in counts else f"{value:.3g}")
+        table.add_row(*map(printable, cells))
+    return table
+
+
+def predictions(found: Sequence["Prediction"], source: Path | None = None) -> Table:
+    """A line per class (classification, segmentation) or object (detection) of each image, best first.
+
+    Args:
+        found: in one image each.
+        source: the folder below which the images are named; default their own names.
+    """
     task = found[0].task
     if task == "detection":
         masks = any(p.areas is not None for p in found)
@@ -111,15 +137,19 @@ def predictions(found: Sequence["Prediction"], source: Path) -> Table:
     else:
         table = _table("image", "class", "share>" if task == "segmentation" else "probability>")
     for p in found:
-        name = str(p.image.relative_to(source)) if p.image != source else p.image.name
+        name = str(p.image.relative_to(source)) if source and p.image != source else p.name or p.image.name
         if not p.labels:
-            table.add_row(name, "nothing found")
+            table.add_row(printable(name), "nothing found")
         for i, (label, score) in enumerate(zip(p.labels, p.scores, strict=True)):
-            cells = [name, label, f"{score:.2f}" if task == "detection" else f"{100 * score:.1f} %"]
+            cells = [
+                printable(name),
+                printable(label),
+                f"{score:.2f}" if task == "detection" else f"{100 * score:.1f} %",
+            ]
             if p.boxes is not None:
                 cells += [f"{edge:.0f}" for edge in p.boxes[i].tolist()]
-            if p.areas is not None:
-                cells.append(str(p.areas[i]))
+                if p.areas is not None:
+                    cells.append(str(p.areas[i]))
             table.add_row(*cells)
     return table
 

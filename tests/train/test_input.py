@@ -133,8 +133,12 @@ def test_only_the_split_that_is_used_is_looked_through(tmp_path):
     root = folders.segmentation(tmp_path / "s")
     (root / "masks/train/0.png").unlink()
     assert layouts.inspect_segmentation(root, How(splits=("val",), classes=("background", "cat"))).classes
-    with pytest.raises(UserError, match="the model knows cat, background"):
-        layouts.inspect_segmentation(root, How(splits=("val",), classes=("cat", "background")))
+    report = layouts.inspect_segmentation(root, How(splits=("val",), classes=("dog", "cat", "background")))
+    assert report.classes == ["dog", "cat", "background"]
+    assert report.layout.stored == [-1, 1, 0], "masks keep their values, which mean the model's classes"
+    assert report.splits[0].counts == {"dog": 0, "cat": 2, "background": 2}
+    with pytest.raises(UserError, match=r"no class 'background', .* it knows dog, .*; the model knows dog, cat"):
+        layouts.inspect_segmentation(root, How(splits=("val",), classes=("dog", "cat")))
 
 
 # The command ------------------------------------------------------------------------------------------------------

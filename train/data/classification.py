@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from hybridzoo.train.class_names import check_names
+from hybridzoo.train.class_names import check_names, compare_with_model
 from hybridzoo.train.data import imagenet
 from hybridzoo.train.data.holdout import Holdout
-from hybridzoo.train.data.looking import add_split, existing_folder, note_left_out, readable
+from hybridzoo.train.data.looking import add_split, existing_folder, note_left_out, readable, say_absent
 from hybridzoo.train.data.report import SPLIT_NAMES, How, Layout, Report, has_validation
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import check_image, find_images, is_hidden, natural_key
@@ -46,9 +46,10 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
         if split == "train" and not how.classes:
             report.classes = sorted(filled, key=natural_key)
         unknown = sorted(filled - set(report.classes)) if report.classes else []
+        if how.classes:
+            compare_with_model(sorted(filled, key=natural_key), how.classes, str(folder / "".join(unknown[:1])))
         if unknown:
-            who, what = ("the model", "scored") if how.classes else ("train", "learned")
-            raise UserError(f"{folder / unknown[0]}: {who} has no class {unknown[0]!r}; it cannot be {what}")
+            raise UserError(f"{folder / unknown[0]}: train has no class {unknown[0]!r}; it cannot be learned")
         if not report.classes:
             report.classes = sorted(filled, key=natural_key)
     images = {split: [path for path, _ in found[split]] for split in how.splits}
@@ -59,6 +60,8 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
         add_split(
             report, split, [path for path, _ in kept], [name for _, name in kept], [{name} for _, name in kept], counts
         )
+        if how.classes:
+            say_absent([name for name in how.classes if not counts[name]], f"in {root / split}", split, report.notes)
     flat = any(imagenet.is_flat(split.images, split_folder(root, split.name)) for split in report.splits)
     report.layout = Layout({}, name="ImageNet's archives" if flat else "a folder a class")
     return report

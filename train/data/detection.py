@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridzoo.train import coco
+from hybridzoo.train.class_names import compare_with_model
 from hybridzoo.train.data import labels, voc, yolo
 from hybridzoo.train.data.looking import add_split, existing_folder, note_left_out, readable, say_absent
 from hybridzoo.train.data.report import SPLIT_NAMES, How, Layout, Place, Report, divided
@@ -70,6 +71,8 @@ def inspect_detection(
         content = labels.read(place, report.notes)
         found[split] = folder, file, content
         names = coco.class_names(content)
+        if how.classes:
+            compare_with_model(names, how.classes, str(file))
         if not report.classes:
             report.classes = _with_all(names, layout.classes)
         elif set(names) - set(report.classes) and not how.classes:

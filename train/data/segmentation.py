@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridzoo.train.class_names import check_names
+from hybridzoo.train.class_names import check_names, compare_with_model
 from hybridzoo.train.data.looking import add_split, existing_folder, listed, note_left_out, readable, say_absent
 from hybridzoo.train.data.report import IGNORED, SPLIT_NAMES, How, Layout, Place, Report, divided
 from hybridzoo.train.errors import UserError
@@ -90,10 +91,9 @@ def inspect_segmentation(root: Path, how: How | None = None, *, layout: Layout |
     root = existing_folder(Path(root), "data root")
     layout = divided(layout or segmentation_layout(root), how, root)
     classes = list(layout.classes or _read_classes(root / "classes.txt"))
-    if how.classes and list(how.classes) != classes:
-        whose = f"data {root} has classes" if layout.classes else f"{root / 'classes.txt'} names"
-        raise UserError(f"{whose} {', '.join(classes)}; the model knows {', '.join(how.classes)}")
-    report = Report("segmentation", root, classes, layout=layout)
+    known = list(how.classes or classes)
+    compare_with_model(classes, known, f"data {root}" if layout.classes else str(root / "classes.txt"))
+    report = Report("segmentation", root, known, layout=_in_order(layout, classes, known))
     found = {split: masked_images(layout.places[split], layout.suffixes, report.notes) for split in how.splits}
     masks = {image: mask for pairs in found.values() for image, mask in pairs}
     pixels: dict[Path, NDArray[np.int64]] = {}
@@ -113,8 +113,10 @@ def inspect_segmentation(root: Path, how: How | None = None, *, layout: Layout |
         counts = Counter({name: int(n) for name, n in zip(classes, present, strict=False)})
         shows = [{name for name, n in zip(classes, pixels.get(image, none), strict=False) if n} for image, _ in kept]
         add_split(report, split, [image for image, _ in kept], [mask for _, mask in kept], shows, counts)
-        report.splits[-1].pixels = {name: int(n) for name, n in zip(classes, total, strict=False)}
+        pixel_counts = dict(zip(classes, map(int, total), strict=False))
+        report.splits[-1].pixels = {name: pixel_counts.get(name, 0) for name in known}
         _check_occurrence(split, layout, classes, total, len(kept) - len(seen), report.notes)
+        say_absent([name for name in known if name not in classes], "in these data", split, report.notes)
     return report
 
 
@@ -156,6 +158,20 @@ def masked_images(
     kept = place.holdout.keep(list(named["images"])) if place.holdout is not None else [True] * len(named["images"])
     pairs = [(path, named["masks"][name]) for name, path in named["images"].items()]
     return [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
+
+
+def _in_order(layout: Layout, classes: Sequence[str], known: Sequence[str]) -> Layout:
+    """The same layout with a trained model's classes in its order: masks keep their values, which come to mean those.
+
+    Args:
+        classes: the data's, in the order of the masks' values.
+        known: the model's, all of the data's among them; of one that the data lack no mask has a value.
+    """
+    if list(classes) == list(known):
+        return layout
+    values = layout.stored or [number + layout.zero_is_none for number in range(len(classes))]
+    value_of = dict(zip(classes, values, strict=True))
+    return replace(layout, classes=list(known), stored=[value_of.get(name, -1) for name in known], zero_is_none=False)
 
 
 def class_ids(ids: NDArray[Any], layout: Layout) -> NDArray[Any]:

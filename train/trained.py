@@ -1,0 +1,480 @@
+"""What a checkpoint knows of itself: the network, the input, the classes and the metrics of the run that wrote it.
+
+Training puts it beside the weights, as `meta["setup"]`: plain data of numbers, short words, lists, tuples and dicts.
+Whoever reads it again may hold a stranger's file, so nothing of it is believed before it is checked: a `type` has to be
+the name of something that hybridzoo, mmdet, mmseg, mmcv, mmengine or PyTorch provide for its place, a word cannot be a
+path, an address or code, and no key names a file. Nothing is evaluated, imported, downloaded, written or deleted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine import Config
+from mmengine.registry import MODELS, TASK_UTILS, TRANSFORMS
+from torch.nn.modules import module as torch_modules
+
+from hybridzoo.train import resuming, run_folder
+from hybridzoo.train.config import change
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.names import TASKS, find_config
+from hybridzoo.train.plain import shown
+from hybridzoo.train.weights import peek, read_state_dict, unlike
+
+KEY = "setup"  # of a checkpoint's `meta`
+OWN = "from_checkpoint"  # in a config: it is what the checkpoint says, changed at most by whoever asked
+FORMAT = 1
+
+# Keys, or words of keys, under which networks and pipelines take files, addresses or configs.
+_FILES = {
+    *("ckpt", "checkpoint", "config", "dir", "file", "filename", "import", "imports", "init", "path", "pretrain"),
+    *("pretrained", "root", "url", "weights"),
+}
+_FILE_KEYS = {"backend_args", "file_client_args"}
+_TRAINING_ONLY = {"init_cfg", "pretrained", "weights"}  # of a model's config; what they name is in the weights now
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+.-]{0,99}")
+_A_FILE = re.compile(r"\.(py|pyc|pth?|pkl|ckpt|bin|safetensors|npy|npz|json|ya?ml|txt|zip|tar|gz)$", re.IGNORECASE)
+_KEY = re.compile(r"[A-Za-z]\w{0,63}")
+_TYPE = re.compile(r"(?:(?:mmdet|mmseg|mmcv|mmengine)\.)?[A-Za-z_]\w{0,99}")
+_SCOPES = ("mmengine", "mmdet", "mmseg", "mmcv")
+_HOMES = ("hybridzoo.train.", "mmdet.", "mmseg.", "mmcv.", "mmengine.", "torch.nn.", "torchvision.ops.")
+_NOT_HERE = ("language_models", "reid", "vis", "mot", "task_modules.tracking")  # read vocabularies, run command lines
+# Functions and layers that mmcv and mmdet look up by name outside their registries, by the key of their dict.
+_OPERATORS = {"nms": ("nms", "soft_nms"), "roi_layer": ("RoIAlign", "RoIPool")}
+_DEEPEST, _MOST = 24, 50_000
+_LARGEST = 1 << 31
+
+_OF_A_RUN = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
+# What a metric may be told; of other metrics the config has to be named.
+_METRICS = {
+    "classification": ("TopK", ("topk",)),
+    "detection": ("CocoScenesMetric", ("metric", "iou_thrs", "metric_items", "proposal_nums")),
+    "segmentation": ("MaskScenesMetric", ("beta", "iou_metrics", "nan_to_num")),
+}
+_SAME_METRICS = {"CocoMetric": "CocoScenesMetric", "IoUMetric": "MaskScenesMetric"}
+# Settings of a model that only training reads: two configs that differ in nothing else describe one network.
+_OF_TRAINING = {
+    *_TRAINING_ONLY,
+    "test_cfg",  # how its answers are read
+    *("binary", "class_weight", "drop_path_rate", "drop_rate", "freeze", "frozen_stages", "label_smoothing", "mixup"),
+    *("norm_eval", "num_classes", "train_cfg", "with_cp"),
+}
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def describe(config: Config) -> dict[str, Any] | None:
+    """What a configured run's checkpoint has to know, as plain data; None of a config that plain data cannot hold.
+
+    Args:
+        config: of the run, with its data configured.
+    """
+    loader = config.get("val_dataloader") or config.get("test_dataloader")
+    if not loader or config.get("task") not in TASKS:
+        return None
+    dataset = loader.get("dataset") or {}
+    data = dataset.get("root") or dataset.get("data_root")
+    setup = {
+        "format": FORMAT,
+        "name": Path(config.filename).stem if config.filename else "run",
+        "task": config.task,
+        "scope": config.get("default_scope", "mmengine"),
+        "model": _without(config.model, _TRAINING_ONLY),
+        "input": dataset.get("transform") if config.task == "classification" else dataset.get("pipeline"),
+        "metric": _metric(config),
+        "batch_size": loader.get("batch_size", 1),
+        "white_value": config.get("white_value"),
+        "digits": config.get("digits"),
+        "val_fraction": config.get("val_fraction"),
+        "data": str(Path(data).resolve()) if data and not config.get("digits") and not dataset.get("name") else None,
+    }
+    try:
+        setup = _plain(setup)
+        check(setup, "this run")
+    except (TypeError, UserError):  # a class of the user's own, for one: the config has to be named then
+        return None
+    return setup
+
+
+def _metric(config: Config) -> dict[str, Any] | None:
+    found = config.get("val_evaluator") or {}
+    found = found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
+    kind, settings = _METRICS[config.task]
+    if not isinstance(found, dict) or _SAME_METRICS.get(found.get("type", ""), found.get("type")) != kind:
+        return None
+    return {"type": kind, **{key: found[key] for key in settings if found.get(key) is not None}}
+
+
+def _without(node: Any, keys: set[str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _without(value, keys) for key, value in node.items() if key not in keys}
+    if isinstance(node, list | tuple):
+        return type(node)(_without(item, keys) for item in node)
+    return node
+
+
+def _plain(value: Any) -> Any:
+    """Config data as Python's own types; the classes that a config may name by themselves become their names.
+
+    Raises:
+        TypeError: there is something else in it.
+    """
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, type) and value.__module__.startswith(_HOMES):
+        return value.__name__
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"{value!r} is no plain data")
+
+
+# Finding and reading --------------------------------------------------------------------------------------------------
+
+
+def find(run_or_file: str | Path) -> Path:
+    """The checkpoint that a run's folder, or a file, stands for.
+
+    Of a folder: `final.pth` of a run that has ended, else its best checkpoint, else its newest.
+
+    Raises:
+        UserError: nothing is there, or a folder without checkpoints.
+    """
+    path = Path(run_or_file)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder or checkpoint")
+    if (path / "final.pth").is_file():
+        return path / "final.pth"
+    best = sorted(path.glob("best_*.pth"), key=_iterations)
+    newest = best[-1] if best else next(run_folder.newest_first(path), None)
+    if newest is None:
+        raise UserError(f"{path}: holds no checkpoint (final.pth, best_*.pth, epoch_*.pth or iter_*.pth)")
+    return newest
+
+
+def folder_of(checkpoint: Path) -> Path | None:
+    """The run's folder that a checkpoint lies in, if it does."""
+    return checkpoint.parent if (checkpoint.parent / run_folder.NAME).is_file() else None
+
+
+def _iterations(path: Path) -> int:
+    try:
+        count = (peek(path).get("meta") or {}).get("iter")
+    except UserError:
+        return -1
+    return count if isinstance(count, int) else -1
+
+
+def read(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint knows of itself, checked; None where it says nothing.
+
+    Raises:
+        UserError: it cannot be read, or says what no run of ours writes.
+    """
+    meta = peek(checkpoint).get("meta")
+    setup = meta.get(KEY) if isinstance(meta, dict) else None
+    if setup is None:
+        return None
+    check(setup, f"checkpoint {checkpoint}")
+    return dict(setup)
+
+
+def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
+    """The config for inference and for a test that a checkpoint holds, complete, and fitting its weights.
+
+    Args:
+        checkpoint: the file.
+        options: `key.subkey=value`, to change it afterwards; those of a training do nothing here.
+
+    Raises:
+        UserError: it holds none, or one that is not safe, not known here or of another network than its weights; or an
+            option that it has no place for.
+    """
+    setup = read(checkpoint)
+    if setup is None:
+        raise UserError(
+            f"checkpoint {checkpoint}: does not hold its config, as weights of others, or of an older "
+            f"hybridzoo; name the config before it: CONFIG {checkpoint}"
+        )
+    config = _config(setup)
+    from hybridzoo.train import engine  # which needs this module
+
+    engine.task_module(config.task)
+    _check_types(setup, f"checkpoint {checkpoint}")
+    state = read_state_dict(checkpoint, strip=False)
+    own = _skeleton(config, 4 * len(state) + 1000, checkpoint)
+    if reasons := unlike(own, state):
+        raise UserError(f"checkpoint {checkpoint}: its weights do not fit its own config: {reasons}")
+    for key in _OF_A_RUN:
+        config[key] = {}
+    change(config, options)
+    for key in _OF_A_RUN:
+        config.pop(key)
+    engine.prepare(config, ("model",))
+    return config
+
+
+def _skeleton(config: Config, most: int, checkpoint: Path) -> Mapping[str, torch.Tensor]:
+    """Names and shapes of the network, built without memory and in bounded time, for the file may ask for any."""
+    from hybridzoo.train import engine
+
+    count = 0
+
+    def register(module: Any, name: str, value: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise UserError(f"checkpoint {checkpoint}: its config describes far more than its weights")
+
+    handles = [
+        torch_modules.register_module_parameter_registration_hook(register),
+        torch_modules.register_module_module_registration_hook(register),
+    ]
+    try:
+        with engine.quiet():
+            return resuming.skeleton(config).state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a wrong argument makes a library raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"checkpoint {checkpoint}: no network can be made of its config ({reason})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _config(setup: Mapping[str, Any]) -> Config:
+    """A complete config of what is recorded; everything else is ours."""
+    task = setup["task"]
+    runtime = Config.fromfile(Path(find_config("finetune")).parent / "_base_" / "runtime.py")
+    loader: dict[str, Any] = {"batch_size": setup["batch_size"], "num_workers": 0, "persistent_workers": False}
+    loader["sampler"] = {"type": "DefaultSampler", "shuffle": False}
+    if task == "classification":
+        loader["dataset"] = {"type": "TimmDataset", "split": "val", "transform": setup["input"]}
+        loader["collate_fn"] = {"type": "default_collate"}
+    else:
+        kind = {"detection": "CocoScenes", "segmentation": "MaskScenes"}[task]
+        place: dict[str, Any] = {"detection": {"img": ""}, "segmentation": {"img_path": "", "seg_map_path": ""}}[task]
+        loader["dataset"] = {"type": kind, "data_root": "", "data_prefix": place, "pipeline": setup["input"]}
+        loader["dataset"]["test_mode"] = True
+        if task == "detection":
+            loader["dataset"]["ann_file"] = ""
+    metric = setup["metric"] or {"type": _METRICS[task][0]}
+    content = {
+        **runtime.to_dict(),
+        "task": task,
+        "default_scope": setup["scope"],
+        "model": setup["model"],
+        "val_dataloader": loader,
+        "val_cfg": {"type": "ValLoop"},
+        "val_evaluator": metric,
+        "digits": setup["digits"],
+        "data_root": setup["data"],
+        "white_value": setup["white_value"],
+    }
+    if task != "classification":
+        content.update(test_dataloader=loader, test_evaluator=metric, test_cfg={"type": "TestLoop"})
+    if setup["val_fraction"]:
+        content["val_fraction"] = setup["val_fraction"]
+    content[OWN] = True
+    return Config(content, cfg_text=" ", filename=f"{setup['name']}.py")
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def compare(config: Config, checkpoint: Path) -> None:
+    """Refuse a config that contradicts what a checkpoint knows of itself; weights of others contradict nothing.
+
+    Raises:
+        UserError: it names the first difference.
+    """
+    setup = None if config.get(OWN) else read(checkpoint)
+    if setup is None:
+        return
+    given = describe(config)
+    if given is None:
+        return
+    for part in ("task", "model", "input"):
+        theirs, ours = (_without(_unread(side[part]), _OF_TRAINING) for side in (setup, given))
+        found = _difference(theirs, ours, part)
+        if found:
+            place, theirs, ours = found  # the values there
+            raise UserError(
+                f"checkpoint {checkpoint}: was trained with {place}={shown(theirs)}, the config says {shown(ours)}; "
+                "leave the config out, the checkpoint knows it"
+            )
+
+
+_ABSENT = "nothing"
+
+
+def _unread(steps: Any) -> Any:
+    """A pipeline without its reading of files, which follows from the data."""
+    if not isinstance(steps, list):
+        return steps
+    return [step for step in steps if not str(step.get("type")).rpartition(".")[2].startswith("Load")]
+
+
+def _difference(one: Any, other: Any, place: str) -> tuple[str, Any, Any] | None:
+    """The first place where two configs say something else; a number is itself, lists and tuples are alike."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(key for key in other if key not in one)]:
+            mine, theirs = one.get(key), other.get(key)
+            if str(mine) != str(theirs) and (found := _difference(mine, theirs, f"{place}.{key}")):
+                return found
+        return None
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            if found := _difference(*pair, f"{place}.{i}"):
+                return found
+        return None
+    if one == other:
+        return None
+    return place, _ABSENT if one is None else one, _ABSENT if other is None else other
+
+
+# Checking -------------------------------------------------------------------------------------------------------------
+
+
+def check(setup: Any, whose: str) -> None:
+    """Look through what a file says of itself, before anything is made of it.
+
+    Raises:
+        UserError: it is not what `describe` writes.
+    """
+    if not isinstance(setup, dict) or type(setup.get("format")) is not int:
+        raise UserError(f"{whose}: its {KEY} is no setup of a run")
+    if setup["format"] != FORMAT:
+        raise UserError(f"{whose}: its {KEY} has format {setup['format']}, this hybridzoo reads {FORMAT}: update it")
+    if set(setup) != {"format", "name", "task", "scope", "model", "input", "metric", "batch_size", "white_value",
+                      "digits", "data", "val_fraction"}:  # fmt: skip
+        raise UserError(f"{whose}: its {KEY} holds other things than a run's ({', '.join(map(shown, setup))})")
+
+    def wrong(key: str, value: Any, why: str = "is none") -> UserError:
+        return UserError(f"{whose}: its {KEY}.{key}={shown(value)} {why}")
+
+    task = setup["task"]
+    if task not in TASKS:
+        raise wrong("task", task)
+    if setup["scope"] not in _SCOPES:
+        raise wrong("scope", setup["scope"])
+    if not isinstance(setup["name"], str) or not re.fullmatch(r"\w[\w.+-]{0,199}", setup["name"]):
+        raise wrong("name", setup["name"])
+    if type(setup["batch_size"]) is not int or not 1 <= setup["batch_size"] <= 4096:
+        raise wrong("batch_size", setup["batch_size"])
+    white = setup["white_value"]
+    if white is not None and not (type(white) in (int, float) and math.isfinite(white)):
+        raise wrong("white_value", white)
+    data = setup["data"]
+    if data is not None and not (isinstance(data, str) and data.isprintable() and len(data) < 4096):
+        raise wrong("data", data)
+    digits = setup["digits"]
+    if digits is not None:
+        known = {"kind": str, "seed": int, "train": int, "val": int}
+        if not isinstance(digits, dict) or any(type(value) is not known.get(key) for key, value in digits.items()):
+            raise wrong("digits", digits)
+        if any(type(value) is int and not 0 <= value <= 100_000 for value in digits.values()):
+            raise wrong("digits", digits)
+    fraction = setup["val_fraction"]
+    if fraction is not None:
+        known = {"fraction": float, "seed": int, "held": bool}
+        if not isinstance(fraction, dict) or any(type(value) is not known.get(key) for key, value in fraction.items()):
+            raise wrong("val_fraction", fraction)
+    metric = setup["metric"]
+    if metric is not None:
+        kind, settings = _METRICS[task]
+        if not isinstance(metric, dict) or metric.get("type") != kind or metric.keys() - {"type", *settings}:
+            raise wrong("metric", metric)
+    if not isinstance(setup["model"], dict) or not isinstance(setup["input"], dict if task == TASKS[0] else list):
+        raise wrong("model", setup["model"], "or input is no config")
+    count = 0
+    for part in ("model", "input", "metric"):
+        for place, value in _values(setup[part], (part,)):
+            count += 1
+            if count > _MOST:
+                raise UserError(f"{whose}: its {KEY} is larger than any run's")
+            if problem := _problem(place, value):
+                raise wrong(".".join(map(str, place)), value, problem)
+
+
+def _values(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    yield place, node
+    if len(place) <= _DEEPEST:
+        pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+        for key, value in pairs:
+            yield from _values(value, (*place, key))
+
+
+def _problem(place: tuple[Any, ...], value: Any) -> str:
+    """What is wrong with a value at a place, in words; empty for what a run of ours writes."""
+    key = place[-1]
+    if len(place) > _DEEPEST:
+        return "lies deeper than anything in a config"
+    if isinstance(key, str):
+        if key == "_scope_":
+            return "" if value in _SCOPES else "is no package that is known here"
+        if not _KEY.fullmatch(key):
+            return "is under no name of a setting"
+        names_file = key in _FILE_KEYS or set(key.lower().split("_")) & _FILES
+        if len(place) > 1 and names_file and not _harmless(value):
+            return "names a file, which no checkpoint's config does"
+        if key == "type" and not (isinstance(value, str) and _TYPE.fullmatch(value)):
+            return "is no name of a type"
+    elif type(key) is not int:
+        return "is under no name of a setting"
+    if value is None or isinstance(value, dict | list | tuple) or type(value) is bool:
+        return ""
+    if type(value) in (int, float):
+        finite = math.isfinite(value) or type(value) is float  # bounds such as infinity are numbers too
+        return "" if finite and (not math.isfinite(value) or abs(value) <= _LARGEST) else "is no number of a config"
+    if isinstance(value, str):
+        sound = (_WORD.fullmatch(value) or not value) and not _A_FILE.search(value)
+        return "" if sound else "is no word of a config"
+    return "is no plain data"
+
+
+def _harmless(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float)
+
+
+def _check_types(setup: Mapping[str, Any], whose: str) -> None:
+    """Whether every `type` names what the packages of the task provide for its place; they have to be imported.
+
+    Raises:
+        UserError: one that is not known here.
+    """
+    for part, registries in (("model", (MODELS, TASK_UTILS)), ("input", (TRANSFORMS,))):
+        for place, value in _values(setup[part], (part,)):
+            if place[-1] != "type" or (len(place) > 1 and value in _OPERATORS.get(place[-2], ())):
+                continue
+            found = [entry for registry in registries for entry in _entries(registry, value)]
+            if not found or any(not _ours(entry) for entry in found):
+                raise UserError(
+                    f"{whose}: its {KEY}.{'.'.join(map(str, place))}={shown(value)} is not known here; "
+                    "name the config that it was trained with"
+                )
+
+
+def _entries(registry: Any, name: str) -> Iterator[Any]:
+    """What a name stands for in a registry and in those of mmdet and mmseg below it."""
+    scope, _, bare = name.rpartition(".")
+    for place in (registry, *registry.children.values()):
+        if bare in place.module_dict and scope in ("", place.scope):
+            yield place.module_dict[bare]
+
+
+def _ours(entry: Any) -> bool:
+    home = f"{getattr(entry, '__module__', '')}."
+    return home.startswith(_HOMES) and not any(f".{part}." in home for part in _NOT_HERE)

@@ -1,0 +1,53 @@
+"""What the words after `test` and `predict` mean: RUN_OR_FILE, or CONFIG and CHECKPOINT, and then pictures.
+
+Nothing here imports torch or mmengine: a wrong word is told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybridzoo.train import names
+from hybridzoo.train.errors import UserError
+
+
+def split(words: Sequence[str], config: str | None, verb: str) -> tuple[str | None, Path, list[Path]]:
+    """Which config, which run or checkpoint, and what follows.
+
+    A first word that names a recipe, a network or a `.py` file is the config, and the next one the checkpoint; anything
+    else, and every word with `--config`, is the run's folder or the checkpoint, which knows its config.
+
+    Args:
+        words: after the verb, without options.
+        config: of `--config`.
+        verb: for messages.
+
+    Returns:
+        Config or None, the folder or file, and the words after it.
+
+    Raises:
+        UserError: a word is missing, the first one means two things, or nothing is there.
+    """
+    rest = list(words)
+    first = rest[0]
+    if config is None and _is_config(first):
+        if Path(first).exists() and not first.endswith(".py"):
+            raise UserError(
+                f"{first} is a config's name, and a file or folder here; type ./{first}, or --config {first}"
+            )
+        config, rest = rest.pop(0), rest
+        if not rest:
+            near = Path("work_dirs", first)
+            hint = f"hybridzoo {verb} {near}" if near.is_dir() else f"hybridzoo {verb} RUN_OR_FILE"
+            raise UserError(f"{first} is a config; name what was trained with it: {hint}")
+    place = Path(rest.pop(0)).expanduser()
+    if not place.exists():
+        known = [*names.list_configs(), *names.our_models()]
+        hint = "" if config or place.suffix else f"; {names.suggest(str(place), known, 'nor a config of that name')}"
+        raise UserError(f"{place}: no such run folder or checkpoint{hint}")
+    return config, place, [Path(word).expanduser() for word in rest]
+
+
+def _is_config(word: str) -> bool:
+    return word.endswith(".py") or word in names.list_configs() or names.is_model(word)
