@@ -47,6 +47,7 @@ types: setup  ## mypy; it sees the mapped folders through links
 bench: setup  ## speed tables, ours beside what one would run otherwise
 	$(BIN)/python benchmarks/routed_attention.py --out benchmarks/routed_attention_cpu.md
 	$(BIN)/python benchmarks/neighborhood_attention.py --out benchmarks/neighborhood_attention_cpu.md
+	$(BIN)/python benchmarks/deformable_attention.py --out benchmarks/deformable_attention_cpu.md
 	$(BIN)/python benchmarks/window_families.py --out benchmarks/window_families_cpu.md
 	$(BIN)/python benchmarks/convolutional_families.py --threads 2 --out benchmarks/convolutional_families_cpu.md
 	$(BIN)/python benchmarks/linear_attention_families.py --threads 2 --out benchmarks/linear_attention_families_cpu.md

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import hybridzoo  # noqa: F401  (registers the models)
 
 MODELS = ["maxvit_tiny", "fastervit_0", "efficientvit_msra_m0", "efficientvit_mit_b0", "patnet_t0", "biformer_tiny"]
-MODELS += ["dinat_mini", "ascan_tiny"]
+MODELS += ["dinat_mini", "ascan_tiny", "dat_tiny", "dat_plus_tiny"]
 MODELS += [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in ("deit", "pvt", "swin", "cswin")]
 TIMM = {"maxvit_tiny": "maxvit_tiny_tf_224", "efficientvit_msra_m0": "efficientvit_m0"}
 TIMM |= {"efficientvit_mit_b0": "efficientvit_b0"}
@@ -54,6 +54,10 @@ def other_forms(name: str, ours: nn.Module) -> dict[str, nn.Module]:
         from biformer_plain import make_plain
 
         return {"plain": make_plain(copy.deepcopy(ours))}
+    if name.startswith("dat_"):  # what stands between the deformable attentions is ours in both
+        from deformable_attention import make_plain as make_plain_dat
+
+        return {"plain": make_plain_dat(copy.deepcopy(ours))}
     if name.startswith(("agent", "inline")):
         from linear_attention_families import plain
 

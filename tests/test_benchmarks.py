@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -48,5 +49,17 @@ def test_plain_transcriptions_are_the_same_networks(family, host, monkeypatch):
     ours = timm.create_model(f"{family}_{host}_tiny", num_classes=10, **depths).double().eval()
     other = plain(ours)
     x = torch.randn(1, 3, 224, 224, dtype=torch.double)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), ours(x))
+
+
+@pytest.mark.parametrize("name", ["dat_tiny", "dat_plus_tiny"])
+def test_plain_deformable_attention_is_the_same(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    make_plain = importlib.import_module("deformable_attention").make_plain
+    ours = timm.create_model(name, num_classes=10, depths=(1, 1, 2, 1)).double().eval()
+    other = make_plain(copy.deepcopy(ours))
+    assert sum(type(module).__name__ == "PlainDeformableAttention" for module in other.modules()) >= 2
+    x = torch.randn(1, 3, 64, 96, dtype=torch.double)
     with torch.no_grad():
         torch.testing.assert_close(other(x), ours(x))
