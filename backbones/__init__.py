@@ -11,11 +11,14 @@ from hybridzoo.backbones.efficientvit_mit import EfficientViTMIT
 from hybridzoo.backbones.efficientvit_msra import EfficientViTMSRA
 from hybridzoo.backbones.fastervit import FasterViT
 from hybridzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
+from hybridzoo.backbones.litv2 import LITv2
 from hybridzoo.backbones.maxvit import MaxViT
 from hybridzoo.backbones.patnet import PATNet
+from hybridzoo.backbones.ravlt import RAVLT
 
 __all__ = [
     "DAT",
+    "RAVLT",
     "AgentCSwin",
     "AgentDeiT",
     "AgentPVT",
@@ -31,6 +34,7 @@ __all__ = [
     "InLinePVT",
     "InLineSwin",
     "IsotropicDiNAT",
+    "LITv2",
     "MaxViT",
     "PATNet",
     "fusing",

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hybridzoo.backbones import ascan, dinat_isotropic, fastervit, maxvit, patnet
+from hybridzoo.backbones import ascan, dinat_isotropic, fastervit, maxvit, patnet, ravlt
 from hybridzoo.backbones.hosts import cswin
 from hybridzoo.layers.inference.attention import part
 from hybridzoo.layers.inference.fusing import Fixed, folds, swaps
 from hybridzoo.layers.inference.packed import FewImages
 from hybridzoo.layers.inference.partial import FusedPartialConv, fold_channel_attention, fold_spatial_gate
 from hybridzoo.layers.partial_attention import DynamicPartialConv, PartialChannelAttention, SpatialGate
+from hybridzoo.layers.rotary import Rotary2d
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 swaps(ascan.PositionBias)(Fixed)
 swaps(dinat_isotropic.MapBias)(Fixed)
+swaps(Rotary2d)(Fixed)
 
 
 @folds(patnet.Block)
@@ -32,6 +34,17 @@ def _(block: patnet.Block) -> None:
         gate: Any
         mlp.project, gate = fold_spatial_gate(mlp.gate, mlp.project)
         mlp.gate = gate
+
+
+@folds(ravlt.Block)
+def _(block: ravlt.Block) -> None:
+    """Layer scales, into the last linear layers of attention and MLP."""
+    attn, mlp = cast(Any, block.attn), cast(Any, block.mlp)
+    for linear, name in ((attn.proj, "scale1"), (mlp.fc2, "scale2")):
+        gamma: Tensor = getattr(block, name).gamma
+        linear.weight.mul_(gamma[:, None])
+        linear.bias.mul_(gamma)
+        setattr(block, name, nn.Identity())
 
 
 @swaps(cswin.StripeAttention)

@@ -27,11 +27,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 import hybridzoo  # noqa: F401  (registers the models)
+from hybridzoo.layers import DeformableMerging
 
 MODELS = ["maxvit_tiny", "fastervit_0", "efficientvit_msra_m0", "efficientvit_mit_b0", "patnet_t0", "biformer_tiny"]
-MODELS += ["dinat_mini", "ascan_tiny", "dat_tiny", "dat_plus_tiny"]
+MODELS += ["dinat_mini", "ascan_tiny", "dat_tiny", "dat_plus_tiny", "ravlt_tiny", "litv2_small"]
 MODELS += [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in ("deit", "pvt", "swin", "cswin")]
 TIMM = {"maxvit_tiny": "maxvit_tiny_tf_224", "efficientvit_msra_m0": "efficientvit_m0"}
 TIMM |= {"efficientvit_mit_b0": "efficientvit_b0"}
@@ -58,11 +60,28 @@ def other_forms(name: str, ours: nn.Module) -> dict[str, nn.Module]:
         from deformable_attention import make_plain as make_plain_dat
 
         return {"plain": make_plain_dat(copy.deepcopy(ours))}
+    if name.startswith("litv2"):
+        return {"torchvision's deform_conv2d": with_torchvision(copy.deepcopy(ours))}
     if name.startswith(("agent", "inline")):
         from linear_attention_families import plain
 
         return {"plain": plain(ours)}
     return {}
+
+
+def with_torchvision(model: nn.Module) -> nn.Module:
+    """LITv2 with the operator that its own code compiles for CUDA, in torchvision's form."""
+
+    class Merging(DeformableMerging):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.permute(0, 3, 1, 2)
+            x = deform_conv2d(x, self.offset(x), self.conv.weight, self.conv.bias, stride=2)
+            return self.act(self.norm(x)).permute(0, 2, 3, 1)
+
+    for module in model.modules():
+        if isinstance(module, DeformableMerging):
+            module.__class__ = Merging
+    return model
 
 
 def steps(name: str, batch: int, compiled: bool) -> dict[str, Callable[[], Tensor]]:

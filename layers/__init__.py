@@ -6,12 +6,15 @@ from hybridzoo.layers.cascaded_group_attention import CascadedGroupAttention
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
 from hybridzoo.layers.deformable_attention import DeformableAttention
+from hybridzoo.layers.deformable_merging import DeformableMerging
 from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
 from hybridzoo.layers.head import PooledHead
+from hybridzoo.layers.hilo_attention import HiLoAttention
 from hybridzoo.layers.inline_attention import InLineAttention
 from hybridzoo.layers.linear_attention import MultiScaleLinearAttention
 from hybridzoo.layers.mbconv import FusedMBConv, MBConv, PoolShortcut
 from hybridzoo.layers.neighborhood import NeighborhoodAttention2d
+from hybridzoo.layers.rank_augmented_attention import GatedAttention, RankAugmentedAttention
 from hybridzoo.layers.relative_position import RelativePositionBias
 from hybridzoo.layers.residual import Residual
 from hybridzoo.layers.stage import Stage
@@ -26,14 +29,18 @@ __all__ = [
     "CoordinateBias",
     "CoordinateEmbedding",
     "DeformableAttention",
+    "DeformableMerging",
     "DepthwiseMlp",
     "FusedMBConv",
+    "GatedAttention",
+    "HiLoAttention",
     "InLineAttention",
     "MBConv",
     "MultiScaleLinearAttention",
     "NeighborhoodAttention2d",
     "PoolShortcut",
     "PooledHead",
+    "RankAugmentedAttention",
     "RelativePositionBias",
     "Residual",
     "ShiftedWindowAttention",

@@ -18,6 +18,8 @@ from hybridzoo.train import networks
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import fitting_out_norms, load_matching, read_parts, tell
 
+OutNorm = Literal["LN", "BN"] | None
+
 
 class Level(NamedTuple):
     """One map of a pyramid: level `index` of the model, its stride doubled `doublings` times (halved, if negative)."""
@@ -108,7 +110,8 @@ class PyramidBackbone(nn.Module):
         out_indices: which levels to return, as timm counts them (`feature_info`): four-stage nets usually have levels
             0-3 at strides 4-32, ResNets a level 0 at stride 2 before those. Default 0-3.
         out_norm: a fresh norm per level, on the output only (the trunk goes on without it): "LN" over channels,
-            "BN" BatchNorm, or None.
+            "BN" BatchNorm, or None; one for all levels, or a sequence with one for each (LITv2's published detectors
+            leave the finest map as it is).
         out_norm_eps: of "LN"; default that of the model's first LayerNorm, which published detectors have too (DiNAT
             and the Swin hosts 1e-5, BiFormer 1e-6), or 1e-6 where it has none.
         frozen_stages: no gradient and no changing statistics in the stem (0), the stem and the first k stages (k); -1
@@ -135,7 +138,7 @@ class PyramidBackbone(nn.Module):
         self,
         name: str,
         out_indices: Sequence[int] | None = None,
-        out_norm: Literal["LN", "BN"] | None = None,
+        out_norm: OutNorm | Sequence[OutNorm] = None,
         out_norm_eps: float | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -175,14 +178,17 @@ class PyramidBackbone(nn.Module):
             self.model.set_grad_checkpointing(True)
         eps = self._eps() if out_norm_eps is None else out_norm_eps
         norm: dict[str | None, Any] = {None: nn.Identity, "LN": partial(LayerNorm2d, eps=eps), "BN": nn.BatchNorm2d}
-        if out_norm not in norm:
-            raise UserError(f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None")
+        kinds = [out_norm] * len(levels) if out_norm is None or isinstance(out_norm, str) else list(out_norm)
+        if len(kinds) != len(levels) or any(kind not in norm for kind in kinds):
+            raise UserError(
+                f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None, or give {len(levels)} of them, one a level"
+            )
         if any(level.doublings for level in levels):
             scales = [_rescale(info[level.index]["num_chs"], level.doublings) for level in levels]
             self.rescale: nn.ModuleList | None = nn.ModuleList(scales)
         else:  # the levels are the model's own: nothing to learn, and no names in the state dict
             self.rescale = None
-        self.out_norms = nn.ModuleList(norm[out_norm](width) for width in self.channels)
+        self.out_norms = nn.ModuleList(norm[kind](width) for kind, width in zip(kinds, self.channels, strict=True))
         self._freeze(frozen_stages)
 
     def _create(self) -> Any:  # Any: nn.Module does not declare what every timm model has

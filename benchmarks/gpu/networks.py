@@ -24,6 +24,7 @@ FIRST = ["dinat_tiny", "plain dinat_tiny", "biformer_small", "plain biformer_sma
 TIMM = ["convnext_tiny", "swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224"]
 OTHERS = ["maxvit_tiny", "agent_swin_tiny", "plain agent_swin_tiny", "inline_swin_tiny", "plain inline_swin_tiny"]
 OTHERS += ["fastervit_0", "efficientvit_msra_m5", "efficientvit_mit_b2", "patnet_t2", "ascan_tiny", "dat_plus_tiny"]
+OTHERS += ["ravlt_tiny", "litv2_small"]
 PROFILED = ["dinat_tiny", "biformer_small", "agent_swin_tiny", "inline_swin_tiny", "swin_tiny_patch4_window7_224"]
 WAYS = ("training",), ("inference", "training"), ("inference", "training")
 CODE = ("kernels", "layers", "backbones")

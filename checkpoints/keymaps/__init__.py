@@ -20,8 +20,10 @@ from hybridzoo.checkpoints.keymaps import (
     efficientvit_msra,
     fastervit,
     hosts,
+    litv2,
     maxvit,
     patnet,
+    ravlt,
 )
 
 # First word or words of a model's name -> module with `convert(state_dict, model_name)`
@@ -34,10 +36,12 @@ _FAMILIES = {
     "efficientvit_msra": efficientvit_msra,
     "dat": dat,
     "dinat": dinat,
+    "litv2": litv2,
     "maxvit": maxvit,
     "nat": dinat,
     "partialnet": patnet,
     "patnet": patnet,
+    "ravlt": ravlt,
     "vitrpb": dinat,
     "fastervit": fastervit,
 }

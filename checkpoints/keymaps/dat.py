@@ -11,6 +11,7 @@ from hybridzoo.checkpoints.keymaps.dense import convert_dense
 from hybridzoo.checkpoints.keymaps.tables import Table, to_ours, to_published
 
 _CONSTANTS = re.compile(r"\.(attn_mask|relative_position_index)$")  # follow from the map's size
+_NORMS: Table = [("norms.*.norm.", "out_norms.*.")]  # of the maps of a detector or segmentor
 _DEPTH = 18  # of the deepest stage
 _DEFORMABLE: Table = [
     (".rpe_table", ".bias.table"),
@@ -58,7 +59,7 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
 
     A published detector or segmentor becomes ours, `backbone.` being a `PyramidBackbone` with output norms.
     """
-    return convert_dense(state_dict, lambda state: _classifier(state, model_name), r"^norms\.(\d)\.norm\.")
+    return convert_dense(state_dict, lambda state: _classifier(state, model_name), _NORMS)
 
 
 def _classifier(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:

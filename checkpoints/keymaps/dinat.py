@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from hybridzoo.checkpoints.keymaps.dense import convert_dense
 from hybridzoo.checkpoints.keymaps.tables import HEAD, Table, shifted, to_ours, to_published
 
 _TRANSFORMERS: Table = [  # to the authors' names
@@ -22,7 +24,10 @@ _TRANSFORMERS: Table = [  # to the authors' names
     (".output.dense.", ".mlp.fc2."),
     ("layernorm.", "norm."),
     ("classifier.", "head."),
-    *shifted("hidden_states_norms.stage{}.", "norm{}.", 1, range(4)),
+]
+_NORMS: Table = [  # of the maps of a detector or segmentor
+    ("norm*.", "out_norms.*."),
+    *shifted("hidden_states_norms.stage{}.", "out_norms.{}.", 1, range(4)),
 ]
 
 
@@ -49,22 +54,15 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
 
     A published detector or segmentor becomes ours, `backbone.` being a `PyramidBackbone` with output norms.
     """
-    state = dict(state_dict)
-    if any(key.startswith("backbone.") for key in state):
-        inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        outside = {k: v for k, v in state.items() if not k.startswith("backbone.")}
-        return {f"backbone.{k}": v for k, v in convert(inside, model_name).items()} | outside
+    return convert_dense(state_dict, functools.partial(_network, model_name), _NORMS)
+
+
+def _network(model_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    table = _table(model_name)
     if any(".attention.self." in key for key in state):
         state = _from_transformers(state)
     # An index follows from the map's size.
-    state = {name: value for name, value in state.items() if not name.endswith(".relative_position_index")}
-    table = _table(model_name)
-    converted = {to_ours(name, table): tensor for name, tensor in state.items()}
-    if any(key.startswith("norm0.") for key in converted):  # of a detector or segmentor: a norm for each output map
-        outputs = [(f"norm{i}.", f"out_norms.{i}.") for i in range(4)]
-        converted = {to_ours(key, outputs): tensor for key, tensor in converted.items()}
-        return {k if k.startswith("out_norms.") else f"model.{k}": tensor for k, tensor in converted.items()}
-    return converted
+    return {to_ours(name, table): v for name, v in state.items() if not name.endswith(".relative_position_index")}
 
 
 def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Batch norms fold into the linear layer or convolution before or after them."""
+"""Batch norms and identities fold into the linear layer or convolution before or after them."""
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.deformable_merging import DeformableMerging
+from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
 from hybridzoo.layers.head import PooledHead
 from hybridzoo.layers.inference.fusing import folds
 from hybridzoo.layers.mbconv import MBConv
@@ -37,6 +39,25 @@ def _(head: PooledHead) -> None:
     if isinstance(head.after, nn.BatchNorm1d) and isinstance(head.fc, nn.Linear):
         head.fc = fuse_norm_layer_eval(head.after, head.fc)
         head.after = nn.Identity()
+
+
+@folds(DeformableMerging)
+def _(merging: Any) -> None:
+    merging.conv = fuse_conv_bn_eval(merging.conv, merging.norm)
+    merging.norm = nn.Identity()
+
+
+@folds(DepthwiseMlp)
+def _(mlp: DepthwiseMlp) -> None:
+    if mlp.residual:
+        add_identity(mlp.conv)
+        mlp.residual = False
+
+
+def add_identity(conv: nn.Conv2d) -> None:
+    """From now on a depthwise convolution of odd size adds its input to its result."""
+    rows, columns = conv.weight.shape[2:]
+    conv.weight[:, :, rows // 2, columns // 2] += 1
 
 
 @torch.no_grad()

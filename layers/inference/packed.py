@@ -18,6 +18,7 @@ from timm.layers import Conv2dSame, Mlp, pad_same
 from torch import Tensor, nn
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
 from hybridzoo.layers.inference.fusing import swaps
 
 if TYPE_CHECKING:
@@ -193,6 +194,20 @@ def _(mlp: Mlp) -> nn.Module:
     if LINEAR is None or post is None or not linear:
         return mlp
     return FewTokens(nn.Sequential(PackedLinear(fc1, mlp.act, post), mlp.fc2), fc1.weight.shape[0])
+
+
+@swaps(DepthwiseMlp, on_cpu=True)
+def _(mlp: Any) -> nn.Module:
+    post = post_operation(mlp.act)
+    if LINEAR is None or CONVOLUTION is None or post is None or mlp.residual:
+        return mlp
+    hidden, dim = mlp.fc1.weight.shape
+    if mlp.act_first:
+        mlp.fc1 = PackedLinear(mlp.fc1, mlp.act, post)
+    else:
+        mlp.conv = PackedConv(mlp.conv, mlp.act, post)
+    mlp.act = nn.Identity()
+    return FewImages(mlp, hidden / dim)
 
 
 @swaps(nn.Linear, on_cpu=True)
