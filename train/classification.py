@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from hybridzoo.train import measures, networks
 from hybridzoo.train.backbone import freeze
 from hybridzoo.train.data.classification import class_folders, split_folder, used_holdout
 from hybridzoo.train.data.holdout import holdout_of
-from hybridzoo.train.data.report import how_of, no_split
+from hybridzoo.train.data.report import SPLIT_NAMES, how_of, no_split
+from hybridzoo.train.data.shards import Shards, shards_of
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import ImageError, natural_key, read_image
 from hybridzoo.train.layouts import SPLITS, OnBad, classified_images, inspect_classification
@@ -218,7 +220,8 @@ class ReaderDataset(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         file, label, *_ = self.reader[i]
-        image = read_image(file, name=str(self.reader.filename(i)), white_value=self.white_value)
+        with contextlib.closing(file):
+            image = read_image(file, name=str(self.reader.filename(i)), white_value=self.white_value)
         return (image if self.transform is None else self.transform(image)), -1 if label is None else label
 
 
@@ -318,8 +321,12 @@ def configure(
         UserError: no data, or data that cannot be trained on.
     """
     sets = [config[key].dataset for key in ("train_dataloader", "val_dataloader", "test_dataloader") if config.get(key)]
+    packed = shards_of(data) if data is not None else None
+    if packed is not None:
+        _take_shards(config, packed, splits)
+        data = packed.root
     named = sets[0].get("name", "")
-    if data is not None and named:
+    if data is not None and packed is None and named:
         for dataset in sets:  # the user's folder replaces the config's hfds/..., wds/...
             dataset.name = named = ""
     skipped: list[Path] = []
@@ -329,7 +336,11 @@ def configure(
         from hybridzoo.train.digits import digits_root
 
         root = digits_root(**config.digits)
-    if named:  # not files of ours to look through: the config says how many classes there are
+    if packed is not None and packed.classes:
+        names = config.class_names = list(packed.classes)
+    elif packed is not None and not config.get("class_names"):
+        raise UserError(f"data {packed.name}: names no classes; write them into classes.txt, or set class_names")
+    elif named:  # not files of ours to look through: the config says how many classes there are
         names = list(config.get("class_names") or (str(index) for index in range(config.model.num_classes)))
     elif root is None:
         raise UserError("no data: give an image folder with train/ and val/ in it (--data DIR), or set data_root")
@@ -357,6 +368,26 @@ def configure(
     if config.get("train_dataloader"):
         config.train_dataloader.dataset.on_bad = config.get("on_bad", "stop")
     config.model.num_classes = len(names)
+
+
+def _take_shards(config: Config, packed: Shards, splits: Sequence[str]) -> None:
+    """Let a config's loaders read packed data, in place.
+
+    Raises:
+        UserError: a split that is needed is not there.
+    """
+    for key, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
+        loader = config.get(key)
+        if not loader:
+            continue
+        if split in splits and not packed.splits[split]:
+            raise UserError(
+                f"data {packed.name}: has no split {split}; expected one of {', '.join(SPLIT_NAMES[split])}"
+            )
+        loader.dataset.update(name=packed.name, split=packed.splits[split] or split)
+        if packed.stream:  # in the order of its files, shuffled by timm
+            loader.sampler = None
+            loader.dataset.update(is_training=key == "train_dataloader", batch_size=loader.batch_size)
 
 
 def eval_transform(config: Config) -> Any:

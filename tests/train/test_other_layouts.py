@@ -1,7 +1,9 @@
 """Data in the layouts that people have: YOLO, Pascal VOC, Cityscapes, ImageNet's archives; and a held-out share."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -372,3 +374,56 @@ def test_check_says_the_layout(tmp_path, capsys):
     assert main(["check", str(root), "--out", str(tmp_path / "out")]) == 0
     assert "layout: YOLO (data.yaml)" in capsys.readouterr().out
     assert (tmp_path / "out/detection.png").is_file()
+
+
+# Packed data ----------------------------------------------------------------------------------------------------------
+
+
+def tar_files(root: Path, images: Path) -> Path:
+    """The images of a classification folder in WebDataset's tar files, two of training."""
+    info = {}
+    root.mkdir()
+    for split, word in (("train", "train"), ("val", "validation")):
+        paths = sorted((images / split).glob("*/*.png"))
+        info[word] = {"name": word, "filenames": [], "shard_lengths": [], "num_samples": len(paths)}
+        for number, part in enumerate((paths[::2], paths[1::2]) if split == "train" else (paths,)):
+            file = f"data-{word}-{number:04d}.tar"
+            with tarfile.open(root / file, "w") as tar:
+                for i, path in enumerate(part):
+                    tar.add(path, f"{i:04d}.png")
+                    label = str(["chelsea", "coffee"].index(path.parent.name)).encode()
+                    entry = tarfile.TarInfo(f"{i:04d}.cls")
+                    entry.size = len(label)
+                    tar.addfile(entry, io.BytesIO(label))
+            info[word]["filenames"].append(file)
+            info[word]["shard_lengths"].append(len(part))
+    (root / "_info.json").write_text(json.dumps({"splits": info}))
+    (root / "classes.txt").write_text("chelsea\ncoffee\n")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["wds", "hfds"])
+def test_classifiers_train_on_packed_data(kind, run_config, tmp_path, monkeypatch):
+    pytest.importorskip({"wds": "webdataset", "hfds": "datasets"}[kind])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    images = folders.classification(tmp_path / "images")
+    root = tar_files(tmp_path / "shards", images) if kind == "wds" else images
+    if kind == "hfds":
+        import datasets.config
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    config = run_config("train_cfg.max_epochs=1", "train_dataloader.batch_size=4")
+    metrics = engine.train(config, work_dir=tmp_path / "run", data=f"{kind}/{root}", wandb=False)
+    assert 0 <= metrics["accuracy/top1"] <= 100
+    assert engine.class_names(tmp_path / "run/final.pth") == ("chelsea", "coffee")
+    assert metrics == engine.test(config, tmp_path / "run/final.pth", data=f"{kind}/{root}", work_dir=tmp_path / "t")
+
+
+def test_packed_data_that_cannot_be_read(tmp_path, run_config):
+    images = folders.classification(tmp_path / "images")
+    root = tar_files(tmp_path / "shards", images)
+    (root / "classes.txt").unlink()
+    wrong = {f"wds/{root}": "names no classes", "tfds/mnist": "tfds is not read", f"wds/{images}": "names no splits"}
+    for data, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            engine.train(run_config(), work_dir=tmp_path / "run", data=data, wandb=False)
