@@ -346,7 +346,7 @@ def configure(
         raise UserError("no data: give an image folder with train/ and val/ in it (--data DIR), or set data_root")
     else:
         for split in splits:  # without them timm would measure on the training images
-            if root.is_dir() and how.holdout is None and class_folders(root, split) is None:
+            if root.is_dir() and (how.holdout is None or split == "test") and class_folders(root, split) is None:
                 raise no_split(root, split)
         report = inspect_classification(root, how)
         how = replace(how, holdout=used_holdout(root, how))
@@ -354,12 +354,16 @@ def configure(
         names, skipped = report.classes, report.skipped
     if config.get("val_fraction") and named:
         raise UserError(f"val_fraction: {named} is not divided; name its own validation set in val_dataloader.dataset")
-    holdout = how.holdout if not named else None
+    holdout = how.holdout if not named and "test" not in splits else None
     for key, split in (("train_dataloader", "train"), ("val_dataloader", "val")):
         if config.get(key) and not named:
             config[key].dataset.pop("holdout", None)
             if holdout is not None:
                 config[key].dataset.holdout = holdout.part(split == "val").options()
+    if "test" in splits and not named:
+        for key in ("val_dataloader", "test_dataloader"):
+            if config.get(key):
+                config[key].dataset.split = "test"
     for dataset in sets:
         dataset.root = None if root is None else str(root)
         dataset.classes = names
@@ -380,6 +384,8 @@ def _take_shards(config: Config, packed: Shards, splits: Sequence[str]) -> None:
         loader = config.get(key)
         if not loader:
             continue
+        if split == "val" and "test" in splits:
+            split = "test"
         if split in splits and not packed.splits[split]:
             raise UserError(
                 f"data {packed.name}: has no split {split}; expected one of {', '.join(SPLIT_NAMES[split])}"

@@ -52,6 +52,11 @@ class Launcher(str, Enum):
     slurm = "slurm"
 
 
+class Part(str, Enum):
+    val = "val"
+    test = "test"
+
+
 class Task(str, Enum):
     classification = "classification"
     detection = "detection"
@@ -255,6 +260,9 @@ def evaluate(
     work_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Results and log; default the run's folder, or work_dirs/NAME.")
     ] = None,
+    part: Annotated[
+        Part, typer.Option("--split", help="The part of the data: val, or test where there is one.")
+    ] = Part.val,
     device: Device = None,
     tta: Tta = False,
     slide: SlideOption = None,
@@ -284,6 +292,7 @@ def evaluate(
         tta=tta,
         slide=windows,
         pictures=True,
+        split=part.value,
     )
     _print_scores(scores)
     _print_results(folder)

@@ -262,7 +262,9 @@ def configure(
     scenes.read_by_ours(config)
     _drop_empty_boxes(config)
     used = [dataset for split in splits for dataset in scenes.datasets(config, split)]
-    if all(dataset.get("ann_file") and (root / dataset.ann_file).is_file() for dataset in used):
+    if "test" not in splits and all(
+        dataset.get("ann_file") and (root / dataset.ann_file).is_file() for dataset in used
+    ):
         layout = _own_layout(config, root, used)
         if layout is None:
             print(f"data {root}: read by mmdet's {used[0].type}, and not looked through")
@@ -281,17 +283,18 @@ def configure(
     report = inspect_detection(root, how, masks=masks, layout=layout)
     report.tell()
     names, left_out = report.classes, [str(path) for path in report.skipped]
+    tested = "test" if "test" in splits else "val"
     for split in SPLITS:
-        place = layout.places[split]
+        place = layout.places[tested if split == "val" else split]
         for dataset in scenes.datasets(config, split):
             dataset.update(type="CocoScenes", data_root=str(root), ann_file=scenes.below(place.labels, root))
             dataset.update(data_prefix={"img": f"{scenes.below(place.images, root)}/"}, skipped=left_out, masks=masks)
             scenes.say(dataset, source=place.source())
     for kind in ("CocoMetric", "CocoScenesMetric"):
         for metric in scenes.evaluators(config, kind):
-            metric.update(type="CocoScenesMetric", ann_file=str(layout.places["val"].labels))
-            metric.update(folder=str(layout.places["val"].images), classes=names, skipped=left_out)
-            scenes.say(metric, source=layout.places["val"].source())
+            metric.update(type="CocoScenesMetric", ann_file=str(layout.places[tested].labels))
+            metric.update(folder=str(layout.places[tested].images), classes=names, skipped=left_out)
+            scenes.say(metric, source=layout.places[tested].source())
     for dataset in scenes.datasets(config, "train"):
         dataset.on_bad = how.on_bad
     scenes.set_classes(config, names)

@@ -358,6 +358,7 @@ def test(
     tta: bool = False,  # noqa: PT028
     slide: views.Slide | None = None,  # noqa: PT028
     pictures: bool = False,  # noqa: PT028
+    split: str = "val",  # noqa: PT028
 ) -> dict[str, float]:
     """Measure a checkpoint on the test set, or on the validation set where the config has no test set.
 
@@ -375,6 +376,7 @@ def test(
         tta: average over flipped and, for detection and segmentation, resized images.
         slide: segmentation: predict windows of this size and step, and merge them.
         pictures: also draw the results, see `hybridzoo.train.results.draw`.
+        split: "val", or "test" of data that have one; a config's own test set counts as "val" where it has one.
 
     Returns:
         Metric -> value.
@@ -392,7 +394,7 @@ def test(
     names = class_names(path)
     with _process_group(launcher):
         place = Path(data) if data is not None else None
-        task_module(config.task).configure(config, place, splits=("val",), classes=names or None)
+        task_module(config.task).configure(config, place, splits=(split,), classes=names or None)
         folder = _set_up(config, work_dir or own_folder, launcher)
         if device is not None:
             config.device = settle.check_device(device)
@@ -413,7 +415,11 @@ def test(
                 _close(runner)
             metrics = {name: float(value) for name, value in found.items() if isinstance(value, Real)}
             if is_main_process():
-                facts = {"checkpoint": str(path.resolve()), "options": {"tta": tta, "slide": slide and list(slide)}}
+                facts = {
+                    "split": split,
+                    "checkpoint": str(path.resolve()),
+                    "options": {"tta": tta, "slide": slide and list(slide)},
+                }
                 testing.leave(config, runner.test_loop, folder, metrics, pictures=pictures, **facts)
             return metrics
 

@@ -186,7 +186,7 @@ def configure(
     root = scenes.find_root(config, data)
     scenes.read_by_ours(config)
     used = [dataset for split in splits for dataset in scenes.datasets(config, split)]
-    if all((root / dataset.data_prefix.img_path).is_dir() for dataset in used):
+    if "test" not in splits and all((root / dataset.data_prefix.img_path).is_dir() for dataset in used):
         layout = _own_layout(config, root, used)
         if layout is None:
             print(f"data {root}: read by mmseg's {used[0].type}, and not looked through")
@@ -202,8 +202,9 @@ def configure(
     report = inspect_segmentation(root, how, layout=layout)
     layout = report.layout
     report.tell()
+    tested = "test" if "test" in splits else "val"
     for split in SPLITS:
-        place = layout.places[split]
+        place = layout.places[tested if split == "val" else split]
         for dataset in scenes.datasets(config, split):
             dataset.update(
                 type="MaskScenes",

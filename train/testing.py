@@ -56,6 +56,6 @@ def leave(
     details = next(filter(None, (getattr(metric, "details", None) for metric in loop.evaluator.metrics)), None)
     dataset = (config.get("test_dataloader") or config.get("val_dataloader") or {}).get("dataset") or {}
     data = dataset.get("root") or dataset.get("data_root") or dataset.get("name")
-    results.write(folder, config.task, metrics, details, data=str(data), split="val", **facts)
+    results.write(folder, config.task, metrics, details, data=str(data), **{"split": "val", **facts})
     if pictures:
         results.draw(folder, training=bool(config.get("train_cfg")))

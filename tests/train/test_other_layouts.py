@@ -297,6 +297,40 @@ def test_a_run_divides_its_training_images(task, tmp_path):
         engine._hold_out(config, state, None)
 
 
+@pytest.mark.parametrize("task", ["classification", "yolo", "segmentation"])
+def test_the_test_split_is_read(task, tmp_path):
+    root = getattr(folders, task)(tmp_path / "data")
+    for name in ("", "images/", "masks/", "labels/"):
+        if (root / f"{name}val").is_dir():
+            shutil.copytree(root / f"{name}val", root / f"{name}test")
+    next(path for path in root.rglob("test/**/*1.png") if "masks" not in path.parts).unlink()
+    for path in (root / "masks/test/1.png", root / "labels/test/1.txt"):
+        path.unlink(missing_ok=True)
+    recipe = {"classification": "finetune", "yolo": "retinanet", "segmentation": "fpn"}[task]
+    config = load_config(recipe, model="efficientvit_mit_b0")
+    names = {"yolo": ("cat", "cup"), "segmentation": ("background", "cat")}.get(task, ("chelsea", "coffee"))
+    engine.prepare(config).configure(config, root, splits=("test",), classes=names)
+    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
+        assert len(DATASETS.build(config.val_dataloader.dataset)) == (3 if task == "classification" else 1)
+    shutil.rmtree(root / "val" if task == "classification" else root / "images/val")
+    shutil.rmtree(root / "test" if task == "classification" else root / "images/test")
+    with pytest.raises(UserError, match="test"):
+        engine.prepare(config).configure(config, root, splits=("test",), classes=names)
+
+
+def test_a_run_with_a_held_out_share_is_tested_on_it_and_on_a_test_set(run_config, image_folder, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(image_folder / "train", root / "train")
+    shutil.copytree(image_folder / "val", root / "test")
+    config = run_config("train_cfg.max_epochs=1", "val_fraction=0.25")
+    metrics = engine.train(config, work_dir=tmp_path / "run", data=root, wandb=False)
+    assert json.loads((tmp_path / "run/results.json").read_text())["images"] == 9
+    assert engine.test(None, tmp_path / "run") == metrics
+    engine.test(None, tmp_path / "run", split="test", work_dir=tmp_path / "tested")
+    found = json.loads((tmp_path / "tested/results.json").read_text())
+    assert (found["split"], found["images"]) == ("test", 15)
+
+
 # A held-out share -----------------------------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def split_folder(root: Path, split: str, part: Holdout | None = None) -> Path:
     Args:
         part: of the training images, which may lie in the root itself.
     """
-    if part is not None:
+    if part is not None and split != "test":
         return class_folders(root, "train") or root
     return class_folders(root, split) or root / split
 
