@@ -62,7 +62,7 @@ def _tar_files(data: str, folder: Path | None) -> Shards:
         raise UserError(f"--data {data} needs {error.name}: pip install 'hybridzoo[shards]'") from error
     file = next((folder / name for name in ("_info.json", "info.json") if (folder / name).is_file()), None)
     try:
-        splits = json.loads(file.read_bytes())["splits"] if file is not None else None
+        splits: Any = json.loads(file.read_bytes())["splits"] if file is not None else None
         own = {split: next((word for word in words if word in splits), "") for split, words in SPLIT_NAMES.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file or folder}: names no splits; timm's _info.json does, see its documentation") from error
