@@ -31,7 +31,8 @@ from mmengine.runner import BaseLoop, CheckpointLoader
 from mmengine.runner import Runner as MMRunner
 from torch import nn
 
-import hybridzoo.backbones  # noqa: F401 - registers the models with timm
+import hybridzoo.backbones
+import hybridzoo.train.early_stop  # noqa: F401 - a hook that configs name
 from hybridzoo.checkpoints.containers import flaw
 from hybridzoo.checkpoints.transfer import DownloadError, fetch
 from hybridzoo.train import (

@@ -21,6 +21,7 @@ from hybridzoo.train.notes import Notes
 
 FULL_DECODES = SAMPLE  # of a larger set this many, evenly spaced, are decoded; of the others the two ends are read
 BAR_AFTER = 2.0  # seconds
+LINE_AFTER = 25.0  # seconds between lines where no bar is seen
 Result = TypeVar("Result")
 
 
@@ -141,13 +142,18 @@ def _each(count: int, work: Callable[[int], Result], what: str) -> Iterator[Resu
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task(what, total=count)
-    began = time.monotonic()
+    began = said = time.monotonic()
+    done = 0
     pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2))
     try:
         for results in pool.map(lambda part: [work(index) for index in part], parts):
             if not bar.live.is_started and time.monotonic() - began > BAR_AFTER:
                 bar.start()
             bar.update(task, advance=len(results))
+            done += len(results)
+            if not console.is_terminal and first_process() and time.monotonic() - said > LINE_AFTER:
+                said = time.monotonic()
+                print(f"data: {what}, {done:,} of {count:,}", flush=True)
             yield from results
     finally:
         bar.stop()
