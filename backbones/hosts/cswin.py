@@ -8,21 +8,16 @@ image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits; N
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
-from hybridzoo.layers import Stage, TransformerBlock
-from hybridzoo.layers.init import init_linear
+from hybridzoo.backbones.hosts.pyramid import STRIDES, Pyramid, doubled
+from hybridzoo.layers import TransformerBlock
 from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
-
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +29,10 @@ class CSwinConfig:
     num_heads: tuple[int, ...]
     linear: tuple[int, ...] = (ALL, ALL, 0, 0)  # blocks at the start of each stage with the family's attention
     img_size: int = 224
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return doubled(self.dim, self.depths)
 
 
 @register_notrace_module
@@ -120,52 +119,21 @@ class Merge(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())
 
 
-class CSwin(Backbone):
-    """CSwin for images of any size from 32 x 32 pixels.
+class CSwin(Pyramid):
+    """CSwin; arguments: see `Pyramid`."""
 
-    Args:
-        cfg: the variant; its fields are also arguments of `timm.create_model`.
-        attention: the family's attention on `(B, H, W, dim)` maps.
-        in_chans: channels of the image.
-        num_classes: 0 for pooled features.
-        global_pool: `"avg"`, `"max"`, … or `""` for none.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-    """
-
-    layout = "NHWC"
     linear_block: type[TransformerBlock] = TransformerBlock  # of the blocks with the family's attention
 
-    def __init__(
-        self,
-        cfg: CSwinConfig,
-        attention: Attention,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        check_per_stage(len(STRIDES), depths=cfg.depths, num_heads=cfg.num_heads, linear=cfg.linear)
-        dims = [cfg.dim * 2**i for i in range(len(cfg.depths))]
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.set_feature_info(dims, STRIDES)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
-        self.stem = Stem(in_chans, cfg.dim)
-        stages = []
-        for i, (depth, dim, heads) in enumerate(zip(cfg.depths, dims, cfg.num_heads, strict=True)):
-            stripe = (1, 2, cfg.img_size // 32, None)[i]
-            blocks = []
-            for j in range(depth):
-                if j < cfg.linear[i]:
-                    block, attn = self.linear_block, attention(i, dim, heads, cfg.img_size // STRIDES[i])
-                else:
-                    block, attn = TransformerBlock, StripeAttention(dim, heads, stripe)
-                blocks.append(block(dim, attn, drop_path=next(rates)))
-            stages.append(Stage(blocks, Merge(dims[i - 1], dim) if i else None))
-        self.stages = nn.Sequential(*stages)
-        self.norm = LayerNorm2d(self.num_features, eps=1e-5)
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(init_linear)
+    def make_stem(self, cfg: CSwinConfig, in_chans: int) -> nn.Module:
+        return Stem(in_chans, cfg.dim)
+
+    def make_block(self, cfg: CSwinConfig, attention: Attention, stage: int, index: int, drop_path: float) -> nn.Module:
+        dim, heads = cfg.dims[stage], cfg.num_heads[stage]
+        if index < cfg.linear[stage]:
+            attn = attention(stage, dim, heads, cfg.img_size // STRIDES[stage])
+            return self.linear_block(dim, attn, drop_path=drop_path)
+        stripe = (1, 2, cfg.img_size // 32, None)[stage]
+        return TransformerBlock(dim, StripeAttention(dim, heads, stripe), drop_path=drop_path)
+
+    def make_downsampling(self, cfg: CSwinConfig, stage: int) -> nn.Module:
+        return Merge(cfg.dims[stage - 1], cfg.dims[stage])

@@ -9,21 +9,16 @@ image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, rounded dow
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import Attention
-from hybridzoo.layers import Stage, TransformerBlock
-from hybridzoo.layers.init import init_linear
+from hybridzoo.backbones.hosts.pyramid import STRIDES, Pyramid
+from hybridzoo.layers import TransformerBlock
 from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.resize import resize_map
-
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,54 +52,21 @@ class PatchEmbed(nn.Module):
         return x + resize_map(grid, (x.shape[1], x.shape[2])).permute(0, 2, 3, 1)
 
 
-class PVT(Backbone):
-    """PVT for images of any size from 32 x 32 pixels.
+class PVT(Pyramid):
+    """PVT; arguments: see `Pyramid`."""
 
-    Args:
-        cfg: the variant; its fields are also arguments of `timm.create_model`.
-        attention: the family's attention on `(B, H, W, dim)` maps.
-        in_chans: channels of the image.
-        num_classes: 0 for pooled features.
-        global_pool: `"avg"`, `"max"`, … or `""` for none.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-    """
+    per_stage = ("depths", "dims", "num_heads", "mlp_ratios")
 
-    layout = "NHWC"
+    def make_stem(self, cfg: PVTConfig, in_chans: int) -> nn.Module:
+        return PatchEmbed(in_chans, cfg.dims[0], STRIDES[0], cfg.img_size // STRIDES[0], of_image=True)
 
-    def __init__(
-        self,
-        cfg: PVTConfig,
-        attention: Attention,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        rows = dict(depths=cfg.depths, dims=cfg.dims, num_heads=cfg.num_heads, mlp_ratios=cfg.mlp_ratios)
-        check_per_stage(len(STRIDES), **rows)
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = cfg.dims[-1]
-        self.set_feature_info(cfg.dims, STRIDES)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
-        self.stem = PatchEmbed(in_chans, cfg.dims[0], STRIDES[0], cfg.img_size // STRIDES[0], of_image=True)
-        stages = []
-        for i, (depth, dim) in enumerate(zip(cfg.depths, cfg.dims, strict=True)):
-            side = cfg.img_size // STRIDES[i]
-            blocks = [
-                TransformerBlock(
-                    dim,
-                    attention(i, dim, cfg.num_heads[i], side),
-                    cfg.mlp_ratios[i],
-                    eps=1e-6,
-                    drop_path=next(rates),
-                )
-                for _ in range(depth)
-            ]
-            stages.append(Stage(blocks, PatchEmbed(cfg.dims[i - 1], dim, 2, side) if i else None))
-        self.stages = nn.Sequential(*stages)
-        self.norm = nn.Identity()
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(init_linear)
+    def make_block(self, cfg: PVTConfig, attention: Attention, stage: int, index: int, drop_path: float) -> nn.Module:
+        dim = cfg.dims[stage]
+        attn = attention(stage, dim, cfg.num_heads[stage], cfg.img_size // STRIDES[stage])
+        return TransformerBlock(dim, attn, cfg.mlp_ratios[stage], eps=1e-6, drop_path=drop_path)
+
+    def make_downsampling(self, cfg: PVTConfig, stage: int) -> nn.Module:
+        return PatchEmbed(cfg.dims[stage - 1], cfg.dims[stage], 2, cfg.img_size // STRIDES[stage])
+
+    def make_norm(self, dim: int) -> nn.Module:
+        return nn.Identity()

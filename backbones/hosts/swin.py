@@ -8,21 +8,15 @@ image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, rounded up 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from hybridzoo.backbones.base import Backbone, check_per_stage
 from hybridzoo.backbones.hosts.common import ALL, Attention
-from hybridzoo.layers import ShiftedWindowAttention, Stage, TransformerBlock
-from hybridzoo.layers.init import init_linear
+from hybridzoo.backbones.hosts.pyramid import STRIDES, Pyramid, doubled
+from hybridzoo.layers import ShiftedWindowAttention, TransformerBlock
 from hybridzoo.layers.memory import channels_last
-
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +28,10 @@ class SwinConfig:
     num_heads: tuple[int, ...]
     linear: tuple[int, ...] = (ALL, ALL, ALL, 0)  # blocks at the start of each stage with the family's attention
     img_size: int = 224
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return doubled(self.dim, self.depths)
 
 
 class PatchEmbed(nn.Module):
@@ -64,56 +62,24 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
-class Swin(Backbone):
-    """Swin for images of any size from 32 x 32 pixels.
+class Swin(Pyramid):
+    """Swin; arguments: see `Pyramid`."""
 
-    Args:
-        cfg: the variant; its fields are also arguments of `timm.create_model`.
-        attention: the family's attention on `(B, H, W, dim)` maps.
-        in_chans: channels of the image.
-        num_classes: 0 for pooled features.
-        global_pool: `"avg"`, `"max"`, … or `""` for none.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-    """
+    def make_stem(self, cfg: SwinConfig, in_chans: int) -> nn.Module:
+        return PatchEmbed(in_chans, cfg.dim)
 
-    layout = "NHWC"
+    def make_block(self, cfg: SwinConfig, attention: Attention, stage: int, index: int, drop_path: float) -> nn.Module:
+        dim, heads, window = cfg.dims[stage], cfg.num_heads[stage], cfg.img_size // STRIDES[-1]
+        attn = (
+            attention(stage, dim, heads, cfg.img_size // STRIDES[stage])
+            if index < cfg.linear[stage]
+            # Every second block of the stage, the family's included, is a shifted one.
+            else ShiftedWindowAttention(dim, heads, window, window // 2 if index % 2 else 0)
+        )
+        return TransformerBlock(dim, attn, drop_path=drop_path)
 
-    def __init__(
-        self,
-        cfg: SwinConfig,
-        attention: Attention,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        check_per_stage(len(STRIDES), depths=cfg.depths, num_heads=cfg.num_heads, linear=cfg.linear)
-        dims = [cfg.dim * 2**i for i in range(len(cfg.depths))]
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.set_feature_info(dims, STRIDES)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
-        self.stem = PatchEmbed(in_chans, cfg.dim)
-        window = cfg.img_size // STRIDES[-1]
-        stages = []
-        for i, (depth, dim, heads) in enumerate(zip(cfg.depths, dims, cfg.num_heads, strict=True)):
-            blocks = []
-            for j in range(depth):
-                attn = (
-                    attention(i, dim, heads, cfg.img_size // STRIDES[i])
-                    if j < cfg.linear[i]
-                    # Every second block of the stage, the family's included, is a shifted one.
-                    else ShiftedWindowAttention(dim, heads, window, window // 2 if j % 2 else 0)
-                )
-                blocks.append(TransformerBlock(dim, attn, drop_path=next(rates)))
-            stages.append(Stage(blocks, PatchMerging(dims[i - 1]) if i else None))
-        self.stages = nn.Sequential(*stages)
-        self.norm = LayerNorm2d(self.num_features, eps=1e-5)
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.apply(init_linear)
+    def make_downsampling(self, cfg: SwinConfig, stage: int) -> nn.Module:
+        return PatchMerging(cfg.dims[stage - 1])
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
