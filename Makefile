@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# In the order of tests/conftest.py, which puts the longest first.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help one-line setup demo test test-all test-fast lint types bench gpu docs clean
 
@@ -26,13 +28,13 @@ demo: setup  ## fine-tune one backbone on three tasks on the embedded data, show
 	$(BIN)/python -m hybridzoo.train.demo --out demo
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(PYTEST)
 
-test-all: setup  ## with those that try more of the same kind: kernels compiled for every chip, at every width
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m ""
+test-all: setup  ## with more of the same kind: every size and host, kernels for every chip and width, training on digits
+	$(PYTEST) -m ""
 
 test-fast: setup  ## without the slow ones
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 lint: setup  ## style
 	$(BIN)/ruff check .

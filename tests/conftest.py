@@ -16,17 +16,34 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="0/1", metavar="I/N", help="every Nth of the selected tests, from the Ith on")
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """A file's tests share a process and its fixtures; the contract, half of the time, goes model by model instead."""
-    contract, others = [], []
+    """A file's tests share a process and its fixtures; the contract, half of the time, goes model by model instead.
+
+    Marked `alone`: a test that takes as long as a file. These come first, so that none is left for the end, when other
+    workers have nothing to do.
+    """
+    alone, contract, others = [], [], []
     for item in items:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        if item.path.name == "test_contract.py" and name is not None:
+        if item.get_closest_marker("alone"):
+            alone.append(item)
+            group = item.nodeid
+        elif item.path.name == "test_contract.py" and name is not None:
             contract.append((name, item))
             group = f"contract of {name}"
         else:
             others.append(item)
             group = str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    items[:] = [item for _, item in sorted(contract, key=lambda pair: pair[0])] + others
+    items[:] = [*alone, *(item for _, item in sorted(contract, key=lambda pair: pair[0])), *others]
+
+
+@pytest.hookimpl(trylast=True)  # of what `-m` and `-k` leave
+def pytest_collection_finish(session):
+    part, count = map(int, session.config.option.part.split("/"))
+    session.items[:] = session.items[part::count]

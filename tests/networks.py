@@ -69,6 +69,15 @@ def image(height=64, width=96, batch=2):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def mostly(names) -> list:
+def leaders_of(names) -> list:
     """All leaders, those besides `names` in exhaustive runs only."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.exhaustive) for name in LEADERS]
+    return _mostly(LEADERS, names)
+
+
+def variants_too() -> list:
+    """All models, those that differ from a leader in sizes only in exhaustive runs."""
+    return _mostly(MODELS, LEADERS)
+
+
+def _mostly(names, usual) -> list:
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]

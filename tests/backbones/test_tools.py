@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from networks import LEADERS, image, shallow
+from networks import BLOCKS, image, leaders_of, shallow
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-pytestmark = pytest.mark.parametrize("name", LEADERS)
+pytestmark = pytest.mark.parametrize("name", leaders_of(BLOCKS))
 
 
 def test_fx_traces_it_forward_and_backward(name):

@@ -215,14 +215,17 @@ def test_gradients_are_the_same_bits_every_time():
 
 
 @not_interpreted
-def test_under_the_interpreter():
+@pytest.mark.alone
+def test_under_the_interpreter(request):
     pytest.importorskip("triton", reason="Triton is not installed")
-    run_interpreted(__file__, at_least=9)
+    run_interpreted(request, at_least=9)
 
 
 @plain
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.exhaustive), torch.bfloat16], ids=str
+)
 def test_kernels_compile_without_spills(capability, dtype):
     pytest.importorskip("triton", reason="Triton is not installed")
     from hybridzoo.kernels.depthwise import triton_impl

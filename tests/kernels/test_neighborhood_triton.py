@@ -189,6 +189,7 @@ def test_a_frozen_bias_costs_no_kernel():
     assert [n.arguments["WANT_BIAS"] for n in (frozen[0], trained[0])] == [False, True]
 
 
+@not_interpreted
 def test_float32_products_are_taken_as_pytorch_takes_its_own():
     """In a process for each way: once one way to allow TF32 was used, PyTorch refuses others."""
     program = """
@@ -304,8 +305,9 @@ def test_what_the_kernels_cannot_take_is_said(change, reason):
 
 
 @not_interpreted
-def test_under_the_interpreter():
-    run_interpreted(__file__, at_least=len(CASES) + 12)
+@pytest.mark.alone
+def test_under_the_interpreter(request):
+    run_interpreted(request, at_least=len(CASES) + 12)
 
 
 def launches(height, heads, head_dim, kernel, dilation, dtype, bias=True, fill=False):

@@ -18,6 +18,7 @@ from triton_tests import (
     compiles,
     computes,
     not_interpreted,
+    parts,
     results,
     run_interpreted,
 )
@@ -178,8 +179,8 @@ def test_nothing_but_the_tensors_is_read_or_left_unwritten(topk, filled):
 @pytest.mark.parametrize("filled", [True, False])
 def test_operators_are_well_formed(filled):
     torch.manual_seed(0)
-    *qkv, fill = leaves(1, (5, 5), 2, 16, filled, torch.float32)
-    grid = Grid(3, 3, 2, 2)
+    *qkv, fill = leaves(1, (3, 3), 1, 16, filled, torch.float32)
+    grid = Grid(2, 2, 2, 2)
     routes = random_routes(1, grid, 2).to(DEVICE)
     where = list(grid), 0.3, "triton"
     torch.library.opcheck(operators.routed_attention2d, (*qkv, routes, fill, *where))
@@ -248,14 +249,15 @@ def test_a_region_that_nobody_lists_has_no_gradient_and_one_listed_twice_twice_t
 
 
 @computes
-@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize(
-    ("size", "heads", "head_dim", "grid", "topk"),
+    ("size", "heads", "head_dim", "grid", "topk", "filled"),
     [
-        ((14, 14), 2, 32, Grid(7, 7, 2, 2), 16),
-        ((7, 11), 3, 24, Grid(3, 4, 3, 3), 5),  # regions reach beyond the map; channels in more than one block
-        ((4, 9), 1, 16, Grid(1, 1, 4, 9), 1),
-        ((9, 34), 1, 16, Grid(9, 17, 1, 2), 153),
+        ((14, 14), 2, 32, Grid(7, 7, 2, 2), 16, False),
+        ((7, 11), 3, 24, Grid(3, 4, 3, 3), 5, False),  # regions reach beyond the map; channels in more than one block
+        ((7, 11), 3, 24, Grid(3, 4, 3, 3), 5, True),
+        ((4, 9), 1, 16, Grid(1, 1, 4, 9), 1, True),  # a fill that nothing carries
+        ((5, 26), 1, 16, Grid(5, 13, 1, 2), 65, False),  # more regions than a number has bits
+        pytest.param((9, 34), 1, 16, Grid(9, 17, 1, 2), 153, False, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -359,8 +361,9 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, side, heads, head_dim, regions, t
 
 
 @not_interpreted
-def test_under_the_interpreter():
-    run_interpreted(__file__, at_least=len(CASES) + 2 + 15)
+@parts(2)
+def test_under_the_interpreter(request, part):
+    run_interpreted(request, at_least=(len(CASES) + 2 + 15) // 2, part=part)
 
 
 def launches(size, heads, head_dim, regions, topk, dtype):

@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # CI runs `make demo` itself
 def test_trains_three_tasks_and_shows_what_they_learned(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hybridzoo.train.demo", "--out", "demo", "--data", str(data)]
     run = subprocess.run([*command, "--cfg-options", *SMALL], cwd=tmp_path, capture_output=True, text=True)
@@ -49,10 +49,13 @@ def test_trains_three_tasks_and_shows_what_they_learned(data: Path, tmp_path: Pa
         assert step.starts_from is None or f"--weights demo/{step.starts_from}/final.pth" in run.stdout
 
 
-def test_bad_options_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hybridzoo.train.demo", "--cfg-options", "no.such.key=1"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: ")
-    assert run.stderr.count("\n") == 1
+def test_bad_options_are_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo", "--cfg-options", "no.such.key=1"])
+    assert demo.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ def test_three_commands_train_and_predict(network, tmp_path):
     assert sheet.width > 3 * sheet.height / 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("network", "reached"), one_line.LEARNED)
 def test_the_recipe_learns_the_digits(network, reached, tmp_path):
     row = one_line.learn_digits(network, tmp_path, epochs=2, side=32)
