@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hybridzoo import checkpoints
 from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.checkpoints.pretrained import find_weights, in_our_names
-from hybridzoo.layers.inference import Fusible
+from hybridzoo.layers.inference import SWAPPED, FusedError, Fusible
 from hybridzoo.layers.memory import channels_last
 
 
@@ -49,6 +49,7 @@ class Backbone(Fusible):
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
     stem_levels: int = 0  # of `feature_info`'s levels, those inside the stem
+    image_channels: int = 3  # that a fused network reads; `fuse()` looks at the first convolution
 
     def set_feature_info(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
         """Describe the stages' maps: `channels` and input pixels per map pixel (`reductions`), finest first."""
@@ -80,10 +81,12 @@ class Backbone(Fusible):
     def example_image(self, size: int | tuple[int, int] | None) -> Tensor:
         """One black image: of `size` pixels, or of the size that the weights were published for."""
         cfg: dict[str, Any] = self.pretrained_cfg  # type: ignore[assignment]  # timm's builder sets it
-        first: Any = self.get_submodule(cfg["first_conv"])
-        weight: Tensor = first.weight
+        if SWAPPED not in self.forms:  # later the first convolution may be under another name
+            first: Any = self.get_submodule(cfg["first_conv"])
+            self.image_channels = first.weight.shape[1]
         height, width = cfg["input_size"][1:] if size is None else to_2tuple(size)
-        return torch.zeros(1, weight.shape[1], height, width, dtype=weight.dtype, device=weight.device)
+        like = next(tensor for tensor in self.stem.state_dict().values() if tensor.is_floating_point())
+        return torch.zeros(1, self.image_channels, height, width, dtype=like.dtype, device=like.device)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -116,6 +119,8 @@ class Backbone(Fusible):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one; 0 classes leave pooled features, `global_pool=""` the map."""
+        if self.fused:
+            raise FusedError("reset_classifier()")
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         like = next(self.stem.parameters())
@@ -179,6 +184,8 @@ class Backbone(Fusible):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the chosen intermediates do not need; returns their indices."""
+        if self.fused:
+            raise FusedError("prune_intermediate_layers()")
         take, last = feature_take_indices(self.stem_levels + len(self.stages), indices)
         self.stages = self.stages[: max(0, last + 1 - self.stem_levels)]
         if prune_norm:

@@ -78,6 +78,13 @@ class _Packed(nn.Module):
     bias: Tensor | None
     packed: Tensor
 
+    def __init__(self, layer: Any, act: nn.Module, post: tuple[str, str]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
+        self.act = act
+        self.post = post
+
     def pack(self) -> None:
         weight = self.weight.detach()
         suits = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -107,10 +114,7 @@ class PackedLinear(_Packed):
     """`act(linear(x))`."""
 
     def __init__(self, linear: nn.Linear | PackedLinear, act: nn.Module, post: tuple[str, str]) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.act = act
-        self.post = post
+        super().__init__(linear, act, post)
         self.pack()
 
     def _pack(self, weight: Tensor) -> Tensor:
@@ -127,10 +131,7 @@ class PackedConv(_Packed):
     """`act(conv(x))`; timm's "same" padding is put around the map before."""
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module, post: tuple[str, str]) -> None:
-        super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
-        self.act = act
-        self.post = post
+        super().__init__(conv, act, post)
         self.same = isinstance(conv, Conv2dSame)
         self.padding: Any = [0, 0] if self.same else list(conv.padding)
         self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
@@ -150,6 +151,11 @@ class PackedConv(_Packed):
         return self.act(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 
+def in_parts(x: Tensor) -> bool:
+    """Whether it pays to work through a batch in parts: on a CPU, but compilers do better with the whole."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class FewTokens(nn.Module):
     """Layers that see nothing but channels, on a few tokens `(..., dim)` at a time."""
 
@@ -160,7 +166,7 @@ class FewTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        if len(tokens) <= self.tokens or torch.compiler.is_compiling():
+        if len(tokens) <= self.tokens or not in_parts(x):
             return self.layers(x)
         parts = -(-len(tokens) // self.tokens)
         return torch.cat([self.layers(part) for part in tokens.chunk(parts)]).view(*x.shape[:-1], -1)
@@ -180,7 +186,7 @@ class FewImages(nn.Module):
         self.growth = growth
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if not in_parts(x):
             return self.module(x)
         parts = min(len(x), math.ceil(x.numel() * self.growth / SLICE))
         return torch.cat([self.module(part) for part in x.chunk(parts)]) if parts > 1 else self.module(x)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+from collections import Counter
 
 import pytest
 import timm
@@ -119,6 +121,8 @@ def test_a_fused_network_is_for_inference_only():
         around.train,
         lambda: model.load_state_dict(state),
         lambda: around.load_state_dict({f"0.{key}": value for key, value in state.items()}),
+        lambda: model.reset_classifier(5),
+        model.prune_intermediate_layers,
     ):
         with pytest.raises(FusedError, match="this network is fused, for inference only"):
             refused()
@@ -127,14 +131,90 @@ def test_a_fused_network_is_for_inference_only():
     assert not model(torch.randn(1, 3, 64, 64)).requires_grad
 
 
-def test_a_fused_network_copies_and_pickles():
-    model = timm.create_model("efficientvit_mit_b0", depths=(1, 1, 1, 1), num_classes=3).fuse()
-    x = torch.randn(1, 3, 64, 64)
-    expected = model(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(twin(x), expected)
+def small(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, depths=(1, 1, 1) if "msra" in name else (1, 1, 1, 1), num_classes=3).eval()
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+# Of convolutions, of norms in other layers, of a few images at a time, of attention in another form.
+KINDS = ["efficientvit_mit_b0", "patnet_t0", "maxvit_tiny", "agent_swin_tiny"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
+def test_a_fused_network_copies_pickles_and_is_saved(name, way):
+    model, x = small(name).fuse((64, 64)), torch.randn(1, 3, 64, 64)
+    expected, twin = model(x), way(model)
+    torch.testing.assert_close(twin(x), expected)
+    assert not list(twin.parameters())
+    for refused in (twin.train, lambda: twin.load_state_dict(twin.state_dict())):
         with pytest.raises(FusedError):
-            twin.train()
+            refused()
+    assert twin.fuse((64, 96)) is twin
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # the forms; no GPU is needed for them
+def test_a_fused_network_follows_to_another_dtype_and_device(name, device):
+    model, x = small(name), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        fused = copy.deepcopy(model).fuse((64, 64), device=device)
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            plain, moved = model.to(dtype)(x.to(dtype)), copy.deepcopy(fused).to(dtype)(x.to(dtype))
+            assert moved.dtype == dtype
+            assert (moved - plain).abs().max() < 0.1 * expected.std()
+        back = copy.deepcopy(fused).double().float()  # and its own kernels again
+        torch.testing.assert_close(back(x), expected, rtol=1e-4, atol=1e-4)
+        away = copy.deepcopy(fused).to("meta")
+        assert away(x.to("meta")).shape == expected.shape
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (fused(x).float() - expected).abs().max() < 0.1 * expected.std()
+        if torch.cuda.is_available():
+            there = copy.deepcopy(fused).cuda()
+            torch.testing.assert_close(there(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(there.cpu()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def kinds(model: nn.Module) -> Counter:
+    return Counter(type(module).__name__ for module in model.modules())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_fusing_twice_adds_nothing_but_what_was_left_out(name):
+    x = torch.randn(2, 3, 64, 64)
+    once = small(name).fuse((64, 64))
+    expected, forms = once(x), kinds(once)
+    assert kinds(once.fuse((64, 64))) == forms
+    torch.testing.assert_close(once(x), expected)
+    for first in (dict(portable=True), dict(device="cuda")):
+        model = small(name).fuse((64, 64), **first)
+        assert "PackedConv" not in kinds(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        assert kinds(model.fuse((64, 64), device="cpu")) == forms
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.double().float()(x), expected, rtol=1e-4, atol=1e-4)
+        assert not list(model.parameters())
+    with pytest.raises(FusedError, match="portable"):
+        once.fuse(portable=True)
+
+
+def test_fusing_twice_reads_images_of_as_many_channels():
+    model = timm.create_model("biformer_tiny", in_chans=5, depths=(1, 1, 1, 1)).fuse(portable=True).fuse(64)
+    assert model.fuse(96)(torch.randn(1, 5, 96, 96)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", 1.5])
+def test_a_kind_of_device_that_is_none_is_named(device):
+    with pytest.raises(ValueError, match=f"device must be .*; got {device!r}"):
+        small("efficientvit_msra_m0").fuse(device=device)
 
 
 def test_position_tables_are_made_once_for_the_size_that_they_are_fixed_for():
