@@ -1,4 +1,9 @@
-"""Every structure is plain to other people's tools: tracers, hooks, quantizers, adapters, transforms, counters."""
+"""Every structure is plain to other people's tools: tracers, hooks, quantizers, adapters, transforms, counters.
+
+What timm's own test-suite asks of every network is here and in the neighbours: `forward`, `backward`, `default_cfgs`,
+`forward_features` and `forward_intermediates` (features, too) in `test_contract`, pretrained weights in
+`tests/checkpoints`, `forward_fx` and `backward_fx` here. TorchScript is traced here, not compiled (`torch.jit.script`).
+"""
 
 from __future__ import annotations
 
@@ -93,26 +98,27 @@ def test_dynamic_quantization_converts_every_linear_layer(name):
         assert quantized(image()).isfinite().all()
 
 
-def test_adapters_in_place_of_linear_layers_are_called(name):
-    """What peft does: every linear layer is another module around it."""
-
-    class Adapter(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-            self.calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.base(x)
-
-    model = shallow(name)
+def test_peft_adapts_every_linear_layer(name):
+    """LoRA starts as the network itself, every adapter learns, and what it learnt can be merged into the weights."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, x = shallow(name).double(), image().double()
+    linear = [key for key, module in model.named_modules() if type(module) is nn.Linear]
     with torch.no_grad():
-        expected = model(image())
-        for key in [key for key, module in model.named_modules() if type(module) is nn.Linear]:
-            model.set_submodule(key, Adapter(model.get_submodule(key)))
-        torch.testing.assert_close(model(image()), expected)
-    assert all(module.calls for module in model.modules() if isinstance(module, Adapter))
+        expected = model(x)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=linear))
+    out = adapted(x)
+    torch.testing.assert_close(out, expected)
+    out.square().mean().backward()
+    learning = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
+    assert len(learning) == 2 * len(linear)
+    assert all(p.grad is not None for p in learning.values())
+    assert all(p.grad.any() for key, p in learning.items() if "lora_B" in key)  # A learns once B is not zero
+    with torch.no_grad():
+        for p in learning.values():
+            p.add_(0.01)
+        learnt = adapted(x)
+        torch.testing.assert_close(adapted.merge_and_unload()(x), learnt)
+    assert not torch.equal(learnt, expected)
 
 
 def test_functional_call_transforms_and_fake_tensors_leave_it_as_it_was(name):
@@ -149,14 +155,18 @@ def test_counters_see_every_layer(name):
     assert layers <= counter.get_total_flops() < 3 * layers
 
 
-def test_pruned_layers_count_after_an_evaluation(name):
+@pytest.mark.parametrize("structured", [False, True])
+def test_pruned_layers_count_after_an_evaluation(name, structured):
     """PyTorch's pruning puts a masked tensor in the place of a parameter, and computes it before every call."""
     model, pruned = shallow(name), shallow(name)
     layers = [module for module in pruned.modules() if type(module) in (nn.Linear, nn.Conv2d)]
     with torch.no_grad():
         before = pruned(image())
         for layer in layers:
-            prune.l1_unstructured(layer, "weight", amount=0.5)
+            if structured:
+                prune.ln_structured(layer, "weight", amount=0.5, n=2, dim=0)
+            else:
+                prune.l1_unstructured(layer, "weight", amount=0.5)
         masked = pruned(image())
         for layer in layers:
             prune.remove(layer, "weight")
@@ -181,8 +191,67 @@ def multiplications(model):
     return counter.get_total_flops() / 2
 
 
+def layers_of(model):
+    """Names of the layers that multiply."""
+    return {key for key, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d)}
+
+
 def test_thop_which_counts_modules_agrees_with_pytorchs_counter(name):
     thop = pytest.importorskip("thop", reason="thop is not installed")
     model = shallow(name)
     expected = multiplications(model)
     assert thop.profile(model, (image(),), verbose=False)[0] == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "aten"])
+def test_ptflops_agrees_with_pytorchs_counter(name, backend):
+    """It counts modules and functions, or operators; norms and activations too."""
+    ptflops = pytest.importorskip("ptflops", reason="ptflops is not installed")
+    model = shallow(name)
+    expected = multiplications(model) / 2  # of one image
+    options = dict(backend=backend, as_strings=False, print_per_layer_stat=False, verbose=False)
+    macs, parameters = ptflops.get_model_complexity_info(model, tuple(image().shape[1:]), **options)
+    assert macs == pytest.approx(expected, rel=0.1)
+    assert parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_fvcore_agrees_with_pytorchs_counter_and_sees_every_layer(name):
+    """It counts the operators of a trace, module by module."""
+    fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed")
+    model = shallow(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is deprecated
+        analysis = fvcore.FlopCountAnalysis(model, image())
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        assert analysis.total() == pytest.approx(multiplications(model), rel=0.1)
+    assert all(analysis.by_module()[key] > 0 for key in layers_of(model))
+
+
+def test_torchinfo_sees_every_layer(name):
+    torchinfo = pytest.importorskip("torchinfo", reason="torchinfo is not installed")
+    model = shallow(name)
+    summary = torchinfo.summary(model, input_data=image(), verbose=0)
+    seen = {line.module for line in summary.summary_list if line.executed and line.macs > 0}
+    assert {model.get_submodule(key) for key in layers_of(model)} <= seen
+    assert summary.total_params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_cuda_graph_captures_and_replays_it(name, fused):
+    model = shallow(name).cuda()
+    model = model.fuse(image().shape[2:]) if fused else model
+    static, other = image().cuda(), torch.randn(image().shape, device="cuda")
+    with torch.no_grad():
+        expected = model(other)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(static)  # what is set up once is set up outside
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(static)
+        static.copy_(other)
+        graph.replay()
+        torch.testing.assert_close(out, expected)
