@@ -1,13 +1,15 @@
 """Inference on a CPU: every family's smallest network, as created and fused, beside timm's or a plain transcription.
 
     python benchmarks/inference.py [--models NAME ...] [--batches 8 1] [--repeats 9] [--threads 2] [--compile]
-        [--out benchmarks/inference_cpu.json]
+        [--out benchmarks/results/inference_cpu.json]
+    python benchmarks/inference.py --table benchmarks/results/inference_cpu.json
 
 float32, 224 pixels, one process a network, medians of interleaved runs after one to warm up, wall-clock and CPU
 milliseconds; on a machine that others use too, only ratios of CPU times say something. timm's networks are measured as
 created and turned to channels last, plain transcriptions as created. With `--compile`, torch.compile of ours and of the
 other as well. Forms of the same weights have to agree before anything is timed.
 Rows are added to `--out` network by network; those of a network and batch that are there already are replaced.
+`--table` prints README's table of a file and measures nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ MODELS += ["dinat_mini", "ascan_tiny", "dat_tiny", "dat_plus_tiny", "ravlt_tiny"
 MODELS += [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in ("deit", "pvt", "swin", "cswin")]
 TIMM = {"maxvit_tiny": "maxvit_tiny_tf_224", "efficientvit_msra_m0": "efficientvit_m0"}
 TIMM |= {"efficientvit_mit_b0": "efficientvit_b0"}
+HEAD = ("as created", "fused", "fused beside as created")
 
 
 def other_forms(name: str, ours: nn.Module) -> dict[str, nn.Module]:
@@ -132,6 +135,30 @@ def measure(job: tuple[str, int, int, int, bool]) -> list[dict[str, Any]]:
     ]
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """README's: how many times as fast, in CPU time; beside the faster memory layout of the other network.
+
+    Args:
+        rows: as `measure` makes them.
+    """
+    cpu: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        cpu.setdefault((row["model"], row["batch"]), {})[row["form"]] = row["cpu_ms"]
+    batches = list(dict.fromkeys(batch for _, batch in cpu))
+    head = ["network", "beside", *(f"{what}, batch {batch}" for batch in batches for what in HEAD)]
+    lines = [head, ["---"] * len(head)]
+    for model in dict.fromkeys(model for model, _ in cpu):
+        forms = [cpu[model, batch] for batch in batches]
+        others = [[f for f in by_form if f not in ("ours", "fused") and "compiled" not in f] for by_form in forms]
+        line = [f"`{model}`", f"`{TIMM[model]}`" if model in TIMM else next(iter(others[0]), "")]
+        for by_form, names in zip(forms, others, strict=True):
+            other = min((by_form[name] for name in names), default=None)
+            line += ["" if other is None else f"{other / by_form[form]:.2f}x" for form in ("ours", "fused")]
+            line.append(f"{by_form['ours'] / by_form['fused']:.2f}x")
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
@@ -140,7 +167,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile of ours and of the other as well")
     parser.add_argument("--out", type=Path, help="JSON file, rows are added to it")
+    parser.add_argument("--table", type=Path, help="print README's table of this JSON file, and measure nothing")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())), end="")
+        return
     rows: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
     console = Console()
     for name in args.models:
@@ -150,12 +181,12 @@ def main() -> None:
             rows = [row for row in rows if (row["model"], row["batch"]) != (name, batch)] + found
             if args.out:
                 args.out.write_text(json.dumps(rows, indent=1) + "\n")
-            table = Table(f"{name}, batch {batch}", "ms", "CPU ms", "ours is faster (CPU)", "fused is faster (CPU)")
+            shown = Table(f"{name}, batch {batch}", "ms", "CPU ms", "ours is faster (CPU)", "fused is faster (CPU)")
             by_form = {row["form"]: row["cpu_ms"] for row in found}
             for row in found:
                 ratios = [f"{row['cpu_ms'] / by_form[form]:.2f}x" for form in ("ours", "fused")]
-                table.add_row(row["form"], f"{row['ms']:.1f}", f"{row['cpu_ms']:.1f}", *ratios)
-            console.print(table)
+                shown.add_row(row["form"], f"{row['ms']:.1f}", f"{row['cpu_ms']:.1f}", *ratios)
+            console.print(shown)
 
 
 if __name__ == "__main__":

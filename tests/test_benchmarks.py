@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def test_every_command_starts():
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("usage: ") == len(COMMANDS)
+
+
+def test_readmes_table_of_inference_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    inference = importlib.import_module("inference")
+    data = BENCHMARKS / "results" / "inference_cpu.json"
+    rows = json.loads(data.read_text())
+    assert {row["model"] for row in rows} <= set(inference.MODELS)
+    written = (BENCHMARKS.parent / "README.md").read_text()
+    assert inference.table(rows) in written, f"python benchmarks/inference.py --table {data}"
 
 
 @pytest.mark.parametrize("host", ["deit", "pvt", "swin", "cswin"])

@@ -211,7 +211,7 @@ def test_a_run_is_kept_with_what_was_kept_before(tmp_path):
         keep(dict(rate, task="a", dry=True))
 
 
-RESULTS = sorted((ROOT / "benchmarks" / "results").iterdir())
+RESULTS = sorted(folder for folder in (ROOT / "benchmarks" / "results").iterdir() if folder.is_dir())
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
