@@ -4,29 +4,21 @@ What this file imports at its top costs every `--help`, so that verbs import wha
 and mmengine take seconds. A verb looks at the names and paths it was given before that.
 """
 
-import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hybridzoo.train import checkpoint_verbs, model_info, names, tables
-from hybridzoo.train.errors import Terminated, UserError, explain
+from hybridzoo.train import checkpoint_verbs, model_info, names, tables, trained_verbs
+from hybridzoo.train.errors import Terminated, explain
 from hybridzoo.train.help import examples
+from hybridzoo.train.options import CfgOptions, Data, Device, Launcher, Processes, load, print_results
 from hybridzoo.train.plain import printable
-from hybridzoo.train.words import split
-
-if TYPE_CHECKING:
-    import mmengine
-
-    from hybridzoo.train import views
-
-MOST_SHOWN = 200  # images that `predict` lists; files have all
 
 # The extra that brings a package which a verb did not find.
 EXTRAS = {
@@ -43,18 +35,8 @@ EXTRAS = {
 }
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(trained_verbs.app)
 app.add_typer(checkpoint_verbs.app, name="checkpoints")
-
-
-class Launcher(str, Enum):
-    none = "none"
-    pytorch = "pytorch"
-    slurm = "slurm"
-
-
-class Part(str, Enum):
-    val = "val"
-    test = "test"
 
 
 class Task(str, Enum):
@@ -71,31 +53,11 @@ class OnBadImage(str, Enum):
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A name from `list --recipes`, a file, or a model to fine-tune.")
 ]
-Trained = Annotated[
-    list[str], typer.Argument(metavar="[CONFIG] RUN_OR_FILE", help="A run's folder, or a checkpoint of it.")
-]
-ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="NAME", help="The same as [CONFIG]: for weights without one.")
-]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any.")]
-Tta = Annotated[bool, typer.Option("--tta", help="Look at mirrored and, but for classes, resized images too.")]
-SlideOption = Annotated[
-    int | None, typer.Option("--slide", metavar="PX", help="Segmentation: in windows of this side.")
-]
-StrideOption = Annotated[
-    int | None, typer.Option("--stride", metavar="PX", help="Step of the windows; default two thirds of the side.")
-]
-CfgOptions = Annotated[
-    list[str] | None,
-    typer.Option("--cfg-options", metavar="K=V ...", help="Change the config: train_cfg.max_epochs=5 ..."),
-]
 WorkDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Logs and checkpoints; default work_dirs/CONFIG.")]
-Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Your own data; its classes are found by themselves.")]
 ValFraction = Annotated[
     float | None,
     typer.Option(metavar="X", help="Share of the training images to validate on, where there is no validation set."),
 ]
-Processes = Annotated[Launcher, typer.Option("--launcher", help="Who started the process: torchrun (pytorch) or srun.")]
 
 
 @app.callback(invoke_without_command=True, epilog=examples("list", "info biformer_tiny"))
@@ -150,9 +112,7 @@ def train(
         int | None, typer.Option(metavar="N", help="Keep the stem (0), or stem and N stages, as they are.")
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that load images.")] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any.")
-    ] = None,
+    device: Device = None,
     val_fraction: ValFraction = None,
     early_stop: Annotated[
         int | None, typer.Option(metavar="N", help="End after N epochs without a better validation.")
@@ -176,7 +136,7 @@ def train(
     """Train a classifier, detector or segmentor: a recipe, a network, your data."""
     if weights is not None and weights != "none":
         names.check_weights(weights)
-    loaded = _load(
+    loaded = load(
         recipe,
         cfg_options,
         model=model,
@@ -208,8 +168,7 @@ def train(
         device=device,
         pictures=True,
     )
-    _print_scores(scores)
-    _print_results(engine.folder_of(loaded, work_dir))
+    print_results(scores, engine.folder_of(loaded, work_dir))
 
 
 @app.command(epilog=examples("check my_photos", "check my_scenes --task detection --out looked_at"))
@@ -242,127 +201,6 @@ def check(
             print(line)
         picture = checks.save_sheet(report, out, white_value)
         print(f"samples: {picture}\n")
-
-
-@app.command(
-    "test",
-    epilog=examples(
-        "test runs/digits",
-        "test runs/digits/final.pth --data other_photographs --tta",
-        "test biformer_tiny_digits runs/digits/final.pth",
-    ),
-)
-def evaluate(
-    words: Trained,
-    config: ConfigOption = None,
-    cfg_options: CfgOptions = None,
-    data: Data = None,
-    work_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Results and log; default the run's folder, or work_dirs/NAME.")
-    ] = None,
-    part: Annotated[
-        Part, typer.Option("--split", help="The part of the data: val, or test where there is one.")
-    ] = Part.val,
-    device: Device = None,
-    tta: Tta = False,
-    slide: SlideOption = None,
-    stride: StrideOption = None,
-    launcher: Processes = Launcher.none,
-) -> None:
-    """Measure a run on its validation data, or on --data: class by class, as tables, results.json and pictures.
-
-    The run's folder or checkpoint knows its config, its classes and its input. [CONFIG] before it names the config that
-    it does not know, as of published weights; one that contradicts the checkpoint is an error.
-    """
-    name, place, rest = split(words, config, "test")
-    if rest:
-        raise UserError(f"{rest[0]}: one run or checkpoint at a time; data of your own are --data {rest[0]}")
-    windows = _windows(slide, stride)
-    from hybridzoo.train import engine, trained
-
-    path, loaded = _trained(name, place, cfg_options)
-    folder = work_dir or (trained.folder_of(path) if name is None else None) or engine.folder_of(loaded, None)
-    scores = engine.test(
-        loaded,
-        path,
-        work_dir=folder,
-        launcher=launcher.value,
-        data=data,
-        device=device,
-        tta=tta,
-        slide=windows,
-        pictures=True,
-        split=part.value,
-    )
-    _print_scores(scores)
-    _print_results(folder)
-
-
-@app.command(
-    epilog=examples(
-        "predict runs/digits photo.png",
-        "predict runs/digits/final.pth photo.png --json --csv --out seen",
-        "predict biformer_tiny_digits runs/digits/final.pth photo.png",
-    )
-)
-def predict(
-    words: Annotated[
-        list[str], typer.Argument(metavar="[CONFIG] RUN_OR_FILE PICTURES...", help="Images, and folders and all below.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the drawn pictures.")] = Path("predictions"),
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="[FILE]", help="Write predictions.json (objects: COCO's format).")
-    ] = None,
-    csv: Annotated[str | None, typer.Option("--csv", metavar="[FILE]", help="Write predictions.csv.")] = None,
-    draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Draw what was seen.")] = True,
-    score: Annotated[
-        float, typer.Option(min=0, max=1, metavar="X", help="Detection: leave out boxes below this score.")
-    ] = 0.3,
-    tta: Tta = False,
-    slide: SlideOption = None,
-    stride: StrideOption = None,
-    config: ConfigOption = None,
-    cfg_options: CfgOptions = None,
-    device: Device = None,
-) -> None:
-    """Print, draw and write what a run's folder or checkpoint sees in images.
-
-    It knows its config, its classes and its input. [CONFIG] before it names the config that it does not know, as of
-    published weights. An image that cannot be read is named and left out; the exit code is then 1.
-    """
-    name, place, sources = split(words, config, "predict")
-    if not sources:
-        raise UserError("PICTURES are missing: name images or folders of images (see: hybridzoo predict --help)")
-    for source in sources:
-        _existing(source, "PICTURES")
-    windows = _windows(slide, stride)
-    path, loaded = _trained(name, place, cfg_options)
-    from hybridzoo.train import written
-    from hybridzoo.train.predict import Predictions
-
-    asked = {"json": json, "csv": csv}
-    wanted = {kind: Path(file or out / f"predictions.{kind}") for kind, file in asked.items() if file is not None}
-    how = dict(score=score, device=device, tta=tta, slide=windows, pictures=draw, masks=json is not None)
-    seen = Predictions(loaded, path, sources, out, **how)
-    shown, count = [], 0
-    with contextlib.ExitStack() as files:
-        open_files = [files.enter_context(written.Written(file, kind, seen.task)) for kind, file in wanted.items()]
-        for found in seen:
-            count += 1
-            for file in open_files:
-                file.add(found)
-            if count <= MOST_SHOWN:
-                shown.append(found)
-    seen.tell()
-    tables.show(tables.predictions(shown))
-    if count > MOST_SHOWN:
-        print(f"and {_counted(count - MOST_SHOWN, 'image')} more: --csv and --json write them all")
-    skipped = f", {_counted(len(seen.failed), 'image')} skipped" if seen.failed else ""
-    print((f"{_counted(count, 'picture')} drawn in {out}" if draw else _counted(count, "image")) + skipped)
-    for file in wanted.values():
-        print(f"written: {file}")
-    if seen.failed:
-        raise typer.Exit(1)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -429,66 +267,6 @@ def spread_options(argv: Sequence[str]) -> list[str]:
             spread.append("--cfg-options")
         spread.append(word)
     return spread
-
-
-def _trained(name: str | None, place: Path, options: Sequence[str] | None) -> "tuple[Path, mmengine.Config]":
-    """The checkpoint that was asked for and its config: the named one, or what it holds."""
-    loaded = _load(name, options) if name is not None else None
-    from hybridzoo.train import trained
-
-    path = trained.find(place)
-    if loaded is None:
-        loaded = trained.load(path, options or ())
-    if path != place:
-        print(f"checkpoint: {path}")
-    return path, loaded
-
-
-def _windows(slide: int | None, stride: int | None) -> "views.Slide | None":
-    if slide is None:
-        if stride is not None:
-            raise UserError(f"--stride {stride}: is the step of --slide, which is missing")
-        return None
-    from hybridzoo.train.views import Slide
-
-    return Slide(slide, stride if stride is not None else max(1, slide * 2 // 3))
-
-
-def _load(name: str, options: Sequence[str] | None, **settings: Any) -> "mmengine.Config":
-    if model := settings.get("model"):
-        names.check_model(model)
-    if not names.is_model(name):
-        names.find_config(name)  # a misspelt one is told before mmengine is imported
-    from hybridzoo.train.config import load_config
-
-    return load_config(name, options or (), **settings)
-
-
-def _existing(path: Path, argument: str) -> None:
-    if not path.exists():
-        raise UserError(f"{argument} {path}: no such file or folder")
-
-
-def _print_scores(scores: dict[str, float]) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:  # one of torchrun's processes speaks for all
-        tables.show(tables.scores(scores))
-
-
-def _print_results(folder: Path) -> None:
-    """The classes' table, and where the rest is; of torchrun's processes the first alone has written it."""
-    from hybridzoo.train import results
-
-    if int(os.environ.get("RANK", 0)) or not (folder / results.NAME).is_file():
-        return
-    content = results.read(folder)
-    if content.get("per_class"):
-        tables.show(tables.classes(content["per_class"]))
-    pictures = [name for name in results.PICTURES if (folder / name).is_file()]
-    print(f"results: {folder / results.NAME}{', ' if pictures else ''}{', '.join(pictures)}")
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _interrupted() -> int:

@@ -96,7 +96,7 @@ def draw_predictions(task: str, config: Config, checkpoint: Path, out: Path) -> 
         sheet = draw.grid([pictures[i : i + 6] for i in range(0, wanted, 6)])
     else:
         truths = _detection_truth(root, seen) if task == "detection" else _segmentation_truth(root, seen)
-        pairs = [[Image.open(found.drawn), truth] for found, truth in zip(seen, truths, strict=True)]
+        pairs = [[Image.open(found.drawn or found.image), truth] for found, truth in zip(seen, truths, strict=True)]
         rows = [pairs[i] + pairs[i + 1] for i in range(0, wanted, 2)]
         sheet = draw.grid(rows, ("prediction", "ground truth") * 2)
     path = out / f"{task}.png"

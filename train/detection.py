@@ -156,7 +156,7 @@ class CocoScenesMetric(CocoMetric):
 
     def _evaluate(self, found: Sequence[dict[str, Any]], kind: str) -> COCOeval:
         """pycocotools' evaluation of "bbox" or "segm", done."""
-        objects = []
+        objects: list[dict[str, Any]] = []
         for image, answer in zip(self.img_ids, found, strict=True):
             scores = answer.get("mask_scores", answer["scores"]) if kind == "segm" else answer["scores"]
             for i, (left, top, right, bottom) in enumerate(answer["bboxes"].tolist()):

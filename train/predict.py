@@ -250,8 +250,11 @@ def _classify(config: Config, model: Any, tta: bool) -> See:
         values, indices = shares.topk(min(TOP, len(shares)))
         names = _names(model, indices)
         best = [(names[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
-        seen = {"labels": [name for name, _ in best], "scores": [value for _, value in best]}
-        seen["indices"] = tuple(indices.tolist())
+        seen = {
+            "labels": [name for name, _ in best],
+            "indices": tuple(indices.tolist()),
+            "scores": [value for _, value in best],
+        }
         return seen, draw.draw_classification(image, best) if drawn else None
 
     return see

@@ -155,10 +155,10 @@ class MaskScenesMetric(IoUMetric):
         if self.format_only:
             return super().compute_metrics(results)
         names = self.dataset_meta["classes"]
-        counts = np.zeros(len(names) ** 2, np.int64)
+        flat = np.zeros(len(names) ** 2, np.int64)
         for pairs, numbers in results:
-            counts[pairs] += numbers
-        counts = counts.reshape(len(names), len(names))
+            flat[pairs] += numbers
+        counts = flat.reshape(len(names), len(names))
         self.details = measures.segmentation(len(results), counts, names)
         right, found, true = np.diagonal(counts), counts.sum(0), counts.sum(1)
         areas = (right, found + true - right, found, true)

@@ -70,9 +70,8 @@ def wrapped(model: Any, config: Config) -> dict[str, Any]:
 
 def inner(model: nn.Module) -> Any:
     """The model itself inside what mmengine or `wrapped` put around it."""
-    if is_model_wrapper(model):
-        model = model.module
-    return getattr(model, "module", model)
+    found: Any = model.module if is_model_wrapper(model) else model
+    return getattr(found, "module", found)
 
 
 def pipeline(steps: Sequence[Any], task: str) -> list[dict[str, Any]]:

@@ -196,7 +196,7 @@ def test_words_that_mean_nothing_or_two_things(call, tmp_path, monkeypatch):
         (["test", "upernt"], ["upernt", "did you mean upernet"]),
         (["predict", "./finetune", "photo.png"], ["finetune: holds no checkpoint"]),
         (["predict", "photo.png", "nowhere.png"], ["nowhere.png: no such file"]),
-        (["predict", "photo.png"], ["PICTURES are missing"]),
+        (["predict", "photo.png"], ["Missing argument 'PICTURES'"]),
         (["test", "photo.png", "photo.png"], ["one run or checkpoint at a time"]),
         (["test", "photo.png", "--stride", "32"], ["--stride 32: is the step of --slide"]),
     ]:
