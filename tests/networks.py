@@ -35,7 +35,8 @@ def _leaders() -> list[str]:
 LEADERS = _leaders()
 # One of each family; and those that are built of different blocks, the hosts of linear attention included.
 FAMILIES = list({model_entrypoint(name).__module__: name for name in reversed(LEADERS)}.values())
-BLOCKS = {*FAMILIES, *(name for name in LEADERS if name.startswith("agent_")), "efficientvit_mit_l1", "vitrpb_small"}
+OTHERS = ("dat_plus_tiny", "efficientvit_mit_l1", "vitrpb_small")
+BLOCKS = {*FAMILIES, *(name for name in LEADERS if name.startswith("agent_")), *OTHERS}
 HEAVY = 40e6  # parameters
 
 
