@@ -13,6 +13,7 @@ from hybridzoo.backbones.fastervit import FasterViT
 from hybridzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
 from hybridzoo.backbones.litv2 import LITv2
 from hybridzoo.backbones.maxvit import MaxViT
+from hybridzoo.backbones.overlock import OverLoCK
 from hybridzoo.backbones.patnet import PATNet
 from hybridzoo.backbones.ravlt import RAVLT
 
@@ -36,6 +37,7 @@ __all__ = [
     "IsotropicDiNAT",
     "LITv2",
     "MaxViT",
+    "OverLoCK",
     "PATNet",
     "fusing",
 ]

@@ -50,6 +50,7 @@ class Backbone(Fusible):
     feature_info: list[dict[str, Any]]
     stem_levels: int = 0  # of `feature_info`'s levels, those inside the stem
     image_channels: int = 3  # that a fused network reads; `fuse()` looks at the first convolution
+    optional: tuple[str, ...] = ()  # names of parts that published files hold and that a network has if asked
 
     def set_feature_info(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
         """Describe the stages' maps: `channels` and input pixels per map pixel (`reductions`), finest first."""
@@ -76,7 +77,12 @@ class Backbone(Fusible):
         model = (getattr(self, "pretrained_cfg", None) or {}).get("architecture")
         if model and state_dict and not state_dict.keys() <= self.state_dict().keys():
             state_dict = in_our_names(state_dict, model)
+        state_dict = self.fit_state(state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def fit_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict under our names in the form that this network has, where a family has several; as it is."""
+        return state
 
     def example_image(self, size: int | tuple[int, int] | None) -> Tensor:
         """One black image: of `size` pixels, or of the size that the weights were published for."""
@@ -174,7 +180,7 @@ class Backbone(Fusible):
             if i <= last or not stop_early:
                 x = stage(x)
             if i in take:
-                intermediates.append(self._to_nchw(x, norm=norm and i == deepest))
+                intermediates.append(self._offered(x, i, norm=norm and i == deepest))
         if intermediates_only:
             return intermediates
         return (self._to_nchw(x) if stop_early and last < deepest else self._final(x)), intermediates
@@ -201,6 +207,10 @@ class Backbone(Fusible):
         """What a stage returns, as an NCHW map, after the final norm if asked."""
         x = x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
         return self.norm(x) if norm else x
+
+    def _offered(self, x: Any, level: int, norm: bool = False) -> Tensor:
+        """What `forward_intermediates` gives of a stage's result; `level` is its place in `feature_info`."""
+        return self._to_nchw(x, norm)
 
     def _final(self, x: Any) -> Tensor:
         """What the last stage returns -> what the head reads."""

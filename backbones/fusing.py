@@ -6,11 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hybridzoo.backbones import ascan, dinat_isotropic, fastervit, maxvit, patnet, ravlt
+from hybridzoo.backbones import ascan, dinat_isotropic, fastervit, maxvit, overlock, patnet, ravlt
 from hybridzoo.backbones.hosts import cswin
 from hybridzoo.layers.inference.attention import part
 from hybridzoo.layers.inference.fusing import Fixed, folds, swaps
+from hybridzoo.layers.inference.norms import fuse_norm_layer_eval
 from hybridzoo.layers.inference.packed import FewImages
 from hybridzoo.layers.inference.partial import FusedPartialConv, fold_channel_attention, fold_spatial_gate
 from hybridzoo.layers.partial_attention import DynamicPartialConv, PartialChannelAttention, SpatialGate
@@ -45,6 +47,23 @@ def _(block: ravlt.Block) -> None:
         linear.weight.mul_(gamma[:, None])
         linear.bias.mul_(gamma)
         setattr(block, name, nn.Identity())
+
+
+@folds(overlock.RepConvBlock)
+def _fold_depthwise(block: Any) -> None:
+    """Branches, norms and identities into the depthwise convolutions that they stand beside."""
+    block.large, block.large_norm = fuse_conv_bn_eval(block.large.merge(), block.large_norm), nn.Identity()
+    for owner, name in ((block, "dwconv"), (block, "dwconv1"), (block, "dwconv2"), (block.mlp, "local")):
+        if hasattr(owner, name):
+            conv = getattr(owner, name).conv
+            conv.weight[:, :, 1, 1] += 1
+            setattr(owner, name, conv)
+
+
+@folds(overlock.FocusBlock)
+def _(block: overlock.FocusBlock) -> None:
+    _fold_depthwise(block)
+    block.out_project, block.out_norm = fuse_norm_layer_eval(block.out_norm, block.out_project), nn.Identity()
 
 
 @swaps(cswin.StripeAttention)

@@ -20,7 +20,6 @@ from typing import Any
 
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
@@ -158,17 +157,10 @@ class PATNet(Backbone):
         self.feature_norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in dims) if feature_norms else None
         self.apply(_init)
 
-    def forward_intermediates(
-        self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As `Backbone.forward_intermediates`; with `feature_norms` the maps come out normalised."""
-        result = super().forward_intermediates(x, indices, *args, **kwargs)
-        if self.feature_norms is None:
-            return result
-        take, _ = feature_take_indices(len(self.stages), indices)
-        final, maps = result if isinstance(result, tuple) else (None, result)
-        maps = [self.feature_norms[i](feature) for i, feature in zip(take, maps, strict=True)]
-        return (final, maps) if isinstance(result, tuple) else maps
+    def _offered(self, x: Any, level: int, norm: bool = False) -> Tensor:
+        """With `feature_norms` the maps come out normalised."""
+        feature = self._to_nchw(x, norm)
+        return feature if self.feature_norms is None else self.feature_norms[level](feature)
 
 
 def _init(module: nn.Module) -> None:

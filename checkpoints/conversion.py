@@ -108,7 +108,7 @@ def convert_file(
     if wrapper == "ema_state_dict":
         state.pop("steps", None)  # mmengine's counter
     parts = split(state, card.model)
-    check(parts, model, source)
+    parts = check(parts, model, source)
     result = parts.network if to == "hybridzoo" else _in_layout(parts.network, card.model, to)
     note = {
         "model": model,
@@ -149,8 +149,11 @@ def _wanted(content: Mapping[str, Any], source: Path, ema: bool) -> tuple[str, b
     raise CheckpointError(f"checkpoint {source}: holds no moving average (its keys: {_listed(map(str, content))})")
 
 
-def check(parts: Parts, model: str, source: Path) -> None:
-    """Every tensor of the network has to be there, with its shape, kind and finite numbers, and nothing else."""
+def check(parts: Parts, model: str, source: Path) -> Parts:
+    """Every tensor of the network has to be there, with its shape, kind and finite numbers, and nothing else.
+
+    Returns the parts without what the network has only if asked, such as a classifier that helps training.
+    """
     import timm  # not before it is needed: timm's models import the cards
 
     card = _card(model)
@@ -162,6 +165,9 @@ def check(parts: Parts, model: str, source: Path) -> None:
         if classifier in parts.network and len(parts.network[classifier]) != network.num_classes:
             network = timm.create_model(name, num_classes=len(parts.network[classifier]), **args)
     own = network.state_dict()
+    idle = tuple(prefix for prefix in getattr(network, "optional", ()) if not any(k.startswith(prefix) for k in own))
+    used = {key: value for key, value in parts.network.items() if not (idle and key.startswith(idle))}
+    parts = dataclasses.replace(parts, network=used)
     missing = [key for key in own if key not in parts.network]
     if parts.outside or parts.out_norms:  # dense networks have no use for what follows the last stage
         missing = [key for key in missing if not key.startswith(("norm.", "head."))]
@@ -175,6 +181,7 @@ def check(parts: Parts, model: str, source: Path) -> None:
         others = [o.name for o in cards(card.model) if o.model == card.model and o.model_args != card.model_args]
         hint = f" (other tags: {', '.join(others)})" if others and shapes and not missing else ""
         raise CheckpointError(f"checkpoint {source}: does not fit {model}; {'; '.join(wrong)}{hint}")
+    return parts
 
 
 def _listed(keys: Iterable[str], most: int = 12) -> str:

@@ -63,7 +63,7 @@ class Weights:
     def _fitting(self, state: Mapping[str, Tensor], network: Any, features_only: bool) -> dict[str, Tensor]:
         """What of a state dict under our names the network takes. All of it, but for what `into` says."""
         own = network.state_dict()
-        found = sizes.fit(state, own)
+        found = dict(network.fit_state(sizes.fit(state, own)))
         forgiven = self._forgiven(found, network, features_only)
         missing = [key for key in own if key not in found and not key.startswith(forgiven)]
         unexpected = [key for key in found if key not in own and not key.startswith(forgiven)]
@@ -76,7 +76,7 @@ class Weights:
         reshaped = [
             f"{key} {tuple(found[key].shape)}, not {tuple(own[key].shape)}"
             for key in differing
-            if key not in resized and not (features_only and key.startswith(forgiven))
+            if key not in resized and not key.startswith(forgiven if features_only else network.optional)
         ]
         used = {key: found[key] for key in found if key in own and (key not in differing or key in resized)}
         lists = [(missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape")]
@@ -87,20 +87,20 @@ class Weights:
 
     def _forgiven(self, found: dict[str, Tensor], network: Any, features_only: bool) -> tuple[str, ...]:
         """First words of the names that may be on one side only."""
-        classifier = f"{self.cfg['classifier']}."
+        classifier, optional = f"{self.cfg['classifier']}.", network.optional
         if features_only or network.num_classes == 0:
             headless = not any(key.startswith(("norm.", "head.")) for key in found)  # of a detector
-            return ("norm.", "head.") if headless else ("head.",)
+            return ("norm.", "head.", *optional) if headless else ("head.", *optional)
         weight = found.get(f"{classifier}weight")
         classes = self.cfg["num_classes"] if weight is None else len(weight)
         if classes == network.num_classes:
-            return ()
+            return optional
         if network.num_classes == self.cfg["num_classes"]:  # nobody asked for another classifier
             message = f"its classifier has {classes} classes, not {network.num_classes}: say num_classes={classes}"
             raise CheckpointError(f"checkpoint {self.path}: {message}, or another number for a fresh classifier")
         for part in ("weight", "bias"):
             found.pop(f"{classifier}{part}", None)
-        return (classifier,)
+        return (classifier, *optional)
 
     def _is_adapted(self, value: Tensor, own: Tensor, key: str) -> bool:
         """Whether timm makes the first convolution's weight fit another number of channels."""

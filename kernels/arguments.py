@@ -140,10 +140,13 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
-def implementation(impl: Any, query: Tensor, limit: str | None = None) -> str:
+def implementation(
+    impl: Any, query: Tensor, limit: str | None = None, *, widths: tuple[int, int] = (16, 128)
+) -> str:
     """`"triton"` or `"torch"`, as `impl` wants; `limit` says why an operator's Triton kernels cannot run the call.
 
-    `query` is the map that the operator works on.
+    `query` is the map that the operator works on, `widths` are the smallest and the largest head_dim that its kernels
+    take.
 
     An explicit choice never falls back: what Triton cannot run, it raises.
     """
@@ -151,13 +154,13 @@ def implementation(impl: Any, query: Tensor, limit: str | None = None) -> str:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
     if impl == "torch" or (impl == "auto" and not query.is_cuda):
         return "torch"
-    reason = _triton_cannot(query) or limit
+    reason = _triton_cannot(query, widths) or limit
     if impl == "triton" and reason:
         raise ValueError(f"impl='triton' cannot run this call: {reason}; use impl='torch' or 'auto'")
     return "torch" if reason else "triton"
 
 
-def _triton_cannot(query: Tensor) -> str | None:
+def _triton_cannot(query: Tensor, widths: tuple[int, int]) -> str | None:
     """Why no Triton kernel can run a call on this map; None if one can."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
@@ -167,4 +170,4 @@ def _triton_cannot(query: Tensor) -> str | None:
         return f"the map is on {query.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
     from hybridzoo.kernels import triton_common  # only when used: Triton is slow to import
 
-    return triton_common.unsupported(query)
+    return triton_common.unsupported(query, widths)

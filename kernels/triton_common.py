@@ -60,14 +60,14 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], config: Config
     )
 
 
-def unsupported(query: Tensor) -> str | None:
-    """Why no kernel of ours can take this map, of heads or of plain channels; None if they can."""
+def unsupported(query: Tensor, widths: tuple[int, int] = (16, 128)) -> str | None:
+    """Why no kernel of ours can take this map, of heads as wide as `widths` or of plain channels; None if they can."""
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} is none of float16, bfloat16, float32"
     if query.dtype == torch.bfloat16 and not query.is_cuda:
         return "Triton's interpreter multiplies bfloat16 matrices as if they were integers"
-    if query.ndim == 5 and not 16 <= query.shape[4] <= 128:
-        return f"head_dim {query.shape[4]} does not lie between 16 and 128"
+    if query.ndim == 5 and not widths[0] <= query.shape[4] <= widths[1]:
+        return f"head_dim {query.shape[4]} does not lie between {widths[0]} and {widths[1]}"
     reach = sum((size - 1) * abs(stride) for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
     if max(reach, query[:1].numel()) >= 2**31:
         return "an image has more elements than 32-bit offsets reach"

@@ -3,11 +3,13 @@
 from hybridzoo.layers.agent_attention import AgentAttention
 from hybridzoo.layers.bi_level_routing import BiLevelRoutingAttention
 from hybridzoo.layers.cascaded_group_attention import CascadedGroupAttention
+from hybridzoo.layers.context_mixing import ContextMixing
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.coordinate_position import CoordinateBias, CoordinateEmbedding
 from hybridzoo.layers.deformable_attention import DeformableAttention
 from hybridzoo.layers.deformable_merging import DeformableMerging
 from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
+from hybridzoo.layers.dilated_reparam import DilatedReparamConv
 from hybridzoo.layers.head import PooledHead
 from hybridzoo.layers.hilo_attention import HiLoAttention
 from hybridzoo.layers.inline_attention import InLineAttention
@@ -25,12 +27,14 @@ __all__ = [
     "AgentAttention",
     "BiLevelRoutingAttention",
     "CascadedGroupAttention",
+    "ContextMixing",
     "ConvNormAct",
     "CoordinateBias",
     "CoordinateEmbedding",
     "DeformableAttention",
     "DeformableMerging",
     "DepthwiseMlp",
+    "DilatedReparamConv",
     "FusedMBConv",
     "GatedAttention",
     "HiLoAttention",

@@ -24,8 +24,9 @@ class ConvNormAct(nn.Module):
         kernel_size: side of the convolution's window.
         stride: step of the convolution.
         groups: channel groups; `in_dim` for a depthwise convolution.
-        padding: zeros on every side, `kernel_size // 2` by default; or `"same"`: as TensorFlow pads, the odd zero on
-            the bottom and right.
+        dilation: step between the window's pixels.
+        padding: zeros on every side, `dilation * (kernel_size // 2)` by default; or `"same"`: as TensorFlow pads, the
+            odd zero on the bottom and right.
         norm_layer: makes the norm from its number of channels; `None` for no norm.
         act_layer: makes the activation; `None` for none.
         bias: of the convolution; by default only where no norm follows.
@@ -39,6 +40,7 @@ class ConvNormAct(nn.Module):
         stride: int = 1,
         *,
         groups: int = 1,
+        dilation: int = 1,
         padding: int | Literal["same"] | None = None,
         norm_layer: NormLayer | None = nn.BatchNorm2d,
         act_layer: ActLayer | None = None,
@@ -51,7 +53,8 @@ class ConvNormAct(nn.Module):
             kernel_size,
             stride=stride,
             groups=groups,
-            padding=kernel_size // 2 if padding is None else padding,
+            dilation=dilation,
+            padding=dilation * (kernel_size // 2) if padding is None else padding,
             bias=norm_layer is None if bias is None else bias,
         )
         self.norm = nn.Identity() if norm_layer is None else norm_layer(out_dim)

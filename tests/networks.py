@@ -41,7 +41,8 @@ HEAVY = 40e6  # parameters
 
 
 def one_block_a_stage(name: str) -> dict[str, tuple[int, ...]]:
-    return dict(depths=(1,) * len(variants(name)[name].depths))
+    row = vars(variants(name)[name])
+    return {key: (1,) * len(value) for key, value in row.items() if key.endswith("depths")}
 
 
 def size(name: str) -> dict[str, tuple[int, ...]]:
@@ -61,9 +62,14 @@ def parameters(name: str) -> int:
 def shallow(name: str) -> torch.nn.Module:
     """A variant with one block a stage and four stages at most: what costs time only in the number of blocks."""
     torch.manual_seed(0)
-    row = variants(name)[name]
-    fewer = {key: value[:4] for key, value in vars(row).items() if isinstance(value, tuple) and len(value) > 4}
-    return timm.create_model(name, num_classes=7, **fewer | dict(depths=(1,) * min(4, len(row.depths)))).eval()
+    return timm.create_model(name, num_classes=7, **few_blocks(name)).eval()
+
+
+def few_blocks(name: str) -> dict[str, tuple]:
+    """Arguments for one block a stage and four stages at most."""
+    row = vars(variants(name)[name])
+    fewer = {key: value[:4] for key, value in row.items() if isinstance(value, tuple)}
+    return {key: (1,) * len(value) if key.endswith("depths") else value for key, value in fewer.items()}
 
 
 def image(height=64, width=96, batch=2):

@@ -22,6 +22,7 @@ from hybridzoo.checkpoints.keymaps import (
     hosts,
     litv2,
     maxvit,
+    overlock,
     patnet,
     ravlt,
 )
@@ -39,6 +40,7 @@ _FAMILIES = {
     "litv2": litv2,
     "maxvit": maxvit,
     "nat": dinat,
+    "overlock": overlock,
     "partialnet": patnet,
     "patnet": patnet,
     "ravlt": ravlt,

@@ -1,5 +1,6 @@
-"""Neighborhood attention: every token attends to a window of `kernel x kernel` tokens around it, dilated or not."""
+"""Operators on the `kernel x kernel` tokens around every token, dilated or not: attention, and dynamic convolution."""
 
 from hybridzoo.kernels.neighborhood.api import na2d
+from hybridzoo.kernels.neighborhood.mix import neighborhood_mix2d
 
-__all__ = ["na2d"]
+__all__ = ["na2d", "neighborhood_mix2d"]

@@ -101,14 +101,19 @@ _backward = differentiable_once(na2d_backward, "na2d")
 attend = differentiable(na2d, "na2d", _save, _differentiate)
 
 
-def _multiplications(query, kernel, dilation) -> int:
-    """Of q k^T alone: a query has kernel x kernel keys, fewer where its dilation group is smaller."""
-    batch, height, width, heads, head_dim = query
-    pairs = 1
+def pairs(query, kernel, dilation) -> int:
+    """Of a query and a key it sees: kernel x kernel keys a query, fewer where its dilation group is smaller."""
+    batch, height, width, heads, _ = query
+    count = 1
     for length, k, d in zip((height, width), kernel, dilation, strict=True):
         groups = [math.ceil((length - residue) / d) for residue in range(min(d, length))]
-        pairs *= sum(members * min(members, k) for members in groups)
-    return batch * heads * pairs * head_dim
+        count *= sum(members * min(members, k) for members in groups)
+    return batch * heads * count
+
+
+def _multiplications(query, kernel, dilation) -> int:
+    """Of q k^T alone."""
+    return pairs(query, kernel, dilation) * query[4]
 
 
 @register_flop_formula(torch.ops.hybridzoo.na2d)

@@ -64,8 +64,39 @@ class Run(NamedTuple):
         seen = (start <= key) & (key < start + self.kernel)
         return torch.where(seen, key - query + self.kernel - 1, 2 * self.kernel - 1)
 
+    def tap_entries(self, device: torch.device) -> Tensor:
+        """`(tile, kernel)`: index into rpb of the window's places, and `2 * kernel - 1` of those beyond the group."""
+        query = torch.arange(self.query, self.query + self.tile, device=device)[:, None]
+        start = (query - self.kernel // 2).clamp(0, max(self.members - self.kernel, 0))
+        key = start + torch.arange(self.kernel, device=device)
+        return torch.where(key < self.members, key - query + self.kernel - 1, 2 * self.kernel - 1)
 
-_kept_entries = functools.lru_cache(maxsize=256)(Run.entries)  # a few small tensors a resolution
+    def starts(self) -> list[int]:
+        """For every query of a tile: the first key of its window, counted in the tile's keys."""
+        last = max(self.members - self.kernel, 0)
+        return [min(max(q - self.kernel // 2, 0), last) - self.key for q in range(self.query, self.query + self.tile)]
+
+    def pieces(self) -> list[tuple[int, int, int, int]]:
+        """A tile's queries in pieces whose windows start alike, or each one key after the one before.
+
+        `(first query, queries, start of the first window, step between the windows)`.
+        """
+        found: list[tuple[int, int, int, int]] = []
+        for query, start in enumerate(self.starts()):
+            first, count, origin, step = found[-1] if found else (0, 0, 0, 0)
+            ahead = start - origin
+            if count == 1 and ahead in (0, 1):
+                found[-1] = (first, 2, origin, ahead)
+            elif count > 1 and ahead == count * step:
+                found[-1] = (first, count + 1, origin, step)
+            else:
+                found.append((query, 1, start, 0))
+        return found
+
+
+# A few small tensors a resolution.
+_kept_entries = functools.lru_cache(maxsize=256)(Run.entries)
+_kept_tap_entries = functools.lru_cache(maxsize=256)(Run.tap_entries)
 
 
 def _runs(length: int, kernel: int, dilation: int, tile: int, uncut: int) -> list[Run]:
@@ -140,23 +171,28 @@ class Block(NamedTuple):
             for tile_h, tile_w in itertools.product(group_h, group_w)
         ]
 
-    def key_pieces(self, x: Tensor) -> list[tuple[Tensor, slice]]:
-        """For one row of tiles: `keys(x)` in pieces in which no two tiles overlap, with the columns each one is."""
-        run = self.columns
-        cuts = range(0, run.keys, run.tile) if run.tiles > 1 else (0,)
-        pieces = []
-        for start in cuts:
-            stop = min(start + run.tile, run.keys) if run.tiles > 1 else run.keys
-            view = self.view(x, self.key_axes[0], (run.key + start, stop - start))
-            pieces.append((view, slice(start, stop)))
-        return pieces
+    def key_pieces(self, x: Tensor) -> list[tuple[Tensor, slice, slice]]:
+        """`keys(x)` in pieces in which no two tiles overlap, with the rows and columns of the keys each one is."""
+        rows, columns = (
+            [slice(start, min(start + run.tile, run.keys)) for start in range(0, run.keys, run.tile)]
+            if run.tiles > 1
+            else [slice(0, run.keys)]
+            for run in self
+        )
+        return [
+            (self.view(x, (self.rows.key + h.start, h.stop - h.start), (self.columns.key + w.start, w.stop - w.start)), h, w)
+            for h, w in itertools.product(rows, columns)
+        ]
 
     def bias(self, plan: Plan) -> Tensor:
-        """`(heads or 1, queries, keys)`: the position bias, and minus infinity where a query does not see a key."""
+        """`(heads or 1, queries, keys)`: the position bias, and minus infinity where a query does not see a key.
+
+        Of a plan of `taps`: `(heads or 1, queries, places of the window)`.
+        """
         rows, columns = (plan.entries[run] for run in self)
         entries = (rows[:, None, :, None] * plan.table.shape[2] + columns[:, None]).view(1, -1)
         bias = plan.table.flatten(1).gather(1, entries.expand(plan.table.shape[0], -1))
-        return bias.view(-1, self.rows.tile * self.columns.tile, self.rows.keys * self.columns.keys)
+        return bias.view(-1, self.rows.tile * self.columns.tile, rows.shape[1] * columns.shape[1])
 
     def bias_gradient(self, plan: Plan, grad: Tensor) -> Tensor:
         """Adjoint of `bias`: sum `(heads, queries, keys)` into `(heads, 2kh - 1, 2kw - 1)`, as two matrix products."""
@@ -164,7 +200,8 @@ class Block(NamedTuple):
             (plan.entries[run].flatten()[:, None] == torch.arange(size - 1, device=grad.device)).to(grad.dtype)
             for run, size in zip(self, plan.table.shape[1:], strict=True)
         )
-        grad = grad.view(-1, self.rows.tile, self.columns.tile, self.rows.keys, self.columns.keys)
+        others = (plan.entries[run].shape[1] for run in self)
+        grad = grad.view(-1, self.rows.tile, self.columns.tile, *others)
         return rows.T @ grad.transpose(2, 3).flatten(3).flatten(1, 2) @ columns
 
 
@@ -172,7 +209,7 @@ class Plan(NamedTuple):
     """How a call is cut up, and the tables that its blocks share."""
 
     blocks: list[Block]
-    entries: dict[Run, Tensor]  # `Run.entries`
+    entries: dict[Run, Tensor]  # `Run.entries`, or `Run.tap_entries`
     table: Tensor  # rpb or, without it, zeros; minus infinity in one row and one column more
     dtype: torch.dtype  # to compute in
 
@@ -189,11 +226,21 @@ def _cut(
     return rows, columns
 
 
-def plan(query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int], shape: Shape) -> Plan:
+def plan(
+    query: Tensor,
+    rpb: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    shape: Shape,
+    *,
+    taps: bool = False,
+) -> Plan:
+    """`taps`: scores are counted by places of a query's window, not by a tile's keys."""
     rows, columns = _cut(
         (int(query.shape[1]), int(query.shape[2])), kernel, dilation, min(max(kernel), shape.max_tile), shape
     )
-    make = Run.entries if shape.exporting else _kept_entries  # a traced tensor must not outlive the trace
+    make, kept = (Run.tap_entries, _kept_tap_entries) if taps else (Run.entries, _kept_entries)
+    make = make if shape.exporting else kept  # a traced tensor must not outlive the trace
     entries = {run: make(run, query.device) for run in (*rows, *columns)}
     dtype = torch.promote_types(query.dtype, torch.float32)
     if rpb is None:

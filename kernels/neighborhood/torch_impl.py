@@ -31,7 +31,7 @@ CHUNK_BACKWARD = 1 << 18  # which holds them, twice
 CHUNK_GPU = 1 << 26
 
 
-def _chunks(batch: Tensor, scores: int, chunk: int) -> Iterator[tuple[slice, ...]]:
+def chunks(batch: Tensor, scores: int, chunk: int) -> Iterator[tuple[slice, ...]]:
     """Cut the batch of a block, `(B, groups, groups, tiles, tiles, ...)`, given the scores per tile and at once."""
     budget = (CHUNK_GPU if batch.is_cuda else chunk) // scores
     steps: list[int] = []
@@ -94,7 +94,7 @@ def forward(
         band = block._replace(rows=block.rows.as_band())
         q_all, k_all, v_all, out_all = band.queries(query), band.keys(key), band.keys(value), band.queries(result)
         lse_all = None if lse is None else band.queries(lse.unsqueeze(-1))
-        for part in _chunks(q_all, query.shape[3] * bias[0].numel(), CHUNK_FORWARD):
+        for part in chunks(q_all, query.shape[3] * bias[0].numel(), CHUNK_FORWARD):
             q, k, v = (_sequences(t[part].to(plan.dtype)) for t in (q_all, k_all, v_all))
             out = out_all[part]
             mask = bias.expand(q.shape[0], -1, -1, -1)
@@ -188,7 +188,7 @@ def backward(
         all_queries = [band.queries(t) for t in (query, grad, out)]
         all_keys = [band.keys(t) for t in (key, value)]
         into_q, into_k, into_v = band.queries(grad_q), band.key_pieces(grad_k), band.key_pieces(grad_v)
-        for part in _chunks(all_queries[0], query.shape[3] * bias[0].numel(), CHUNK_BACKWARD):
+        for part in chunks(all_queries[0], query.shape[3] * bias[0].numel(), CHUNK_BACKWARD):
             q, g, o = (_matrices(t[part], plan.dtype) for t in all_queries)
             k, v = (_matrices(t[part], plan.dtype) for t in all_keys)
             delta = (g * o).sum(-1, keepdim=True)
@@ -209,8 +209,8 @@ def backward(
                 gradient = gradient.view(
                     *pieces[0][0][part].shape[:6], band.rows.keys, band.columns.keys, query.shape[4]
                 )
-                for view, columns in pieces:
-                    view[part].add_(gradient[..., columns, :])
+                for view, rows, columns in pieces:
+                    view[part].add_(gradient[..., rows, columns, :])
         if grad_rpb is not None:
             grad_rpb += block.bias_gradient(plan, grad_bias)
     grad_k, grad_v = grad_k.to(key.dtype), grad_v.to(value.dtype)

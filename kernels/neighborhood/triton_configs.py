@@ -138,7 +138,11 @@ def at_a_time(kind: str, cut: Cut, block_d: int, itemsize: int) -> int:
 def tiled(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, device: torch.device) -> Cut:
     """How the kernel `kind`, which goes through its other side block by block, cuts a map."""
     config = tuning.pick(TABLE, _key(kind, rows, columns, block_d, itemsize), device)
-    block = config.keys if kind == "backward_key" else config.queries
+    return square(rows, columns, config.keys if kind == "backward_key" else config.queries, config)
+
+
+def square(rows: Axis, columns: Axis, block: int, config: Config) -> Cut:
+    """Tiles of at most `block` tokens."""
     side = 1 << ((block.bit_length() - 1) // 2)  # about square, all tiles of a group about equal
     tile_h = _even(rows.members[0], side)
     tile = tile_h, _even(columns.members[0], block // tile_h)

@@ -15,12 +15,12 @@ from networks import (
     FAMILIES,
     LEADERS,
     MODELS,
+    few_blocks,
     image,
     leaders_of,
     one_block_a_stage,
     shallow,
     size,
-    variants,
     variants_too,
 )
 from timm.models import is_model_in_modules
@@ -288,10 +288,7 @@ def test_a_fused_network_computes_the_same(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_dense_network_can_be_fused(name):
     """Without its head, as detectors and segmentors have it."""
-    row = variants(name)[name]
-    fewer = {key: value[:4] for key, value in vars(row).items() if isinstance(value, tuple) and len(value) > 4}
-    arguments = fewer | dict(depths=(1,) * min(4, len(row.depths)))
-    dense = timm.create_model(name, features_only=True, out_indices=(0, 1, 2), **arguments).eval()
+    dense = timm.create_model(name, features_only=True, out_indices=(0, 1, 2), **few_blocks(name)).eval()
     with torch.no_grad():
         expected = dense(image())
         dense.model.fuse((64, 96))

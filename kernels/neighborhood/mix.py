@@ -1,0 +1,118 @@
+"""The public operator of dynamic convolution: neighborhood attention whose keys are the places of the window.
+
+Layout, neighborhoods and border rule are those of `na2d`, see `api`. What differs is where scores come from: an image
+has one vector (a *tap*) for every place of the window, row by row from the window's first token, and a query's score of
+a key is the query's product with the tap of the place where the key lies. At a border, where the window is shifted
+inward, places keep their taps: the window's first token has the first tap wherever the query is.
+
+OverLoCK (Lou and Yu, CVPR 2025, arXiv 2502.20087), section 3.3: "context-mixing dynamic kernels".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels import arguments
+from hybridzoo.kernels.neighborhood import mix_operators, mix_torch
+from hybridzoo.kernels.neighborhood.api import TRITON_KERNELS
+from hybridzoo.kernels.operators_common import full_precision
+
+TRITON_WIDTHS = (1, 64)  # smallest and largest head_dim, of queries and of values
+
+
+def neighborhood_mix2d(
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    tap_bias: Tensor | None = None,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Mix every token's window of values with a kernel that the token makes of its image's taps.
+
+    `out[i] = softmax_j(scale * query[i] . taps[t] + tap_bias[t] + rpb[j - i]) value[j]`, per head, with `j` running over
+    the neighborhood of `i` as in `na2d` and `t` the place of `j` in it. Differentiable once, in reverse mode, in all
+    five tensors; gradients are summed in a fixed order, so two runs give the same bits.
+
+    Args:
+        query: `(batch, height, width, heads, head_dim)`, any strides, height and width; the batch may be empty. In an
+            exported program only the batch may be dynamic.
+        taps: `(batch, heads, rows * columns, head_dim)`, a vector for every place of the window, row by row. Where a
+            dilation group has fewer members than the window, the last places along that axis are not used.
+        value: `(batch, height, width, heads, value_dim)`.
+        kernel_size: window in tokens, `(rows, columns)` or one number for both; odd.
+        dilation: step between the window's tokens, `(rows, columns)` or one number for both; 1 is none.
+        tap_bias: `(heads, rows * columns)`, any floating dtype, added to the scores by place. Default none.
+        rpb: relative position bias `(heads, 2 * rows - 1, 2 * columns - 1)`, any floating dtype, indexed by key minus
+            query plus `kernel - 1`. Default none.
+        scale: factor on the products, default `head_dim ** -0.5`.
+        impl: `"triton"` (CUDA; elsewhere only under `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`, which
+            takes Triton on CUDA where it supports the call, else torch. An explicit choice never falls back: where
+            Triton cannot run, in `torch.export` for one, it raises.
+
+    Returns:
+        `(batch, height, width, heads, value_dim)`, contiguous, in the dtype of `query`.
+
+    Raises:
+        ValueError: an argument does not fit, or `impl="triton"` cannot run this call; the message names the reason.
+        TypeError: an argument is no tensor, or no number, where one is wanted.
+        NotImplementedError: a second or a forward-mode derivative is asked for.
+
+    Example:
+        >>> import torch
+        >>> from hybridzoo.kernels import neighborhood_mix2d
+        >>> query, value = torch.randn(2, 2, 30, 41, 4, 16)
+        >>> taps = torch.randn(2, 4, 13 * 13, 16)
+        >>> neighborhood_mix2d(query, taps, value, kernel_size=13).shape
+        torch.Size([2, 30, 41, 4, 16])
+    """
+    arguments.token_map("query", query)
+    kernel = arguments.window("kernel_size", kernel_size)
+    steps = arguments.pair("dilation", dilation)
+    batch, heads, places = query.shape[0], query.shape[3], kernel[0] * kernel[1]
+    _same_kind("taps", taps, query, "batch, heads, rows * columns, head_dim", (batch, heads, places, query.shape[4]))
+    width = value.shape[4] if isinstance(value, Tensor) and value.ndim == 5 and value.shape[4] else 1
+    _same_kind("value", value, query, "batch, height, width, heads, value_dim", (*query.shape[:4], width))
+    if tap_bias is not None:
+        arguments.table("tap_bias", tap_bias, query, "heads, rows * columns", (heads, places))
+    if rpb is not None:
+        shape = (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+        arguments.table("rpb", rpb, query, "heads, 2 * rows - 1, 2 * columns - 1", shape)
+    scale = arguments.factor("scale", scale, query.shape[4] ** -0.5)
+    impl = arguments.implementation(impl, query, _limit(query, value, kernel), widths=TRITON_WIDTHS)
+    if arguments.exporting():
+        if any(isinstance(side, torch.SymInt) for side in query.shape[1:3]):
+            raise ValueError(
+                "neighborhood_mix2d cannot be exported with a dynamic height or width: how it cuts the map depends on"
+                " them; only the batch may be dynamic"
+            )
+        with full_precision(query):
+            return mix_torch.exportable_forward(query, taps, value, tap_bias, rpb, kernel, steps, scale)
+    return mix_operators.mix(query, taps, value, tap_bias, rpb, kernel, steps, scale, impl)[0]
+
+
+def _same_kind(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:
+    """A tensor of `shape`, whose `axes` are named, with dtype and device of `query`."""
+    arguments.tensor(name, value)
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape ({axes}) = {shape}; got {tuple(value.shape)}")
+    if value.dtype != query.dtype or value.device != query.device:
+        raise ValueError(
+            f"{name} must share dtype and device with query ({query.dtype}, {query.device});"
+            f" got {value.dtype}, {value.device}"
+        )
+
+
+def _limit(query: Tensor, value: Tensor, kernel: tuple[int, int]) -> str | None:
+    """Why the Triton kernels cannot take such windows or values; None if they can."""
+    smallest, largest = TRITON_KERNELS
+    if not all(smallest <= k <= largest for k in kernel):
+        return f"kernel_size {kernel} does not lie between {smallest} and {largest}"
+    if value.shape[4] > TRITON_WIDTHS[1]:
+        return f"value_dim {value.shape[4]} does not lie between {TRITON_WIDTHS[0]} and {TRITON_WIDTHS[1]}"
+    return None

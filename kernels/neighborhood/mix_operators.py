@@ -1,0 +1,106 @@
+"""The dynamic convolution of neighborhoods as two `torch.library` operators: compilers see one node per direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from hybridzoo.kernels.neighborhood import mix_torch
+from hybridzoo.kernels.neighborhood.operators import pairs
+from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision, operator
+
+
+@operator
+def neighborhood_mix2d(
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+    kernel: list[int],
+    dilation: list[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The result and, for Triton's backward pass, the log-sum-exp of the scores (B, H, W, heads); else empty."""
+    args = (query, taps, value, tap_bias, rpb, (kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
+    if impl == "triton":
+        from hybridzoo.kernels.neighborhood import mix_triton  # only when used: Triton is slow to import
+
+        return mix_triton.forward(*args)
+    with full_precision(query):
+        return mix_torch.forward(*args), _log_sum_exp(query, impl)
+
+
+@operator
+def neighborhood_mix2d_backward(
+    grad: Tensor,
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel: list[int],
+    dilation: list[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, taps, value, tap_bias and rpb; empty for a table that is not there."""
+    where = ((kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
+    if impl == "triton":
+        from hybridzoo.kernels.neighborhood import mix_triton
+
+        *grads, dbias, drpb = mix_triton.backward(grad, query, taps, value, tap_bias, rpb, lse, *where)
+    else:
+        with full_precision(query):
+            *grads, dbias, drpb = mix_torch.backward(grad, query, taps, value, tap_bias, rpb, out, *where)
+    dq, dtaps, dv = grads
+    nothing = query.new_empty(0)
+    return dq, dtaps, dv, nothing if dbias is None else dbias, query.new_empty(0) if drpb is None else drpb
+
+
+@torch.library.register_fake("hybridzoo::neighborhood_mix2d")
+def _(query, taps, value, tap_bias, rpb, kernel, dilation, scale, impl):
+    return value.new_empty(value.shape), _log_sum_exp(query, impl)
+
+
+@torch.library.register_fake("hybridzoo::neighborhood_mix2d_backward")
+def _(grad, query, taps, value, tap_bias, rpb, out, lse, kernel, dilation, scale, impl):
+    made = [t.new_empty(t.shape) for t in (query, taps, value)]
+    return *made, *(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (tap_bias, rpb))
+
+
+def _log_sum_exp(query: Tensor, impl: str) -> Tensor:
+    shape = query.shape[:4] if impl == "triton" else (0,)
+    return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _save(ctx, inputs, output):
+    *tensors, kernel, dilation, scale, impl = inputs
+    ctx.where = kernel, dilation, scale, impl
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad, grad_lse):
+    saved = ctx.saved_tensors
+    *grads, dbias, drpb = _backward(grad, *saved, *ctx.where)
+    return *grads, None if saved[3] is None else dbias, None if saved[4] is None else drpb, None, None, None, None
+
+
+_backward = differentiable_once(neighborhood_mix2d_backward, "neighborhood_mix2d")
+mix = differentiable(neighborhood_mix2d, "neighborhood_mix2d", _save, _differentiate)
+
+
+@register_flop_formula(torch.ops.hybridzoo.neighborhood_mix2d)
+def _flops(query, taps, value, tap_bias, rpb, kernel, dilation, *args, out_shape=None, **kwargs) -> int:
+    return 2 * pairs(query, kernel, dilation) * (query[4] + value[4])  # the scores, and the sum
+
+
+@register_flop_formula(torch.ops.hybridzoo.neighborhood_mix2d_backward)
+def _backward_flops(grad, query, taps, value, tap_bias, rpb, out, lse, kernel, dilation, *args, **kwargs) -> int:
+    # The scores again, their gradient's two products with queries and taps; of the weights, and of the values.
+    return 2 * pairs(query, kernel, dilation) * (3 * query[4] + 2 * value[4])

@@ -1,0 +1,222 @@
+"""The dynamic convolution of neighborhoods on the GPU: which kernels run, on which tiles, with which configuration.
+
+As `triton_impl`; taps and tables are made contiguous, query and value may lie in memory as they like.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hybridzoo.kernels import tuning
+from hybridzoo.kernels.neighborhood import mix_triton_kernels, triton_configs
+from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
+from hybridzoo.kernels.neighborhood.triton_impl import multiprocessors
+from hybridzoo.kernels.triton_common import Launch, Recipe, precision
+from hybridzoo.kernels.tuning import Config, Key, Table
+
+PROGRAMS = 4  # of the pass over queries, for every multiprocessor: fewer programs leave fewer sums behind
+
+# NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
+TABLE: Table = {
+    ("mix_forward", 16, 2): Config(16, 64, 4, 2),
+    ("mix_forward", 32, 2): Config(16, 64, 4, 2),
+    ("mix_forward", 64, 2): Config(16, 64, 4, 2),
+    ("mix_backward_query", 16, 2): Config(16, 64, 8, 1),
+    ("mix_backward_query", 32, 2): Config(16, 64, 8, 1),
+    ("mix_backward_query", 64, 2): Config(16, 32, 8, 1),
+    ("mix_backward_value", 16, 2): Config(16, 64, 4, 2),
+    ("mix_backward_value", 32, 2): Config(16, 64, 4, 2),
+    ("mix_backward_value", 64, 2): Config(16, 64, 4, 1),
+    ("mix_forward", 16, 4): Config(16, 32, 8, 1),
+    ("mix_forward", 32, 4): Config(16, 32, 8, 1),
+    ("mix_forward", 64, 4): Config(16, 32, 8, 1),
+    ("mix_backward_query", 16, 4): Config(16, 32, 8, 1),
+    ("mix_backward_query", 32, 4): Config(16, 32, 8, 1),
+    ("mix_backward_query", 64, 4): Config(16, 32, 8, 1),
+    ("mix_backward_value", 16, 4): Config(16, 32, 8, 1),
+    ("mix_backward_value", 32, 4): Config(16, 32, 8, 1),
+    ("mix_backward_value", 64, 4): Config(16, 32, 8, 1),
+}
+
+
+class _Call(NamedTuple):
+    """What the launches of a call depend on."""
+
+    shape: tuple[int, ...]  # of query
+    value_dim: int
+    strides: tuple[int, ...]
+    value_strides: tuple[int, ...]
+    itemsize: int
+    device: torch.device
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+    scale: float
+    tap_bias: bool
+    bias: bool
+    precision: str
+
+
+def forward(
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the log-sum-exp of the scores, `(batch, height, width, heads)` in float32, for `backward`."""
+    out = value.new_empty(value.shape)
+    lse = query.new_empty(query.shape[:4], dtype=torch.float32)
+    if query.numel():
+        with torch.cuda.device_of(query):
+            forward_launch(query, taps, value, tap_bias, rpb, out, lse, kernel, dilation, scale).run()
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+    lse: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, taps, value, tap_bias and rpb, each in the dtype of its own."""
+    dquery, dvalue = query.new_empty(query.shape), value.new_empty(value.shape)
+    if not query.numel():
+        tables = (None if t is None else torch.zeros_like(t) for t in (tap_bias, rpb))
+        return dquery, torch.zeros_like(taps), dvalue, *tables  # type: ignore[return-value]
+    with torch.cuda.device_of(query):
+        launches, sums = backward_launches(
+            grad.contiguous(), query, taps, value, tap_bias, rpb, lse, dquery, dvalue, kernel, dilation, scale
+        )
+        for one in launches:
+            one.run()
+    dtaps, dtap_bias, drpb = sums  # (batch, shares, heads, ...)
+    return (
+        dquery,
+        dtaps.sum(1).to(taps.dtype),
+        dvalue,
+        None if tap_bias is None else dtap_bias.flatten(0, 1).sum(0).to(tap_bias.dtype),
+        None if rpb is None else drpb.flatten(0, 1).sum(0).view(rpb.shape).to(rpb.dtype),
+    )
+
+
+def forward_launch(
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Launch:
+    tensors = _tensors(query, taps, value, tap_bias, rpb) | dict(out=out, lse=lse)
+    return _recipes(_call(tensors, kernel, dilation, scale, tap_bias, rpb))[0].launch(tensors)
+
+
+def backward_launches(
+    grad: Tensor,
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+    lse: Tensor,
+    dquery: Tensor,
+    dvalue: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """The two kernels of the backward pass, and the sums that the first leaves: `(batch, shares, heads, ...)`."""
+    tensors = _tensors(query, taps, value, tap_bias, rpb)
+    _, *recipes = _recipes(_call(tensors, kernel, dilation, scale, tap_bias, rpb))
+    batch, heads, places, head_dim = taps.shape
+    slots = batch, recipes[0].arguments["shares"], heads
+    entries = math.prod(2 * k - 1 for k in kernel)
+    dtaps = torch.empty(*slots, places, head_dim, dtype=torch.float32, device=query.device)
+    dtap_bias = dtaps if tap_bias is None else dtaps.new_empty(*slots, places)
+    drpb = dtaps if rpb is None else dtaps.new_empty(*slots, entries)
+    tensors |= dict(grad=grad, lse=lse, dquery=dquery, dvalue=dvalue, dtaps=dtaps, dtap_bias=dtap_bias, drpb=drpb)
+    return [recipe.launch(tensors) for recipe in recipes], (dtaps, dtap_bias, drpb)
+
+
+def _tensors(
+    query: Tensor, taps: Tensor, value: Tensor, tap_bias: Tensor | None, rpb: Tensor | None
+) -> dict[str, Tensor]:
+    query, value = (t if t.stride(4) == 1 else t.contiguous() for t in (query, value))
+    # Without a table, a pointer that nobody reads.
+    tables = {name: query if t is None else t.contiguous() for name, t in (("tap_bias", tap_bias), ("rpb", rpb))}
+    return dict(query=query, taps=taps.contiguous(), value=value, **tables)
+
+
+def _call(
+    tensors: dict[str, Tensor],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+) -> _Call:
+    query, value = tensors["query"], tensors["value"]
+    return _Call(
+        tuple(query.shape), value.shape[4], query.stride(), value.stride(), query.element_size(), query.device,
+        kernel, dilation, scale, tap_bias is not None, rpb is not None, precision(query),
+    )  # fmt: skip
+
+
+@tuning.plan
+def _recipes(call: _Call) -> list[Recipe]:
+    """Forward, and the two passes of backward."""
+    return [_recipe(kind, call) for kind in ("mix_forward", "mix_backward_query", "mix_backward_value")]
+
+
+def _recipe(kind: str, call: _Call) -> Recipe:
+    batch, height, width, heads, head_dim = call.shape
+    rows, columns = map(Axis.of, (height, width), call.kernel, call.dilation)
+    block_d, block_e = (max(16, triton.next_power_of_2(n)) for n in (head_dim, call.value_dim))
+    entries = math.prod(2 * k - 1 for k in call.kernel)
+    table_columns = max(16, min(64, triton.next_power_of_2(entries)))
+    cut = _cut(kind, rows, columns, max(block_d, block_e), call)
+    groups = math.prod(min(d, n) for d, n in zip(call.dilation, (height, width), strict=True))
+    tiles = groups * math.prod(cut.tiles)
+    share, shares, programs = 1, 1, batch * heads * tiles
+    if kind == "mix_backward_query":
+        wanted = math.ceil(PROGRAMS * multiprocessors(call.device) / (batch * heads))
+        share = math.ceil(tiles / min(tiles, wanted))
+        shares = math.ceil(tiles / share)
+        programs = batch * heads * shares
+    strides = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False))
+    strides |= dict(zip(("value_b", "value_h", "value_w", "value_n"), call.value_strides, strict=False))
+    arguments: dict[str, Any] = strides | dict(
+        scale=call.scale, heads=heads, height=height, width=width, share=share, shares=shares,
+        dilation_h=call.dilation[0], dilation_w=call.dilation[1],
+        tile_h=cut.tile[0], tile_w=cut.tile[1], tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
+        KERNEL_H=call.kernel[0], KERNEL_W=call.kernel[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
+        VALUE_DIM=call.value_dim, BLOCK_E=block_e, QUERIES=cut.config.queries, KEYS=cut.config.keys,
+        TAPS=max(16, triton.next_power_of_2(math.prod(call.kernel))),
+        COLUMNS=table_columns, ROWS=triton.next_power_of_2(math.ceil(entries / table_columns)),
+        TAP_BIAS=call.tap_bias, BIAS=call.bias, PRECISION=call.precision,
+    )  # fmt: skip
+    return Recipe.of(getattr(mix_triton_kernels, kind), programs, arguments, cut.config)
+
+
+def _cut(kind: str, rows: Axis, columns: Axis, block: int, call: _Call) -> Cut:
+    shape = f"kernel {rows.kernel} x {columns.kernel}"
+    config = tuning.pick(TABLE, Key("neighborhood_mix2d", kind, block, call.itemsize, shape), call.device)
+    return triton_configs.square(rows, columns, config.keys if kind == "mix_backward_value" else config.queries, config)

@@ -1,0 +1,267 @@
+"""The dynamic convolution of neighborhoods in Triton: the kernels.
+
+Tiles, dilation groups and places are those of `triton_kernels`. A row of scores has a column for every place of the
+query's window, TAPS of them, padded: one product of a tile's queries with the image's taps makes them, with their
+softmax complete in registers, whatever the map's size. `tl.gather` brings a row from the window's places to the keys of
+the tile (a shift of its own for every query), and the gradient of the weights back.
+
+No atomics: every sum is taken by one program in a fixed order. Gradients of taps and of both tables are summed by a
+program over its share of an image's tiles, written to a slot of their own, and added up by PyTorch.
+
+The arithmetic, for head_dim 16, bfloat16 and a 13 x 13 window: a query of one head takes 11 kFLOP of tensor cores' work
+against 96 bytes of query, value and result; it is the 256 exponentials and the shift through shared memory that take
+time. Of the plain form's tensors as wide as a window, five of 338 bytes a query and head, none exists.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hybridzoo.kernels.neighborhood.triton_kernels import (
+    SIZES,
+    bias_of,
+    keys_of,
+    locate,
+    places,
+    queries_of,
+    sees,
+    window_start,
+)
+from hybridzoo.kernels.triton_common import LOG2E, UNSEEN, load_tokens, store_tokens
+
+MIX_SIZES = [*SIZES, "share", "shares"]
+
+
+@triton.jit
+def load_taps(taps, SIZE: tl.constexpr, TAPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[TAPS, BLOCK_D]` of one image and head; zeros beyond."""
+    tap = tl.arange(0, TAPS)
+    return load_tokens(taps, tap * HEAD_DIM, HEAD_DIM, BLOCK_D, tap < SIZE)
+
+
+@triton.jit
+def products(q, matrix, tap_bias, scale, SIZE: tl.constexpr, TAPS: tl.constexpr, TAP_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores in base 2 by place, without the position bias."""
+    scores = tl.dot(q, tl.trans(matrix), input_precision=PRECISION) * (scale * LOG2E)
+    if TAP_BIAS:
+        tap = tl.arange(0, TAPS)
+        scores += (tl.load(tap_bias + tap, mask=tap < SIZE, other=0.0).to(tl.float32) * LOG2E)[None, :]
+    return scores
+
+
+@triton.jit
+def with_rpb(
+    scores, rpb, query_h, query_w, members_h, members_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scores by place with the position bias, and UNSEEN at places beyond the group."""
+    tap = tl.arange(0, TAPS)
+    tap_h, tap_w = tap // KERNEL_W, tap % KERNEL_W
+    seen = (tap_h < tl.minimum(KERNEL_H, members_h)) & (tap_w < tl.minimum(KERNEL_W, members_w))
+    if BIAS:
+        columns: tl.constexpr = 2 * KERNEL_W - 1
+        row = window_start(query_h, members_h, KERNEL_H) - query_h + KERNEL_H - 1
+        column = window_start(query_w, members_w, KERNEL_W) - query_w + KERNEL_W - 1
+        index = (row[:, None] + tap_h[None, :]) * columns + column[:, None] + tap_w[None, :]
+        scores += tl.load(rpb + index, mask=(index >= 0) & seen[None, :], other=0.0).to(tl.float32) * LOG2E
+    return tl.where(seen[None, :], scores, UNSEEN)
+
+
+@triton.jit
+def places_of(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
+    """`[queries, keys]`: the place of a key in a query's window; of an unseen key anything."""
+    start_h = window_start(query_h, members_h, KERNEL_H)
+    start_w = window_start(query_w, members_w, KERNEL_W)
+    return (key_h[None, :] - start_h[:, None]) * KERNEL_W + key_w[None, :] - start_w[:, None]
+
+
+@triton.jit(do_not_specialize=MIX_SIZES)
+def mix_forward(
+    query, taps, value, tap_bias, rpb, out, lse, scale, heads, height, width, dilation_h, dilation_w,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAPS: tl.constexpr,
+    TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of tile_h x tile_w <= QUERIES queries of one image and head."""
+    size: tl.constexpr = KERNEL_H * KERNEL_W
+    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+        return
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    one = tl.cast(image, tl.int64)
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    pixels = (row * width + column) * heads + head
+    q = load_tokens(query + one * stride_b + head * stride_n, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, size, TAPS, HEAD_DIM, BLOCK_D)
+    scores = products(q, matrix, tap_bias + head * size, scale, size, TAPS, TAP_BIAS, PRECISION)
+    scores = with_rpb(
+        scores, rpb + head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1), query_h, query_w, members_h, members_w,
+        KERNEL_H, KERNEL_W, TAPS, BIAS,
+    )  # fmt: skip
+    largest = tl.max(scores, 1)
+    weights = tl.exp2(scores - largest[:, None])
+    total = tl.sum(weights, 1)
+    weights = weights / total[:, None]
+
+    result = tl.zeros([QUERIES, BLOCK_E], tl.float32)
+    for first in range(0, extent_h * extent_w, KEYS):
+        key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
+        offsets = (class_h + key_h * dilation_h) * value_h + (class_w + key_w * dilation_w) * value_w
+        v = load_tokens(value + one * value_b + head * value_n, offsets, VALUE_DIM, BLOCK_E)
+        seen = some[None, :] & sees(
+            query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :],
+            members_h, members_w, KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        place = places_of(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H, KERNEL_W)
+        by_key = tl.where(seen, tl.gather(weights, tl.where(seen, place, 0), 1), 0.0)
+        result = tl.dot(by_key.to(v.dtype), v, result, input_precision=PRECISION)
+    first_pixel = one * height * width * heads
+    store_tokens(out + first_pixel * VALUE_DIM, pixels * VALUE_DIM, exists, result, VALUE_DIM, BLOCK_E)
+    tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+
+
+@triton.jit(do_not_specialize=MIX_SIZES)
+def mix_backward_query(
+    grad, query, taps, value, tap_bias, rpb, lse, dquery, dtaps, dtap_bias, drpb, scale,
+    heads, height, width, dilation_h, dilation_w, share, shares, tile_h, tile_w, tiles_h, tiles_w,
+    stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `share` tiles of queries of one image and head, and what they add to taps and tables.
+
+    A slot of the latter is `(image, one of the shares, head)`.
+    """
+    size: tl.constexpr = KERNEL_H * KERNEL_W
+    columns: tl.constexpr = 2 * KERNEL_W - 1
+    entries: tl.constexpr = (2 * KERNEL_H - 1) * columns
+    head = tl.program_id(0) % heads
+    part = tl.program_id(0) // heads % shares
+    image = tl.program_id(0) // heads // shares
+    all_tiles = tl.minimum(dilation_h, height) * tl.minimum(dilation_w, width) * tiles_h * tiles_w
+    one = tl.cast(image, tl.int64)
+    first_pixel = one * height * width * heads
+    tap = tl.arange(0, TAPS)
+    tap_h, tap_w = tap // KERNEL_W, tap % KERNEL_W
+    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, size, TAPS, HEAD_DIM, BLOCK_D)
+    rpb += head * entries
+    sum_taps = tl.zeros([TAPS, BLOCK_D], tl.float32)
+    sum_bias = tl.zeros([TAPS], tl.float32)
+    table = tl.zeros([ROWS, COLUMNS], tl.float32)  # flattens the bias table and pads its end
+    for tile in range(part * share, tl.minimum((part + 1) * share, all_tiles)):
+        _, at_h, at_w, class_h, class_w, _, members_h, members_w = locate(
+            tile * heads, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+        )
+        first_h, first_w = at_h * tile_h, at_w * tile_w
+        size_h = tl.maximum(tl.minimum(tile_h, members_h - first_h), 0)
+        size_w = tl.maximum(tl.minimum(tile_w, members_w - first_w), 0)
+        query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+        start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+        start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+        # A class may be one member short of its last tile, which then has no query and needs no key.
+        extent_h = tl.where((size_h > 0) & (size_w > 0), extent_h, 0)
+        row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+        pixels = (row * width + column) * heads + head
+        offsets = row * stride_h + column * stride_w
+        q = load_tokens(query + one * stride_b + head * stride_n, offsets, HEAD_DIM, BLOCK_D, exists)
+        g = load_tokens(grad + first_pixel * VALUE_DIM, pixels * VALUE_DIM, VALUE_DIM, BLOCK_E, exists)
+        norm = tl.load(lse + first_pixel + pixels, mask=exists, other=0.0) * LOG2E
+        scores = products(q, matrix, tap_bias + head * size, scale, size, TAPS, TAP_BIAS, PRECISION)
+        scores = with_rpb(scores, rpb, query_h, query_w, members_h, members_w, KERNEL_H, KERNEL_W, TAPS, BIAS)
+        weights = tl.where(exists[:, None], tl.exp2(tl.minimum(scores - norm[:, None], 0.0)), 0.0)
+
+        window_h = window_start(query_h, members_h, KERNEL_H)
+        window_w = window_start(query_w, members_w, KERNEL_W)
+        inside = (tap_h < tl.minimum(KERNEL_H, members_h)) & (tap_w < tl.minimum(KERNEL_W, members_w))
+        key = (window_h[:, None] + tap_h[None, :] - start_h) * extent_w
+        key += window_w[:, None] + tap_w[None, :] - start_w
+        dweights = tl.zeros([QUERIES, TAPS], tl.float32)
+        for first in range(0, extent_h * extent_w, KEYS):
+            key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
+            key_offsets = (class_h + key_h * dilation_h) * value_h + (class_w + key_w * dilation_w) * value_w
+            v = load_tokens(value + one * value_b + head * value_n, key_offsets, VALUE_DIM, BLOCK_E)
+            by_key = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+            met = inside[None, :] & (key >= first) & (key < first + KEYS)
+            dweights += tl.where(met, tl.gather(by_key, tl.where(met, key - first, 0), 1), 0.0)
+        dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
+        low = dscores.to(q.dtype)
+        dq = tl.dot(low, matrix, input_precision=PRECISION) * scale
+        store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
+        sum_taps = tl.dot(tl.trans(low), q, sum_taps, input_precision=PRECISION)
+        if TAP_BIAS:
+            sum_bias += tl.sum(dscores, 0)
+        if BIAS:
+            for i in range((entries + COLUMNS - 1) // COLUMNS):
+                # For every entry of the table each query has at most one place; pick it, and sum over queries.
+                entry = i * COLUMNS + tl.arange(0, COLUMNS)
+                place_h = (query_h - window_h - (KERNEL_H - 1))[:, None] + (entry // columns)[None, :]
+                place_w = (query_w - window_w - (KERNEL_W - 1))[:, None] + (entry % columns)[None, :]
+                hit = (place_h >= 0) & (place_h < KERNEL_H) & (place_w >= 0) & (place_w < KERNEL_W)
+                picked = tl.gather(dscores, tl.where(hit, place_h * KERNEL_W + place_w, 0), 1)
+                sums = tl.sum(tl.where(hit, picked, 0.0), 0)
+                table += tl.where(tl.arange(0, ROWS)[:, None] == i, sums[None, :], 0.0)
+    slot = tl.program_id(0).to(tl.int64)
+    store_tokens(dtaps + slot * size * HEAD_DIM, tap * HEAD_DIM, tap < size, sum_taps * scale, HEAD_DIM, BLOCK_D)
+    if TAP_BIAS:
+        tl.store(dtap_bias + slot * size + tap, sum_bias, mask=tap < size)
+    if BIAS:
+        entry = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(drpb + slot * entries + entry, table, mask=entry < entries)
+
+
+@triton.jit(do_not_specialize=MIX_SIZES)
+def mix_backward_value(
+    grad, query, taps, tap_bias, rpb, lse, dvalue, scale, heads, height, width, dilation_h, dilation_w,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAPS: tl.constexpr,
+    TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of values: a loop over the queries that see any of them, QUERIES at a time."""
+    size: tl.constexpr = KERNEL_H * KERNEL_W
+    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):
+        return
+    key_h, key_w, exists = places(0, KEYS, first_h, first_w, size_h, size_w)
+    start_h, extent_h = queries_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = queries_of(first_w, size_w, members_w, KERNEL_W)
+    one = tl.cast(image, tl.int64)
+    first_pixel = one * height * width * heads
+    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, size, TAPS, HEAD_DIM, BLOCK_D)
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    dv = tl.zeros([KEYS, BLOCK_E], tl.float32)
+    for first in range(0, extent_h * extent_w, QUERIES):
+        query_h, query_w, some = places(first, QUERIES, start_h, start_w, extent_h, extent_w)
+        row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+        pixels = (row * width + column) * heads + head
+        q = load_tokens(query + one * stride_b + head * stride_n, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+        g = load_tokens(grad + first_pixel * VALUE_DIM, pixels * VALUE_DIM, VALUE_DIM, BLOCK_E)
+        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+        seen = some[:, None] & sees(
+            query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :],
+            members_h, members_w, KERNEL_H, KERNEL_W,
+        )  # fmt: skip
+        bias = bias_of(
+            rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
+        )
+        place = places_of(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H, KERNEL_W)
+        scores = products(q, matrix, tap_bias + head * size, scale, size, TAPS, TAP_BIAS, PRECISION)
+        scores = tl.gather(scores, tl.where(seen, place, 0), 1) + bias
+        weights = tl.exp2(scores - norm[:, None])
+        dv = tl.dot(tl.trans(weights.to(g.dtype)), g, dv, input_precision=PRECISION)
+    row, column = class_h + key_h * dilation_h, class_w + key_w * dilation_w
+    pixels = ((row * width + column) * heads + head) * VALUE_DIM
+    store_tokens(dvalue + first_pixel * VALUE_DIM, pixels, exists, dv, VALUE_DIM, BLOCK_E)
