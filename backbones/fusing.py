@@ -61,7 +61,7 @@ def _fold_depthwise(block: Any) -> None:
 
 
 @folds(overlock.FocusBlock)
-def _(block: overlock.FocusBlock) -> None:
+def _(block: Any) -> None:
     _fold_depthwise(block)
     block.out_project, block.out_norm = fuse_norm_layer_eval(block.out_norm, block.out_project), nn.Identity()
 

@@ -100,7 +100,8 @@ class ConvMlp(nn.Module):
 
 
 def _squeeze_excite(dim: int) -> SqueezeExcite:
-    return SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=lambda inplace: nn.GELU())
+    gelu: Any = lambda inplace: nn.GELU()  # noqa: E731  # timm asks for a class, takes any factory
+    return SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=gelu)
 
 
 class RepConvBlock(nn.Module):
@@ -247,7 +248,7 @@ class OverLoCK(Backbone):
     """
 
     channels_last = True
-    optional = ("aux_head.",)
+    optional = ("aux_head.", "stages.1.norm.", "feature_norms.", "overview_")
 
     def __init__(
         self,
@@ -329,7 +330,7 @@ class OverLoCK(Backbone):
         """Large kernels in the form that they have here; an auxiliary head only where there is one."""
         state = dict(state)
         if self.aux_head is None:
-            state = {name: value for name, value in state.items() if not name.startswith(self.optional)}
+            state = {name: value for name, value in state.items() if not name.startswith("aux_head.")}
         for name, module in self.named_modules():
             if isinstance(module, DilatedReparamConv):
                 state = module.fit_state(state, name)
@@ -359,7 +360,9 @@ class OverLoCK(Backbone):
 
 
 def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and module.bias is None):  # taps, not a classifier
+    if isinstance(module, nn.Conv2d) or (
+        isinstance(module, nn.Linear) and module.bias is None
+    ):  # taps, not a classifier
         init_normal(module)
 
 

@@ -140,9 +140,7 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
-def implementation(
-    impl: Any, query: Tensor, limit: str | None = None, *, widths: tuple[int, int] = (16, 128)
-) -> str:
+def implementation(impl: Any, query: Tensor, limit: str | None = None, *, widths: tuple[int, int] = (16, 128)) -> str:
     """`"triton"` or `"torch"`, as `impl` wants; `limit` says why an operator's Triton kernels cannot run the call.
 
     `query` is the map that the operator works on, `widths` are the smallest and the largest head_dim that its kernels

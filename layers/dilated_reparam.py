@@ -29,7 +29,7 @@ BRANCHES = {
 
 
 class DilatedReparamConv(nn.Module):
-    """Depthwise `kernel_size` convolution with batch norm, plus one such pair a branch; or all of it as one convolution.
+    """Depthwise convolution with batch norm, plus a smaller such pair for each branch; or all of it as one convolution.
 
     `(B, dim, H, W)` in and out, zeros beyond the edge.
 
@@ -112,7 +112,11 @@ class DilatedReparamConv(nn.Module):
 
 def _folded(block: Any) -> nn.Conv2d:
     """A convolution with its norm inside it."""
-    return fuse_conv_bn_eval(block.conv.eval(), block.norm.eval()) if isinstance(block.norm, nn.BatchNorm2d) else block.conv
+    return (
+        fuse_conv_bn_eval(block.conv.eval(), block.norm.eval())
+        if isinstance(block.norm, nn.BatchNorm2d)
+        else block.conv
+    )
 
 
 def _spread(weight: Tensor, dilation: int, size: int) -> Tensor:

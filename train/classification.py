@@ -44,6 +44,7 @@ class ImageClassifier(BaseModel):
         pretrained: load timm's weights for the name.
         mixup: arguments of ``timm.data.Mixup`` (``mixup_alpha``, ``cutmix_alpha``, ``switch_prob``, ...), or None.
         label_smoothing: in [0, 1).
+        aux_weight: of the loss of auxiliary logits, where the model returns some in training (OverLoCK's `aux_head`).
         frozen_stages: the stem (0), or the stem and the first k stages (k), neither learn nor change their statistics.
         binary: binary cross-entropy over the classes instead of softmax.
         tta: predict the mean of what an image and its mirror image give.
@@ -62,6 +63,7 @@ class ImageClassifier(BaseModel):
         mixup: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         binary: bool = False,
+        aux_weight: float = 0.4,
         frozen_stages: int = -1,
         tta: bool = False,
         data_preprocessor: dict[str, Any] | nn.Module | None = None,
@@ -71,6 +73,7 @@ class ImageClassifier(BaseModel):
         self.model = networks.create("model", name, model_args, pretrained=pretrained, num_classes=num_classes)
         self.frozen = freeze(self.model, frozen_stages)
         self.tta = tta
+        self.aux_weight = aux_weight
         self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.loss: nn.Module
         if binary:
@@ -109,7 +112,12 @@ class ImageClassifier(BaseModel):
             assert targets is not None
             if self.mixup is not None:
                 inputs, targets = self._mix(inputs, targets)
-            return {"loss": self.loss(self.model(inputs).float(), targets)}
+            made = self.model(inputs)
+            logits, *auxiliary = made if isinstance(made, tuple) else (made,)
+            loss = self.loss(logits.float(), targets)
+            for more in auxiliary:
+                loss = loss + self.aux_weight * self.loss(more.float(), targets)
+            return {"loss": loss}
         logits = self.model(inputs)
         if mode == "tensor":
             return logits

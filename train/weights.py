@@ -112,6 +112,9 @@ def load_matching(
     own = model.state_dict()
     if hasattr(model, "pretrained_cfg"):  # timm's: a detector's names are its own
         state = split(state, _name(model)).network
+    network: Any = model
+    if hasattr(model, "fit_state"):
+        state = dict(network.fit_state(state))
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     differing = {name: value.shape for name, value in state.items() if name in own and value.shape != own[name].shape}
@@ -193,7 +196,7 @@ def _in_head(model: nn.Module, name: str) -> bool:
     classifier = cfg.get("classifier")
     if classifier:
         names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        return name.startswith(tuple(f"{prefix}." for prefix in names))
+        return name.startswith((*(f"{prefix}." for prefix in names), *getattr(model, "optional", ())))
     # Detectors and segmentors call every part with class outputs something_head.
     return any(part.endswith("head") for part in name.split(".")[:-1])
 

@@ -1,4 +1,4 @@
-"""OverLoCK's published names (LMMMEng/OverLoCK): one layout, with or without branches, classifiers and dense networks."""
+"""OverLoCK's published names (LMMMEng/OverLoCK): one layout for classifiers and dense networks, merged or not."""
 
 from __future__ import annotations
 

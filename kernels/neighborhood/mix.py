@@ -18,7 +18,7 @@ from hybridzoo.kernels.neighborhood import mix_operators, mix_torch
 from hybridzoo.kernels.neighborhood.api import TRITON_KERNELS
 from hybridzoo.kernels.operators_common import full_precision
 
-TRITON_WIDTHS = (1, 64)  # smallest and largest head_dim, of queries and of values
+TRITON_WIDTHS = (1, 32)  # smallest and largest head_dim, of queries and of values
 
 
 def neighborhood_mix2d(
@@ -35,9 +35,9 @@ def neighborhood_mix2d(
 ) -> Tensor:
     """Mix every token's window of values with a kernel that the token makes of its image's taps.
 
-    `out[i] = softmax_j(scale * query[i] . taps[t] + tap_bias[t] + rpb[j - i]) value[j]`, per head, with `j` running over
-    the neighborhood of `i` as in `na2d` and `t` the place of `j` in it. Differentiable once, in reverse mode, in all
-    five tensors; gradients are summed in a fixed order, so two runs give the same bits.
+    `out[i] = softmax_j(scale * query[i] . taps[t] + tap_bias[t] + rpb[j - i]) value[j]`, per head, with `j` running
+    over the neighborhood of `i` as in `na2d` and `t` the place of `j` in it. Differentiable once, in reverse mode, in
+    all five tensors; gradients are summed in a fixed order, so two runs give the same bits.
 
     Args:
         query: `(batch, height, width, heads, head_dim)`, any strides, height and width; the batch may be empty. In an

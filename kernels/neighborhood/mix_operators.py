@@ -53,7 +53,7 @@ def neighborhood_mix2d_backward(
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import mix_triton
 
-        *grads, dbias, drpb = mix_triton.backward(grad, query, taps, value, tap_bias, rpb, lse, *where)
+        *grads, dbias, drpb = mix_triton.backward(grad, query, taps, value, tap_bias, rpb, out, lse, *where)
     else:
         with full_precision(query):
             *grads, dbias, drpb = mix_torch.backward(grad, query, taps, value, tap_bias, rpb, out, *where)

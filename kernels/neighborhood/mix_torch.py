@@ -2,7 +2,7 @@
 
 A query's scores are counted by the places of its window, `rows * columns` of them, and come out of one product with the
 image's matrix of taps. Per tile the softmax of these scores is spread over the keys of the tile, zeros where a query
-does not see a key, and one product with the values mixes them. Where the windows of neighbouring queries start alike, or
+does not see a key, and one product with the values mixes them. Where windows of neighbouring queries start alike, or
 one key apart, spreading is a copy into a strided view, so nothing is gathered. Tensors as wide as a window exist for a
 few tiles at a time. Everything is computed in float32 or wider, and summed in a fixed order.
 """
@@ -116,7 +116,7 @@ def forward(
     """See `mix.neighborhood_mix2d`."""
     plan = tiles.plan(query, rpb, kernel, dilation, SHAPE, taps=True)
     result = value.new_empty(value.shape)
-    for block in plan.blocks:
+    for block in plan.blocks if len(query) else ():
         bias, spread = _bias(block, plan, tap_bias, query.shape[3]), _Spread(block)
         q_all, v_all, out_all = block.queries(query), block.keys(value), block.queries(result)
         for part in chunks(q_all, _budget(query, block), CHUNK):
@@ -148,7 +148,7 @@ def backward(
     grad_taps = torch.zeros(taps.shape, dtype=plan.dtype, device=taps.device)
     grad_tap_bias = None if tap_bias is None else torch.zeros(tap_bias.shape, dtype=plan.dtype, device=taps.device)
     grad_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=plan.dtype, device=taps.device)
-    for block in plan.blocks:
+    for block in plan.blocks if len(query) else ():
         bias, spread = _bias(block, plan, tap_bias, query.shape[3]), _Spread(block)
         grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
         q_all, v_all = block.queries(query), block.keys(value)
@@ -203,9 +203,7 @@ def exportable_forward(
     order: list[int] = []
     for block in plan.blocks:
         queries, keys = (block.tokens(*axes, width) for axes in (block.query_axes, block.key_axes))
-        tokens, others = (
-            torch.tensor(list(itertools.chain(*found)), device=query.device) for found in (queries, keys)
-        )
+        tokens, others = (torch.tensor(list(itertools.chain(*found)), device=query.device) for found in (queries, keys))
         count, tile, met = len(queries), len(queries[0]), len(keys[0])
         bias = _bias(block, plan, tap_bias, heads)
         scores = (query_map.index_select(2, tokens) @ matrix).mul(scale).view(batch, heads, count, tile, -1)

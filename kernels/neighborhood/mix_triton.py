@@ -19,29 +19,20 @@ from hybridzoo.kernels.neighborhood.triton_impl import multiprocessors
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision
 from hybridzoo.kernels.tuning import Config, Key, Table
 
-PROGRAMS = 4  # of the pass over queries, for every multiprocessor: fewer programs leave fewer sums behind
+PROGRAMS = 4  # of the pass that sums, for every multiprocessor: fewer programs leave fewer sums behind
 
 # NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
 TABLE: Table = {
-    ("mix_forward", 16, 2): Config(16, 64, 4, 2),
-    ("mix_forward", 32, 2): Config(16, 64, 4, 2),
-    ("mix_forward", 64, 2): Config(16, 64, 4, 2),
-    ("mix_backward_query", 16, 2): Config(16, 64, 8, 1),
-    ("mix_backward_query", 32, 2): Config(16, 64, 8, 1),
-    ("mix_backward_query", 64, 2): Config(16, 32, 8, 1),
-    ("mix_backward_value", 16, 2): Config(16, 64, 4, 2),
-    ("mix_backward_value", 32, 2): Config(16, 64, 4, 2),
-    ("mix_backward_value", 64, 2): Config(16, 64, 4, 1),
-    ("mix_forward", 16, 4): Config(16, 32, 8, 1),
-    ("mix_forward", 32, 4): Config(16, 32, 8, 1),
-    ("mix_forward", 64, 4): Config(16, 32, 8, 1),
-    ("mix_backward_query", 16, 4): Config(16, 32, 8, 1),
-    ("mix_backward_query", 32, 4): Config(16, 32, 8, 1),
-    ("mix_backward_query", 64, 4): Config(16, 32, 8, 1),
-    ("mix_backward_value", 16, 4): Config(16, 32, 8, 1),
-    ("mix_backward_value", 32, 4): Config(16, 32, 8, 1),
-    ("mix_backward_value", 64, 4): Config(16, 32, 8, 1),
+    (kind, block_d, itemsize): Config(16, 64 if itemsize == 2 else 32, 4 if itemsize == 2 else 8, 1)
+    for kind in ("mix_forward", "mix_backward_query", "mix_backward_taps", "mix_backward_value")
+    for block_d in (16, 32)
+    for itemsize in (2, 4)
 }
+# With fewer warps some spill on sm_80.
+TABLE |= {("mix_backward_value", block_d, 2): Config(16, 64, 8, 1) for block_d in (16, 32)}
+TABLE[("mix_backward_taps", 32, 2)] = Config(16, 64, 8, 1)
+TABLE[("mix_backward_query", 16, 4)] = Config(16, 32, 8, 1, 168)  # the compiler, left to itself, spills a few bytes
+PART = 64  # places that the backward passes over queries work on at a time
 
 
 class _Call(NamedTuple):
@@ -87,6 +78,7 @@ def backward(
     value: Tensor,
     tap_bias: Tensor | None,
     rpb: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     kernel: tuple[int, int],
     dilation: tuple[int, int],
@@ -99,17 +91,17 @@ def backward(
         return dquery, torch.zeros_like(taps), dvalue, *tables  # type: ignore[return-value]
     with torch.cuda.device_of(query):
         launches, sums = backward_launches(
-            grad.contiguous(), query, taps, value, tap_bias, rpb, lse, dquery, dvalue, kernel, dilation, scale
+            grad.contiguous(), query, taps, value, tap_bias, rpb, out, lse, dquery, dvalue, kernel, dilation, scale
         )
         for one in launches:
             one.run()
-    dtaps, dtap_bias, drpb = sums  # (batch, shares, heads, ...)
+    dtaps, dtap_bias, drpb = sums
     return (
         dquery,
         dtaps.sum(1).to(taps.dtype),
         dvalue,
-        None if tap_bias is None else dtap_bias.flatten(0, 1).sum(0).to(tap_bias.dtype),
-        None if rpb is None else drpb.flatten(0, 1).sum(0).view(rpb.shape).to(rpb.dtype),
+        None if tap_bias is None else dtap_bias.sum(0).to(tap_bias.dtype),
+        None if rpb is None else drpb.sum((0, 2)).view(rpb.shape).to(rpb.dtype),
     )
 
 
@@ -136,6 +128,7 @@ def backward_launches(
     value: Tensor,
     tap_bias: Tensor | None,
     rpb: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     dquery: Tensor,
     dvalue: Tensor,
@@ -143,16 +136,17 @@ def backward_launches(
     dilation: tuple[int, int],
     scale: float,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The two kernels of the backward pass, and the sums that the first leaves: `(batch, shares, heads, ...)`."""
+    """The kernels of the backward pass, and the sums that the second leaves, `(slots, ...)` of taps by image."""
     tensors = _tensors(query, taps, value, tap_bias, rpb)
     _, *recipes = _recipes(_call(tensors, kernel, dilation, scale, tap_bias, rpb))
     batch, heads, places, head_dim = taps.shape
-    slots = batch, recipes[0].arguments["shares"], heads
+    shares = recipes[1].arguments["shares"]
     entries = math.prod(2 * k - 1 for k in kernel)
-    dtaps = torch.empty(*slots, places, head_dim, dtype=torch.float32, device=query.device)
-    dtap_bias = dtaps if tap_bias is None else dtaps.new_empty(*slots, places)
-    drpb = dtaps if rpb is None else dtaps.new_empty(*slots, entries)
-    tensors |= dict(grad=grad, lse=lse, dquery=dquery, dvalue=dvalue, dtaps=dtaps, dtap_bias=dtap_bias, drpb=drpb)
+    dtaps = torch.empty(batch, shares, heads, places, head_dim, dtype=torch.float32, device=query.device)
+    dtap_bias = dtaps if tap_bias is None else dtaps.new_empty(batch * shares, heads, places)
+    drpb = dtaps if rpb is None else dtaps.new_empty(batch * shares, heads, math.ceil(places / PART), entries)
+    tensors |= dict(grad=grad, out=out, lse=lse, dquery=dquery, dvalue=dvalue, delta=torch.empty_like(lse))
+    tensors |= dict(dtaps=dtaps, dtap_bias=dtap_bias, drpb=drpb)
     return [recipe.launch(tensors) for recipe in recipes], (dtaps, dtap_bias, drpb)
 
 
@@ -182,8 +176,9 @@ def _call(
 
 @tuning.plan
 def _recipes(call: _Call) -> list[Recipe]:
-    """Forward, and the two passes of backward."""
-    return [_recipe(kind, call) for kind in ("mix_forward", "mix_backward_query", "mix_backward_value")]
+    """Forward, and the three passes of backward."""
+    kinds = "mix_forward", "mix_backward_query", "mix_backward_taps", "mix_backward_value"
+    return [_recipe(kind, call) for kind in kinds]
 
 
 def _recipe(kind: str, call: _Call) -> Recipe:
@@ -196,11 +191,12 @@ def _recipe(kind: str, call: _Call) -> Recipe:
     groups = math.prod(min(d, n) for d, n in zip(call.dilation, (height, width), strict=True))
     tiles = groups * math.prod(cut.tiles)
     share, shares, programs = 1, 1, batch * heads * tiles
-    if kind == "mix_backward_query":
-        wanted = math.ceil(PROGRAMS * multiprocessors(call.device) / (batch * heads))
+    parts = math.ceil(math.prod(call.kernel) / PART)
+    if kind == "mix_backward_taps":
+        wanted = math.ceil(PROGRAMS * multiprocessors(call.device) / (batch * heads * parts))
         share = math.ceil(tiles / min(tiles, wanted))
         shares = math.ceil(tiles / share)
-        programs = batch * heads * shares
+        programs = batch * heads * shares * parts
     strides = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False))
     strides |= dict(zip(("value_b", "value_h", "value_w", "value_n"), call.value_strides, strict=False))
     arguments: dict[str, Any] = strides | dict(
@@ -210,7 +206,7 @@ def _recipe(kind: str, call: _Call) -> Recipe:
         KERNEL_H=call.kernel[0], KERNEL_W=call.kernel[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
         VALUE_DIM=call.value_dim, BLOCK_E=block_e, QUERIES=cut.config.queries, KEYS=cut.config.keys,
         TAPS=max(16, triton.next_power_of_2(math.prod(call.kernel))),
-        COLUMNS=table_columns, ROWS=triton.next_power_of_2(math.ceil(entries / table_columns)),
+        PART=PART, COLUMNS=table_columns, ROWS=triton.next_power_of_2(math.ceil(entries / table_columns)),
         TAP_BIAS=call.tap_bias, BIAS=call.bias, PRECISION=call.precision,
     )  # fmt: skip
     return Recipe.of(getattr(mix_triton_kernels, kind), programs, arguments, cut.config)

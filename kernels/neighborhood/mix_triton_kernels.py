@@ -6,7 +6,8 @@ softmax complete in registers, whatever the map's size. `tl.gather` brings a row
 the tile (a shift of its own for every query), and the gradient of the weights back.
 
 No atomics: every sum is taken by one program in a fixed order. Gradients of taps and of both tables are summed by a
-program over its share of an image's tiles, written to a slot of their own, and added up by PyTorch.
+program over its share of an image's tiles, written to a slot of their own, and added up by PyTorch. Backward, where a
+thread holds more matrices, PART places are worked on at a time.
 
 The arithmetic, for head_dim 16, bfloat16 and a 13 x 13 window: a query of one head takes 11 kFLOP of tensor cores' work
 against 96 bytes of query, value and result; it is the 256 exponentials and the shift through shared memory that take
@@ -34,29 +35,26 @@ MIX_SIZES = [*SIZES, "share", "shares"]
 
 
 @triton.jit
-def load_taps(taps, SIZE: tl.constexpr, TAPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[TAPS, BLOCK_D]` of one image and head; zeros beyond."""
-    tap = tl.arange(0, TAPS)
+def load_taps(taps, tap, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[taps, BLOCK_D]` of one image and head; zeros beyond the last one."""
     return load_tokens(taps, tap * HEAD_DIM, HEAD_DIM, BLOCK_D, tap < SIZE)
 
 
 @triton.jit
-def products(q, matrix, tap_bias, scale, SIZE: tl.constexpr, TAPS: tl.constexpr, TAP_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+def products(q, matrix, tap, tap_bias, scale, SIZE: tl.constexpr, TAP_BIAS: tl.constexpr, PRECISION: tl.constexpr):
     """Scores in base 2 by place, without the position bias."""
     scores = tl.dot(q, tl.trans(matrix), input_precision=PRECISION) * (scale * LOG2E)
     if TAP_BIAS:
-        tap = tl.arange(0, TAPS)
         scores += (tl.load(tap_bias + tap, mask=tap < SIZE, other=0.0).to(tl.float32) * LOG2E)[None, :]
     return scores
 
 
 @triton.jit
 def with_rpb(
-    scores, rpb, query_h, query_w, members_h, members_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-    TAPS: tl.constexpr, BIAS: tl.constexpr,
+    scores, tap, rpb, query_h, query_w, members_h, members_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Scores by place with the position bias, and UNSEEN at places beyond the group."""
-    tap = tl.arange(0, TAPS)
     tap_h, tap_w = tap // KERNEL_W, tap % KERNEL_W
     seen = (tap_h < tl.minimum(KERNEL_H, members_h)) & (tap_w < tl.minimum(KERNEL_W, members_w))
     if BIAS:
@@ -100,12 +98,11 @@ def mix_forward(
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     pixels = (row * width + column) * heads + head
     q = load_tokens(query + one * stride_b + head * stride_n, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
-    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, size, TAPS, HEAD_DIM, BLOCK_D)
-    scores = products(q, matrix, tap_bias + head * size, scale, size, TAPS, TAP_BIAS, PRECISION)
-    scores = with_rpb(
-        scores, rpb + head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1), query_h, query_w, members_h, members_w,
-        KERNEL_H, KERNEL_W, TAPS, BIAS,
-    )  # fmt: skip
+    tap = tl.arange(0, TAPS)
+    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, tap, size, HEAD_DIM, BLOCK_D)
+    scores = products(q, matrix, tap, tap_bias + head * size, scale, size, TAP_BIAS, PRECISION)
+    rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
+    scores = with_rpb(scores, tap, rpb, query_h, query_w, members_h, members_w, KERNEL_H, KERNEL_W, BIAS)
     largest = tl.max(scores, 1)
     weights = tl.exp2(scores - largest[:, None])
     total = tl.sum(weights, 1)
@@ -128,36 +125,114 @@ def mix_forward(
     tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
 
 
+@triton.jit
+def score_gradients(
+    q, g, matrix, tap, tap_bias, rpb, norm, delta, value, scale, query_h, query_w, exists, members_h, members_w,
+    class_h, class_w, dilation_h, dilation_w, start_h, start_w, extent_h, extent_w, value_h, value_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, TAP_BIAS: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`[QUERIES, PART]`: gradients of a tile's scores at PART places; zero for queries that do not exist."""
+    scores = products(q, matrix, tap, tap_bias, scale, KERNEL_H * KERNEL_W, TAP_BIAS, PRECISION)
+    scores = with_rpb(scores, tap, rpb, query_h, query_w, members_h, members_w, KERNEL_H, KERNEL_W, BIAS)
+    weights = tl.where(exists[:, None], tl.exp2(tl.minimum(scores - norm[:, None], 0.0)), 0.0)
+    tap_h, tap_w = tap // KERNEL_W, tap % KERNEL_W
+    shown_h, shown_w = tl.minimum(KERNEL_H, members_h), tl.minimum(KERNEL_W, members_w)
+    row = window_start(query_h, members_h, KERNEL_H)[:, None] + tap_h[None, :] - start_h
+    column = window_start(query_w, members_w, KERNEL_W)[:, None] + tap_w[None, :] - start_w
+    inside = ((tap_h < shown_h) & (tap_w < shown_w))[None, :]
+    key = row * extent_w + column
+    # Keys at these places, of any of the queries, lie in a few rows.
+    first_row = tl.minimum(tl.min(tap_h, 0), shown_h)
+    rows = tl.minimum(extent_h, extent_h - shown_h + tl.max(tap_h, 0) + 1)
+    dweights = tl.zeros([QUERIES, PART], tl.float32)
+    for first in range(first_row * extent_w // KEYS * KEYS, rows * extent_w, KEYS):
+        key_h, key_w, _ = places(first, KEYS, start_h, start_w, extent_h, extent_w)
+        offsets = (class_h + key_h * dilation_h) * value_h + (class_w + key_w * dilation_w) * value_w
+        v = load_tokens(value, offsets, VALUE_DIM, BLOCK_E)
+        by_key = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        met = inside & (key >= first) & (key < first + KEYS)
+        dweights += tl.where(met, tl.gather(by_key, tl.where(met, key - first, 0), 1), 0.0)
+    return weights * (dweights - delta[:, None])
+
+
 @triton.jit(do_not_specialize=MIX_SIZES)
 def mix_backward_query(
-    grad, query, taps, value, tap_bias, rpb, lse, dquery, dtaps, dtap_bias, drpb, scale,
+    grad, query, taps, value, tap_bias, rpb, out, lse, dquery, delta, scale, heads, height, width,
+    dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w,
+    stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, PART places at a time, and `delta` of each, sum(grad * out), for the taps."""
+    size: tl.constexpr = KERNEL_H * KERNEL_W
+    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+        tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
+    )
+    first_h, first_w = at_h * tile_h, at_w * tile_w
+    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
+    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+        return
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
+    start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
+    start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
+    one = tl.cast(image, tl.int64)
+    first_pixel = one * height * width * heads
+    row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
+    pixels = (row * width + column) * heads + head
+    q = load_tokens(query + one * stride_b + head * stride_n, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    g = load_tokens(grad + first_pixel * VALUE_DIM, pixels * VALUE_DIM, VALUE_DIM, BLOCK_E)
+    o = load_tokens(out + first_pixel * VALUE_DIM, pixels * VALUE_DIM, VALUE_DIM, BLOCK_E)
+    norm = tl.load(lse + first_pixel + pixels) * LOG2E
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + first_pixel + pixels, d, mask=exists)
+    dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    for first in range(0, size, PART):
+        tap = first + tl.arange(0, PART)
+        matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, tap, size, HEAD_DIM, BLOCK_D)
+        dscores = score_gradients(
+            q, g, matrix, tap, tap_bias + head * size, rpb + head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1), norm, d,
+            value + one * value_b + head * value_n, scale, query_h, query_w, exists, members_h, members_w,
+            class_h, class_w, dilation_h, dilation_w, start_h, start_w, extent_h, extent_w, value_h, value_w,
+            KERNEL_H, KERNEL_W, VALUE_DIM, BLOCK_E, QUERIES, KEYS, PART, TAP_BIAS, BIAS, PRECISION,
+        )  # fmt: skip
+        dq = tl.dot(dscores.to(matrix.dtype), matrix, dq, input_precision=PRECISION)
+    store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=MIX_SIZES)
+def mix_backward_taps(
+    grad, query, taps, value, tap_bias, rpb, lse, delta, dtaps, dtap_bias, drpb, scale,
     heads, height, width, dilation_h, dilation_w, share, shares, tile_h, tile_w, tiles_h, tiles_w,
     stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAPS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `share` tiles of queries of one image and head, and what they add to taps and tables.
+    """Gradients of PART taps, and of the tables at their places, from `share` tiles of queries of an image and head.
 
-    A slot of the latter is `(image, one of the shares, head)`.
+    Sums of taps go to a slot `(image, one of the shares, head)`; those of the tables to one of the program.
     """
     size: tl.constexpr = KERNEL_H * KERNEL_W
+    parts: tl.constexpr = (size + PART - 1) // PART
     columns: tl.constexpr = 2 * KERNEL_W - 1
     entries: tl.constexpr = (2 * KERNEL_H - 1) * columns
-    head = tl.program_id(0) % heads
-    part = tl.program_id(0) // heads % shares
-    image = tl.program_id(0) // heads // shares
+    slot = tl.program_id(0) // parts
+    head = slot % heads
+    image = slot // heads // shares
+    begin = slot // heads % shares * share
     all_tiles = tl.minimum(dilation_h, height) * tl.minimum(dilation_w, width) * tiles_h * tiles_w
     one = tl.cast(image, tl.int64)
     first_pixel = one * height * width * heads
-    tap = tl.arange(0, TAPS)
-    tap_h, tap_w = tap // KERNEL_W, tap % KERNEL_W
-    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, size, TAPS, HEAD_DIM, BLOCK_D)
-    rpb += head * entries
-    sum_taps = tl.zeros([TAPS, BLOCK_D], tl.float32)
-    sum_bias = tl.zeros([TAPS], tl.float32)
+    first_tap = tl.program_id(0) % parts * PART
+    tap = first_tap + tl.arange(0, PART)
+    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, tap, size, HEAD_DIM, BLOCK_D)
+    sum_taps = tl.zeros([PART, BLOCK_D], tl.float32)
+    sum_bias = tl.zeros([PART], tl.float32)
     table = tl.zeros([ROWS, COLUMNS], tl.float32)  # flattens the bias table and pads its end
-    for tile in range(part * share, tl.minimum((part + 1) * share, all_tiles)):
+    for tile in range(begin, tl.minimum(begin + share, all_tiles)):
         _, at_h, at_w, class_h, class_w, _, members_h, members_w = locate(
             tile * heads, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
         )
@@ -171,51 +246,41 @@ def mix_backward_query(
         extent_h = tl.where((size_h > 0) & (size_w > 0), extent_h, 0)
         row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
         pixels = (row * width + column) * heads + head
-        offsets = row * stride_h + column * stride_w
-        q = load_tokens(query + one * stride_b + head * stride_n, offsets, HEAD_DIM, BLOCK_D, exists)
+        query_offsets = row * stride_h + column * stride_w
+        q = load_tokens(query + one * stride_b + head * stride_n, query_offsets, HEAD_DIM, BLOCK_D, exists)
         g = load_tokens(grad + first_pixel * VALUE_DIM, pixels * VALUE_DIM, VALUE_DIM, BLOCK_E, exists)
         norm = tl.load(lse + first_pixel + pixels, mask=exists, other=0.0) * LOG2E
-        scores = products(q, matrix, tap_bias + head * size, scale, size, TAPS, TAP_BIAS, PRECISION)
-        scores = with_rpb(scores, rpb, query_h, query_w, members_h, members_w, KERNEL_H, KERNEL_W, TAPS, BIAS)
-        weights = tl.where(exists[:, None], tl.exp2(tl.minimum(scores - norm[:, None], 0.0)), 0.0)
-
-        window_h = window_start(query_h, members_h, KERNEL_H)
-        window_w = window_start(query_w, members_w, KERNEL_W)
-        inside = (tap_h < tl.minimum(KERNEL_H, members_h)) & (tap_w < tl.minimum(KERNEL_W, members_w))
-        key = (window_h[:, None] + tap_h[None, :] - start_h) * extent_w
-        key += window_w[:, None] + tap_w[None, :] - start_w
-        dweights = tl.zeros([QUERIES, TAPS], tl.float32)
-        for first in range(0, extent_h * extent_w, KEYS):
-            key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
-            key_offsets = (class_h + key_h * dilation_h) * value_h + (class_w + key_w * dilation_w) * value_w
-            v = load_tokens(value + one * value_b + head * value_n, key_offsets, VALUE_DIM, BLOCK_E)
-            by_key = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            met = inside[None, :] & (key >= first) & (key < first + KEYS)
-            dweights += tl.where(met, tl.gather(by_key, tl.where(met, key - first, 0), 1), 0.0)
-        dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
-        low = dscores.to(q.dtype)
-        dq = tl.dot(low, matrix, input_precision=PRECISION) * scale
-        store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
-        sum_taps = tl.dot(tl.trans(low), q, sum_taps, input_precision=PRECISION)
+        d = tl.load(delta + first_pixel + pixels, mask=exists, other=0.0)
+        dscores = score_gradients(
+            q, g, matrix, tap, tap_bias + head * size, rpb + head * entries, norm, d,
+            value + one * value_b + head * value_n, scale, query_h, query_w, exists, members_h, members_w,
+            class_h, class_w, dilation_h, dilation_w, start_h, start_w, extent_h, extent_w, value_h, value_w,
+            KERNEL_H, KERNEL_W, VALUE_DIM, BLOCK_E, QUERIES, KEYS, PART, TAP_BIAS, BIAS, PRECISION,
+        )  # fmt: skip
+        sum_taps = tl.dot(tl.trans(dscores.to(q.dtype)), q, sum_taps, input_precision=PRECISION)
         if TAP_BIAS:
             sum_bias += tl.sum(dscores, 0)
         if BIAS:
+            lead_h = query_h - window_start(query_h, members_h, KERNEL_H) - (KERNEL_H - 1)
+            lead_w = query_w - window_start(query_w, members_w, KERNEL_W) - (KERNEL_W - 1)
             for i in range((entries + COLUMNS - 1) // COLUMNS):
                 # For every entry of the table each query has at most one place; pick it, and sum over queries.
                 entry = i * COLUMNS + tl.arange(0, COLUMNS)
-                place_h = (query_h - window_h - (KERNEL_H - 1))[:, None] + (entry // columns)[None, :]
-                place_w = (query_w - window_w - (KERNEL_W - 1))[:, None] + (entry % columns)[None, :]
+                place_h = lead_h[:, None] + (entry // columns)[None, :]
+                place_w = lead_w[:, None] + (entry % columns)[None, :]
+                place = place_h * KERNEL_W + place_w - first_tap
                 hit = (place_h >= 0) & (place_h < KERNEL_H) & (place_w >= 0) & (place_w < KERNEL_W)
-                picked = tl.gather(dscores, tl.where(hit, place_h * KERNEL_W + place_w, 0), 1)
+                hit = hit & (place >= 0) & (place < PART)
+                picked = tl.gather(dscores, tl.where(hit, place, 0), 1)
                 sums = tl.sum(tl.where(hit, picked, 0.0), 0)
                 table += tl.where(tl.arange(0, ROWS)[:, None] == i, sums[None, :], 0.0)
-    slot = tl.program_id(0).to(tl.int64)
-    store_tokens(dtaps + slot * size * HEAD_DIM, tap * HEAD_DIM, tap < size, sum_taps * scale, HEAD_DIM, BLOCK_D)
+    wide = slot.to(tl.int64)
+    store_tokens(dtaps + wide * size * HEAD_DIM, tap * HEAD_DIM, tap < size, sum_taps * scale, HEAD_DIM, BLOCK_D)
     if TAP_BIAS:
-        tl.store(dtap_bias + slot * size + tap, sum_bias, mask=tap < size)
+        tl.store(dtap_bias + wide * size + tap, sum_bias, mask=tap < size)
     if BIAS:
         entry = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(drpb + slot * entries + entry, table, mask=entry < entries)
+        tl.store(drpb + tl.program_id(0).to(tl.int64) * entries + entry, table, mask=entry < entries)
 
 
 @triton.jit(do_not_specialize=MIX_SIZES)
@@ -240,7 +305,8 @@ def mix_backward_value(
     start_w, extent_w = queries_of(first_w, size_w, members_w, KERNEL_W)
     one = tl.cast(image, tl.int64)
     first_pixel = one * height * width * heads
-    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, size, TAPS, HEAD_DIM, BLOCK_D)
+    tap = tl.arange(0, TAPS)
+    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, tap, size, HEAD_DIM, BLOCK_D)
     rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
     dv = tl.zeros([KEYS, BLOCK_E], tl.float32)
     for first in range(0, extent_h * extent_w, QUERIES):
@@ -258,7 +324,7 @@ def mix_backward_value(
             rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
         )
         place = places_of(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H, KERNEL_W)
-        scores = products(q, matrix, tap_bias + head * size, scale, size, TAPS, TAP_BIAS, PRECISION)
+        scores = products(q, matrix, tap, tap_bias + head * size, scale, size, TAP_BIAS, PRECISION)
         scores = tl.gather(scores, tl.where(seen, place, 0), 1) + bias
         weights = tl.exp2(scores - norm[:, None])
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, dv, input_precision=PRECISION)

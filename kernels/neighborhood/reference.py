@@ -1,4 +1,4 @@
-"""The formulas: attention with a dense mask, quadratic in tokens, and the dynamic convolution. Slow, for float64 tests."""
+"""The formulas: attention with a dense mask, quadratic in tokens, and the dynamic convolution. For float64 tests."""
 
 from __future__ import annotations
 

@@ -180,7 +180,13 @@ class Block(NamedTuple):
             for run in self
         )
         return [
-            (self.view(x, (self.rows.key + h.start, h.stop - h.start), (self.columns.key + w.start, w.stop - w.start)), h, w)
+            (
+                self.view(
+                    x, (self.rows.key + h.start, h.stop - h.start), (self.columns.key + w.start, w.stop - w.start)
+                ),
+                h,
+                w,
+            )
             for h, w in itertools.product(rows, columns)
         ]
 
