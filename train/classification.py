@@ -281,6 +281,10 @@ def TimmDataset(
     return dataset
 
 
+_BITS = 20  # of a class's number or place
+_SHIFTS = (0, _BITS, 2 * _BITS)
+
+
 @METRICS.register_module()
 class TopK(BaseMetric):
     """Share of images, in percent, whose class is among the k best scored: ``accuracy/top1``, ``accuracy/top5``.
@@ -302,13 +306,13 @@ class TopK(BaseMetric):
         scores = torch.stack([sample["scores"] for sample in data_samples])
         targets = torch.as_tensor([sample["target"] for sample in data_samples], device=scores.device)
         order = scores.argsort(dim=1, descending=True, stable=True)
-        # An entry an image, the place of its class, its class and the likeliest one: mmengine drops the samples that
-        # were only added to give each process the same number, which a batch's sums would not allow.
+        # One integer an image, of the place of its class, its class and the likeliest one: mmengine drops the samples
+        # that were only added to give each process the same number, which a batch's sums would not allow.
         places = (order == targets[:, None]).int().argmax(dim=1)
-        self.results.extend(torch.stack([places, targets, order[:, 0]], 1).tolist())
+        self.results.extend((places + (targets << _BITS) + (order[:, 0] << 2 * _BITS)).tolist())
 
-    def compute_metrics(self, results: list[list[int]]) -> dict[str, float]:
-        places, true, predicted = zip(*results, strict=True)
+    def compute_metrics(self, results: list[int]) -> dict[str, float]:
+        places, true, predicted = ([number >> shift & (1 << _BITS) - 1 for number in results] for shift in _SHIFTS)
         names = (self.dataset_meta or {}).get("classes") or range(max(*true, *predicted) + 1)
         self.details = measures.classification(true, predicted, [str(name) for name in names])
         return {f"top{k}": 100.0 * sum(place < k for place in places) / len(places) for k in self.topk}

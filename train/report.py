@@ -159,7 +159,7 @@ def draw_curves(runs: Mapping[str, Path], out: Path, targets: Mapping[str, float
         above.set_ylim(bottom=0, top=1.05 * max(loss for _, loss in curves.loss))
         shown = [(metric, curves.scores[metric.key]) for metric in METRICS[task] if metric.key in curves.scores]
         _draw_scores(below, shown, targets or {})
-        below.set(xlabel="iteration", ylabel="" if column else "score on held-out writers, %", ylim=(0, 104))
+        below.set(xlabel="iteration", ylabel="" if column else "validation score, %", ylim=(0, 104))
         for axis in (above, below):
             axis.grid(color="#dddddd", linewidth=0.7)
             axis.spines[["top", "right"]].set_visible(False)

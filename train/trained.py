@@ -153,7 +153,7 @@ def find(run_or_file: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder or checkpoint")
+        raise UserError(f"{path}: no such file or run folder")
     if (path / "final.pth").is_file():
         return path / "final.pth"
     best = sorted(path.glob("best_*.pth"), key=_iterations)

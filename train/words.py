@@ -45,7 +45,7 @@ def split(words: Sequence[str], config: str | None, verb: str) -> tuple[str | No
     if not place.exists():
         known = [*names.list_configs(), *names.our_models()]
         hint = "" if config or place.suffix else f"; {names.suggest(str(place), known, 'nor a config of that name')}"
-        raise UserError(f"{place}: no such run folder or checkpoint{hint}")
+        raise UserError(f"{place}: no such file or run folder{hint}")
     return config, place, [Path(word).expanduser() for word in rest]
 
 

@@ -192,7 +192,7 @@ def test_words_that_mean_nothing_or_two_things(call, tmp_path, monkeypatch):
             ["predict", "finetune", "photo.png"],
             ["finetune is a config's name, and a file or folder here", "./finetune"],
         ),
-        (["test", "runs/nothing"], ["runs/nothing: no such run folder or checkpoint"]),
+        (["test", "runs/nothing"], ["runs/nothing: no such file or run folder"]),
         (["test", "upernt"], ["upernt", "did you mean upernet"]),
         (["predict", "./finetune", "photo.png"], ["finetune: holds no checkpoint"]),
         (["predict", "photo.png", "nowhere.png"], ["nowhere.png: no such file"]),
