@@ -35,7 +35,7 @@ import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.layers import DeformableMerging
 
 MODELS = ["maxvit_tiny", "fastervit_0", "efficientvit_msra_m0", "efficientvit_mit_b0", "patnet_t0", "biformer_tiny"]
-MODELS += ["dinat_mini", "ascan_tiny", "dat_tiny", "dat_plus_tiny", "ravlt_tiny", "litv2_small"]
+MODELS += ["dinat_mini", "ascan_tiny", "dat_tiny", "dat_plus_tiny", "ravlt_tiny", "litv2_small", "overlock_xtiny"]
 MODELS += [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in ("deit", "pvt", "swin", "cswin")]
 TIMM = {"maxvit_tiny": "maxvit_tiny_tf_224", "efficientvit_msra_m0": "efficientvit_m0"}
 TIMM |= {"efficientvit_mit_b0": "efficientvit_b0"}
