@@ -96,6 +96,7 @@ def learn_digits(network: str, folder: Path, *, epochs: int, side: int) -> dict[
         "network": network,
         "top-1": f"{score(printed, 'accuracy/top1'):.1f}",
         "epochs": str(epochs),
+        "pixels": str(side),
         "CPU minutes": f"{minutes:.1f}",
     }
 
@@ -104,10 +105,15 @@ def write(rows: dict[str, dict[str, str]], out: Path) -> None:
     """The rows as a Markdown table, and as JSON beside it for the next run to add to."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    out.write_text(table(rows))
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """Rows as a Markdown table."""
     names = list(next(iter(rows.values())))
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     lines += [f"| {' | '.join(row[name] for name in names)} |" for row in rows.values()]
-    out.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
+from mmengine import Config
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import tell
 
 
@@ -37,6 +44,76 @@ def drop_a_last_one(loader: DataLoader, model: nn.Module) -> None:
     if images % batches.batch_size == 1 and images > 1 and any(True for _ in learning_norms(model)):
         batches.drop_last = True
         tell(f"each epoch leaves one of the {images} images out: BatchNorm cannot learn of a last batch of one")
+
+
+class _SingleValue(Exception):
+    """A BatchNorm has met one value per channel."""
+
+
+def single_images(config: Config) -> None:
+    """Refuse batches of one image where they leave a BatchNorm a single value per channel, of which it learns nothing.
+
+    The model is built and called without memory (on the meta device), and only where the batches are of one image.
+
+    Args:
+        config: of a run, with its data configured.
+
+    Raises:
+        UserError: names the BatchNorm, and what to do.
+    """
+    loader = config.get("train_dataloader") or {}
+    if loader.get("batch_size") != 1 or get_world_size() > 1:
+        return
+    side = _side(config)
+    found = _single_value(config, side)
+    if found:
+        raise UserError(
+            f"train_dataloader.batch_size=1: of one image of {side} px the BatchNorm {found} gets a single value per "
+            "channel and learns nothing; use --batch-size 2 or more"
+        )
+
+
+def _side(config: Config) -> int:
+    """Of the training images in pixels, as far as a config says it."""
+    if config.task == "classification":
+        size = (config.train_dataloader.dataset.get("transform") or {}).get("input_size", 224)
+    else:
+        size = (config.model.get("data_preprocessor") or {}).get("size") or 512
+    return int(size if isinstance(size, int) else min(size[-2:]))
+
+
+def _single_value(config: Config, side: int) -> str:
+    """Name of the first BatchNorm that gets a single value per channel of one square image; empty where none does."""
+
+    def look(module: nn.Module, inputs: Any, name: str) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            raise _SingleValue(name)
+
+    described = copy.deepcopy(config.model)
+    described.pop("pretrained", None)
+    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")), torch.device("meta"):
+        model: Any = MODELS.build(described)
+    names = {module: name for name, module in model.named_modules()}
+    for module in learning_norms(model):
+        module.register_forward_pre_hook(partial(look, name=names[module]))
+    image = torch.zeros(1, 3, side, side, device="meta")
+    try:
+        with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError, AttributeError, TypeError):
+            if config.task == "classification":
+                model(image)
+            else:
+                maps = model.extract_feat(image)
+                for head in ("decode_head", "auxiliary_head", "rpn_head", "bbox_head"):
+                    for part in _listed(getattr(model, head, None)):
+                        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError, TypeError):
+                            part(maps)
+    except _SingleValue as single:
+        return str(single)
+    return ""
+
+
+def _listed(head: Any) -> list[Any]:
+    return list(head) if isinstance(head, nn.ModuleList) else [head] if head is not None else []
 
 
 @HOOKS.register_module()

@@ -299,6 +299,8 @@ class TopK(BaseMetric):
     def __init__(self, topk: Sequence[int] = (1, 5), **kwargs: Any) -> None:
         # "gpu" means over the process group: mmengine's "cpu" leaves a folder in the working directory.
         super().__init__(**{"collect_device": "gpu", **kwargs})
+        if not isinstance(topk, list | tuple) or not topk or any(type(k) is not int or k < 1 for k in topk):
+            raise UserError(f"val_evaluator.topk={topk!r}: give whole numbers from 1, e.g. (1, 5)")
         self.topk = tuple(topk)
         self.details: measures.Details | None = None  # of the last validation, in the first process
 

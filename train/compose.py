@@ -6,8 +6,10 @@ network's, whatever the recipe wrote for its default one. A composed config has 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -72,7 +74,7 @@ def read_network(name: str, **arguments: Any) -> Network:
         UserError: no such model, or an argument that it does not take.
     """
     check_name(name)
-    return _read(name, _frozen(arguments))
+    return _read(name, _frozen({key: value for key, value in arguments.items() if not key.startswith("pretrained")}))
 
 
 @lru_cache(maxsize=256)
@@ -186,7 +188,9 @@ def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[
     """
     holder = network_of(config)
     check_name(holder["name"])
-    if holder.get("drop_path_rate") is not None and not _takes(holder["name"], "drop_path_rate"):
+    place = "model.backbone" if "backbone" in config.model else "model"
+    asked = holder.get("drop_path_rate") is None or f"{place}.drop_path_rate" in given
+    if not asked and not _takes(holder["name"], "drop_path_rate"):
         del holder["drop_path_rate"]
     network = read_network(holder["name"], **network_arguments(config))
     groups = config.get("optim_wrapper", {}).get("paramwise_cfg") or {}
@@ -195,7 +199,9 @@ def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[
         if network.layer_decay is None:
             del groups["layer_decay"]
     if "backbone" in config.model:
-        _fit_dense(config, network, given)
+        if config.model.type == "DINO":
+            _fit_queries(config, given)
+        _fit_dense(config.model, network, given)
     else:
         _fit_classifier(config, network, given)
 
@@ -204,7 +210,9 @@ def fit_dense(config: Config, given: set[str] = frozenset()) -> None:  # type: i
     """Put the network's widths into the necks and heads of a detector or segmentor, in place; nothing else changes."""
     backbone = config.model.backbone
     if backbone.get("type") == "PyramidBackbone":
-        _fit_dense(config, read_network(backbone["name"], **network_arguments(config)), given)
+        if config.model.type == "DINO":
+            _fit_queries(config, given)
+        _fit_dense(config.model, read_network(backbone["name"], **network_arguments(config)), given)
 
 
 def _fit_classifier(config: Config, network: Network, given: set[str]) -> None:
@@ -236,35 +244,80 @@ def _for_size(network: Network, size: int, arguments: dict[str, Any]) -> dict[st
     return dict(network.any_size)
 
 
-def _fit_dense(config: Config, network: Network, given: set[str]) -> None:
+def completed(model: Any) -> Any:
+    """A detector's or segmentor's config with the widths of its network, where it has those of another one; else None.
+
+    Only the usual places are looked at: the widths that a neck, or the heads right behind the backbone, expect.
+
+    Raises:
+        UserError: a network that the detector cannot use.
+    """
+    config = Config({"model": copy.deepcopy(dict(model))})
+    model = config.model
+    try:
+        network = read_network(model.backbone["name"], **network_arguments(config))
+        widths = [width for width, _ in _returned(model.backbone, network)]
+    except UserError:  # building says more about it
+        return None
+    if _expects(model, widths):
+        return None
+    _fit_dense(model, network, set())
+    return model
+
+
+def _expects(model: Any, widths: list[int]) -> bool:
+    """Whether what comes behind the backbone is made for maps of these widths, as far as it says so."""
+    neck = model.get("neck")
+    if neck:
+        stated = neck.get("in_channels") if isinstance(neck, dict) else None
+        return not isinstance(stated, list | tuple) or list(stated) == widths
+    for head in (model.get("decode_head"), model.get("auxiliary_head")):
+        stated = head.get("in_channels") if isinstance(head, dict) else None
+        index = head.get("in_index", -1) if isinstance(head, dict) else -1
+        if isinstance(stated, int):
+            index, stated = [index], [stated]
+        elif not isinstance(index, list | tuple):
+            index = range(len(widths))
+        if isinstance(stated, list | tuple) and list(stated) != [widths[i] if i < len(widths) else 0 for i in index]:
+            return False
+    return True
+
+
+def _returned(backbone: Any, network: Network) -> list[tuple[int, int]]:
+    """(width, stride) of each map that a `PyramidBackbone` returns.
+
+    Raises:
+        UserError: a level that the network lacks.
+    """
     from hybridzoo.train.backbone import pyramid
 
-    model, backbone = config.model, config.model.backbone
     info = [{"num_chs": width, "reduction": stride} for width, stride in network.levels]
+    if backbone.get("strides"):
+        return [(level.width, level.stride) for level in pyramid(info, backbone.strides)]
+    indices = backbone.get("out_indices") or (0, 1, 2, 3)
+    if max(indices) >= len(info):
+        raise UserError(
+            f"model {network.name}: has {len(info)} levels, the recipe takes {max(indices) + 1}; "
+            "give model.backbone.strides=(4,8,16,32) instead of out_indices"
+        )
+    return [network.levels[index] for index in indices]
+
+
+def _fit_dense(model: Any, network: Network, given: Collection[str]) -> None:
+    backbone, neck = model.backbone, model.get("neck")
     for name, value in network.any_size:
         backbone.setdefault(name, value)
-    neck = model.get("neck")
-    if model.type == "DINO":
-        _fit_queries(config, given)
     own = sorted({stride for _, stride in network.levels})
     if neck and neck.get("type") in ("FPN", "FinerFPN") and "anchor_generator" in str(model) and len(own) > 1:
         wanted = _pyramid_strides(model)
-        if wanted[0] < own[0]:  # no level as fine as the finest anchors: the published neck of such networks
-            _finer_fpn(config, network, wanted)
+        if wanted[0] < own[0] and "model.backbone.strides" not in given:
+            # No level is as fine as the finest anchors: the published neck of such networks.
+            _finer_fpn(model, network, wanted)
             return
-    if backbone.get("strides"):
-        if "model.backbone.strides" not in given:  # what a network of three coarse stages computes is not thrown away
-            backbone.strides = (*backbone.strides, *(stride for stride in own if stride > max(backbone.strides)))
-        widths = [level.width for level in pyramid(info, backbone.strides)]
-        strides = list(backbone.strides)
-    else:
-        indices = backbone.get("out_indices") or (0, 1, 2, 3)
-        if max(indices) >= len(info):
-            raise UserError(
-                f"model {network.name}: has {len(info)} levels, the recipe takes {max(indices) + 1}; "
-                "give model.backbone.strides=(4,8,16,32) instead of out_indices"
-            )
-        widths, strides = [info[i]["num_chs"] for i in indices], [info[i]["reduction"] for i in indices]
+    if backbone.get("strides") and "model.backbone.strides" not in given:
+        # What a network of three coarse stages computes is not thrown away.
+        backbone.strides = (*backbone.strides, *(stride for stride in own if stride > max(backbone.strides)))
+    widths, strides = (list(column) for column in zip(*_returned(backbone, network), strict=True))
 
     def put(node: Any, key: str, value: Any, where: str) -> None:
         if f"{where}.{key}" not in given:
@@ -279,7 +332,8 @@ def _fit_dense(config: Config, network: Network, given: set[str]) -> None:
             put(model.decode_head, "feature_strides", strides, "model.decode_head")
         return
     head = model.decode_head
-    put(head, "in_channels", widths, "model.decode_head")
+    single = isinstance(head.get("in_channels"), int)
+    put(head, "in_channels", widths[head.get("in_index", -1)] if single else widths, "model.decode_head")
     if isinstance(head.get("in_index"), list | tuple):
         put(head, "in_index", list(range(len(widths))), "model.decode_head")
     if "strides" in head:  # Mask2Former's
@@ -315,7 +369,7 @@ def _pyramid_strides(model: Any) -> list[int]:
     return list(head.anchor_generator.strides)
 
 
-def _finer_fpn(config: Config, network: Network, wanted: list[int]) -> None:
+def _finer_fpn(model: Any, network: Network, wanted: list[int]) -> None:
     """EfficientViT's (MSRA) neck in place of the FPN: it makes the fine levels that the network lacks."""
     by_stride = {stride: (width, index) for index, (width, stride) in enumerate(network.levels)}
     own = sorted(stride for stride in by_stride if stride <= wanted[-1])
@@ -323,13 +377,13 @@ def _finer_fpn(config: Config, network: Network, wanted: list[int]) -> None:
     coarser = [stride for stride in wanted if stride > own[-1]]
     if [*finer, *own, *coarser] != wanted:
         raise UserError(f"model {network.name}: its levels at strides {own} do not make the pyramid {wanted}")
-    backbone = config.model.backbone
+    backbone = model.backbone
     backbone.pop("strides", None)
     backbone.out_indices = tuple(by_stride[stride][1] for stride in own)
-    config.model.neck = {
+    model.neck = {
         "type": "FinerFPN",
         "in_channels": [by_stride[stride][0] for stride in own],
-        "out_channels": config.model.neck.out_channels,
+        "out_channels": model.neck.out_channels,
         "finer": len(finer),
         "coarser": len(coarser),
     }

@@ -2,83 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import atexit
 import copy
-import difflib
-import functools
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine import Config, ConfigDict
-from mmengine.config.utils import MODULE2PACKAGE
+from mmengine import Config
 
+from hybridzoo.train import raw
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import TASKS, Recipe, find_config, is_model, recipes
-
-# `mmseg::` bases: mmengine looks for a distribution called mmsegmentation, which may be onedl's.
-MODULE2PACKAGE["mmseg"] = "mmseg"
-
-_mmengines_path = Config._get_cfg_path
-
-
-def _path_of_base(base: str, filename: str) -> tuple[str, str | None]:
-    """mmengine's way from a `_base_` to its file, and ours where it is `hybridzoo::NAME`.
-
-    mmengine looks for `package::folder/file.py` inside a package; a published run of ours has no file, and no recipe a
-    folder.
-    """
-    package, colons, name = base.partition("::")
-    if not colons or package != "hybridzoo":
-        return _mmengines_path(base, filename)
-    recipe = recipes().get(name.removesuffix(".py"))
-    if recipe is None or not recipe.published:
-        return str(find_config(name)), None
-    composed = Path(_folder_of_runs(), f"{recipe.name}.py")
-    if not composed.is_file():
-        load_config(recipe.name).dump(composed)
-    return str(composed), None
-
-
-@functools.cache
-def _folder_of_runs() -> str:
-    """A folder for published runs as files, which goes when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="hybridzoo-recipes-")
-    atexit.register(folder.cleanup)
-    return folder.name
-
-
-Config._get_cfg_path = staticmethod(_path_of_base)
-
-# Top-level keys that mmengine's Runner or our engine reads although a config need not name them.
-_OPTIONAL_KEYS = {
-    "activation_checkpointing",
-    "amp_dtype",
-    "auto_scale_lr",
-    "class_names",
-    "compile",
-    "custom_hooks",
-    "custom_imports",
-    "data_root",
-    "device",
-    "env_cfg",
-    "find_unused_parameters",
-    "fsdp",
-    "log_level",
-    "log_processor",
-    "model_wrapper_cfg",
-    "on_bad",
-    "param_scheduler",
-    "randomness",
-    "start",
-    "sync_bn",
-    "val_fraction",
-    "visualizer",
-    "white_value",
-    "work_dir",
-}
 
 
 def load_config(
@@ -119,25 +52,31 @@ def load_config(
     path = find_config(name_or_path)
     recipe = recipes().get(str(name_or_path).removesuffix(".py"))
     try:
-        config = Config.fromfile(path, import_custom_modules=False)  # the task imports them when it needs them
+        config = raw.read(path, import_custom_modules=False)  # the task imports them when it needs them
         if recipe is not None and recipe.published:
             config = _published(config, recipe)
     except Exception as error:  # a config is Python: anything can go wrong inside it
         raise UserError(f"config {path}: {type(error).__name__}: {_first_line(error)}") from error
     if config.get("task") not in TASKS:
         raise UserError(f"config {path}: has to set task to one of {', '.join(TASKS)}, got {config.get('task')!r}")
-    from hybridzoo.train import (  # import timm, which a name that is not found does without
-        compose,
-        config_check,
-        settle,
-    )
+    # These import timm, which a name that is not found does without.
+    from hybridzoo.train import compose, config_check, settle
+    from hybridzoo.train import overrides as changes
 
     if model is not None:
         compose.set_network(config, model)
-    given = change(config, options)
+    given = changes.put(config, options)
+    chosen = changes.values(config)
     config_check.check_sections(config)
     given |= settle.short_options(
-        config, epochs=epochs, batch_size=batch_size, lr=lr, img_size=img_size, freeze=freeze, workers=workers
+        config,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        img_size=img_size,
+        freeze=freeze,
+        workers=workers,
+        options=given,
     )
     if val_fraction is not None:
         config.val_fraction = val_fraction
@@ -156,26 +95,13 @@ def load_config(
         compose.fit_dense(config, given)
     if left:
         config.settle = {**left, "given": sorted(given)}
-    _complete(config)
+    complete(config)
+    changes.check_kept(config, chosen)
     return config
 
 
-def change(config: Config, options: Sequence[str]) -> set[str]:
-    """Put ``key.subkey=value`` options into a config, in place, and return their keys.
-
-    Raises:
-        UserError: a malformed option, or one that the config has no place for.
-    """
-    given = set()
-    for option in options:
-        key, value = _parse_option(option, config)
-        _assign(config, key, value, option)
-        given.add(key)
-    return given
-
-
-def _complete(config: Config) -> None:
-    """Add what mmdet's and mmseg's own entry points ask of a config: their visualizer, a test pipeline, our modules."""
+def complete(config: Config) -> None:
+    """Add to a config, in place, what mmdet's and mmseg's own entry points ask: visualizer, test pipeline, modules."""
     task = config.task
     imports = ["hybridzoo.train", f"hybridzoo.train.{task}"]
     own = config.get("custom_imports") or {}
@@ -226,52 +152,6 @@ def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def _renamed(config: Config, filename: str) -> Config:
     """The same config under another file's name, which names the run and the copy that it leaves behind."""
     return Config(config.to_dict(), cfg_text=config.text, filename=filename, env_variables=config.env_variables)
-
-
-def _assign(config: Config, key: str, value: Any, option: str) -> None:
-    """Put ``value`` in the place ``key``; a dict replaces what was there, unlike in a config file."""
-    *path, last = key.split(".")
-    node: Any = config
-    for depth, part in enumerate([*path, last]):
-        if isinstance(node, list | tuple):
-            if not part.isdigit() or int(part) >= len(node):
-                place = ".".join(path[:depth])
-                raise UserError(f"option {option!r}: {place} has the elements 0 to {len(node) - 1}, not {part}")
-        elif not isinstance(node, dict | Config):
-            raise UserError(f"option {option!r}: {'.'.join(path[:depth])} is {node!r}, nothing can be set inside it")
-        slot: Any = int(part) if isinstance(node, list | tuple) else part
-        if depth == len(path):
-            node[slot] = value
-        else:
-            if isinstance(node, dict | Config) and node.get(slot) is None:
-                node[slot] = ConfigDict()
-            node = node[slot]
-
-
-def _parse_option(option: str, config: Config) -> tuple[str, Any]:
-    key, equals, text = option.partition("=")
-    key = key.strip()
-    if not equals or not key or not all(part.strip() for part in key.split(".")):
-        raise UserError(f"option {option!r}: expected key=value, e.g. train_cfg.max_epochs=10")
-    top = key.split(".")[0]
-    known = set(config.keys()) | _OPTIONAL_KEYS
-    if top not in known:
-        near = difflib.get_close_matches(top, known, n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"option {option!r}: the config has no {top!r}{hint}")
-    return key, _parse_value(text.strip(), option)
-
-
-def _parse_value(text: str, option: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        if text[:1] in "[({" and text:
-            raise UserError(f"option {option!r}: {text!r} is no Python literal (quote the words inside)") from None
-        return [_parse_value(part.strip(), option) for part in text.split(",")] if "," in text else text
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -75,6 +76,13 @@ _LEAST = {
     **dict.fromkeys(("accumulative_counts", "batch_size", "input_size", "max_epochs", "max_iters", "val_interval"), 1),
     "num_workers": 0,
 }
+_BELOW_ONE = {
+    "drop_path_rate",
+    "drop_rate",
+    "label_smoothing",
+    *(f"{part}_drop_rate" for part in ("attn", "pos", "proj")),
+}
+_SEEDS = 1 << 32
 _REGISTRIES = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
 
 ANY = "**"  # stands for all other names
@@ -96,6 +104,8 @@ def check(config: Config, sections: Collection[str] = RUNNER) -> None:
     with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
         for key, value, problem in problems(config.to_dict(), sections):
             raise UserError(f"config {key}={_short(value)}: {problem}")
+    if not isinstance(config.get("compile", False), bool | dict):
+        raise UserError(f"config compile={config.compile!r}: give true, false or a dict of torch.compile's arguments")
     for place, node in (
         ("model", config.get("model")),
         ("model.backbone", (config.get("model") or {}).get("backbone")),
@@ -137,8 +147,7 @@ def _look(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, str]]:
         problem = None
         if known is not None:
             problem = _misspelt(str(key), node, known, path) or _misfit(known.get(str(key), []), value)
-        if str(key) in _LEAST and type(value) in (int, float) and value < _LEAST[str(key)]:
-            problem = f"give at least {_LEAST[str(key)]}"
+        problem = problem or _out_of_range(str(key), value)
         if problem:
             yield ".".join(inner), value, problem
         else:
@@ -217,6 +226,25 @@ def _misfit(parameters: Sequence[inspect.Parameter], value: Any) -> str | None:
     if not isinstance(value, str) or not wanted or None in wanted:
         return None
     return f"give {_A_NUMBER[wanted[0] or 'int']}"
+
+
+def _out_of_range(key: str, value: Any) -> str | None:
+    """What is wrong with a number in a place of that name."""
+    if type(value) not in (int, float):
+        return None
+    if key in _LEAST and value < _LEAST[key]:
+        return f"give at least {_LEAST[key]}"
+    if key in _LEAST and type(value) is float and not value.is_integer():
+        return "give a whole number"
+    if key in _BELOW_ONE and not 0 <= value < 1:
+        return "give a number from 0 to below 1"
+    if key == "max_norm" and not value > 0:
+        return "give a number above 0"
+    if key == "seed" and not 0 <= value < _SEEDS:
+        return f"give a whole number from 0 to {_SEEDS - 1}"
+    if math.isnan(value) or (key == "lr" and math.isinf(value)):
+        return "give a finite number"
+    return None
 
 
 def _number(parameter: inspect.Parameter) -> str | None:

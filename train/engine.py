@@ -40,6 +40,7 @@ from hybridzoo.train import (
     hooks,
     launching,
     optim,
+    overrides,
     progress,
     resuming,
     run_folder,
@@ -50,7 +51,7 @@ from hybridzoo.train import (
     trained,
     views,
 )
-from hybridzoo.train.batchnorm import drop_a_last_one
+from hybridzoo.train.batchnorm import drop_a_last_one, single_images
 from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import Terminated, UserError, building
 from hybridzoo.train.names import TASKS
@@ -273,6 +274,16 @@ def train(
         Terminated: the process got SIGTERM.
     """
     config = copy.deepcopy(config)
+    chosen = overrides.values(config)
+    if data is not None and "data_root" in chosen:
+        raise UserError(
+            f"option 'data_root={config.data_root}': would change nothing beside --data {data}; leave one out"
+        )
+    if seed is not None:
+        config.randomness = {**config.get("randomness", {}), "seed": int(seed)}
+    device = device or config.get("device")
+    if device is not None:
+        config.device = settle.check_device(device)
     task = prepare(config)
     if data is not None and config.get("digits"):
         config.digits = None
@@ -281,8 +292,11 @@ def train(
     resume = resume or bool(config.get("resume"))
     config.resume, config.load_from = False, None
     _check_intervals(config)
-    with _process_group(launcher), run_folder.RunFolder(folder_of(config, work_dir)) as place, _running(place.path):
+    place = run_folder.RunFolder(folder_of(config, work_dir), f"{_stem(config)}.py")
+    with _process_group(launcher), place, _running(place.path):
         state = _beginning(place, resume)
+        if state is not None:
+            place.keep()
         whole = False
         everyday = bool(config.get("settle"))
         started = state is not None and state.started
@@ -303,12 +317,9 @@ def train(
             _check_fsdp(config, launcher)
         if everyday:
             settle.fit_data(config, settle.count_images(config), started=started)
+        single_images(config)
         folder = _set_up(config, work_dir, launcher)
         _first_decides(place.claim)
-        if seed is not None:
-            config.randomness = {**config.get("randomness", {}), "seed": int(seed)}
-        if device is not None:
-            config.device = settle.check_device(device)
         if amp or (amp is None and everyday and settle.use_amp_here(device)):
             optim.use_amp(config.optim_wrapper, config.get("amp_dtype", "bfloat16"))
         add_wandb(config, folder, on=wandb)
@@ -328,6 +339,8 @@ def train(
         if state is None and weights is not None and _takes_a_backbone(config.model) and not whole:
             config.model.backbone.weights, weights = str(weights), None
 
+        overrides.check_kept(config, chosen)
+        config.pop("options", None)
         with building("(model, hooks, visualizer, randomness)"):
             runner = Runner.from_cfg(config)
         runner.initial_weights, runner.resumed = weights, state
@@ -344,6 +357,10 @@ def train(
                 testing.leave(config, runner.val_loop, folder, metrics, pictures=pictures, checkpoint=str(weights))
                 print(f"weights: {weights}")
         finally:
+            if runner.iter:
+                place.keep()
+            else:
+                runner.visualizer.close()  # whose files go
             _close(runner)
     return metrics
 

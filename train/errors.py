@@ -36,7 +36,7 @@ class Terminated(SystemExit):
         return self.message
 
 
-_NOT_REGISTERED = re.compile(r"(?P<name>\S+) is not in the \w+::(?P<kind>[\w ]+) registry")
+_NOT_REGISTERED = re.compile(r"(?P<name>\S+) is not in the (?:\w+::)?(?P<kind>[\w ]+) registry")
 _NO_GPU = ("No CUDA GPUs are", "Torch not compiled with CUDA", "Found no NVIDIA driver", "invalid device ordinal")
 
 

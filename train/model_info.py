@@ -1,6 +1,8 @@
 """What `hybridzoo list` and `hybridzoo info` know about models: our cards; of timm's own, the network itself."""
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +97,8 @@ def facts(name: str) -> Facts:
 
 
 def _timms_facts(name: str) -> Facts:
-    import timm
+    with _without("wandb"):  # which timm imports where it is there, for half a second
+        import timm  # noqa: F401
     from timm.models import model_entrypoint
     from timm.models._registry import get_arch_pretrained_cfgs
 
@@ -103,7 +106,7 @@ def _timms_facts(name: str) -> Facts:
     tags = [known.partition(".")[2] for known in get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:
         raise UserError(f"model {arch!r} has no tag {tag!r}; it has: {', '.join(tags) or 'none'}")
-    model: Any = timm.create_model(name)
+    model: Any = _on_meta(name)
     given = model.pretrained_cfg
     input_size = tuple(given["input_size"])
     stages = list(getattr(model, "feature_info", []))
@@ -115,7 +118,7 @@ def _timms_facts(name: str) -> Facts:
         input_size=input_size,
         top1=None,
         licence=given.get("license"),
-        macs=count_macs(model, input_size),
+        macs=_macs(name, model, input_size),
         strides=tuple(stage["reduction"] for stage in stages),
         channels=tuple(stage["num_chs"] for stage in stages),
         num_classes=model.num_classes,
@@ -132,14 +135,47 @@ def _timms_facts(name: str) -> Facts:
     )
 
 
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """As if a package that is not imported yet were not installed."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
+def _on_meta(name: str) -> Any:
+    """A timm model without memory or initial weights, which cost most of its making."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def _macs(name: str, model: "nn.Module", input_size: Sequence[int]) -> int:
+    """Of a model on the meta device; a few read numbers out of tensors, and are made again for it."""
+    import timm
+
+    try:
+        return count_macs(model, input_size)
+    except (RuntimeError, NotImplementedError):
+        return count_macs(timm.create_model(name), input_size)
+
+
 def count_macs(model: "nn.Module", input_size: Sequence[int]) -> int:
-    """Multiply-accumulates in the convolutions and matrix products of one image (C, H, W), counted on the CPU."""
+    """Multiply-accumulates in convolutions and matrix products of one image (C, H, W), counted where the model is."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model.eval()(torch.zeros(1, *input_size))
+        model.eval()(torch.zeros(1, *input_size, device=device))
     return counter.get_total_flops() // 2
 
 

@@ -7,15 +7,18 @@ a copy left in the folder is never taken for this run's.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridzoo.train.errors import UserError
+from hybridzoo.train.errors import UserError, explain
 from hybridzoo.train.plain import printable
 from hybridzoo.train.weights import peek
 
@@ -27,6 +30,7 @@ except ImportError:  # Windows: runs are not kept apart there
 NAME = "run.json"
 CHECKPOINTS = ("epoch_*.pth", "iter_*.pth")  # what a run can be resumed from
 OUTPUTS = (*CHECKPOINTS, "best_*.pth", "final.pth")
+_LOGS = re.compile(r"\d{8}_\d{6}")  # mmengine's folder of logs, by the time
 _held: set[Path] = set()  # this process's locks: the system's do not keep a process from itself
 
 
@@ -35,23 +39,48 @@ class RunFolder:
 
     Args:
         path: the folder, which need not be there yet.
+        config: name of the file in it that will hold the run's config.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: str = "") -> None:
         self.path = path
+        self._config = config
         self._file: int | None = None
         self._key = path / NAME
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._found: set[str] = set()  # what was there when it was claimed
+        self._keep = False
 
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            if not os.fstat(self._file).st_size:  # no run began
-                self._key.unlink(missing_ok=True)
-            os.close(self._file)  # frees the lock
-            _held.discard(self._key)
-            self._file = None
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._file is None:
+            return
+        if not os.fstat(self._file).st_size:  # no run began
+            self._key.unlink(missing_ok=True)
+        elif error is not None and not self._keep and explain(error) is not None:
+            self._remove()
+        os.close(self._file)  # frees the lock
+        _held.discard(self._key)
+        self._file = None
+        for folder in self._made if error is not None and not self._keep else ():
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                folder.rmdir()
+
+    def keep(self) -> None:
+        """A step was made, or an earlier run goes on: an error leaves the folder as it is from now on."""
+        self._keep = True
+
+    def _remove(self) -> None:
+        """Remove what a run writes before its first step, which a mistake has ended: its config, its log, its name."""
+        for file in self.path.iterdir():
+            early = file.name in (NAME, "wandb", self._config) or _LOGS.fullmatch(file.name)
+            if early and file.name not in self._found:
+                if file.is_dir() and not file.is_symlink():
+                    shutil.rmtree(file, ignore_errors=True)
+                else:
+                    file.unlink(missing_ok=True)
 
     def claim(self) -> None:
         """Make the folder, and keep others from training in it.
@@ -75,6 +104,8 @@ class RunFolder:
                 f"work_dir {self.path}: another run is training in it; wait for its end, or choose another --work-dir"
             )
         _held.add(self._key)
+        fresh = not os.fstat(self._file).st_size
+        self._found = {file.name for file in self.path.iterdir()} - ({NAME} if fresh else set())
 
     def _lock(self) -> bool:
         """Open and lock the file; False where it was deleted meanwhile, and no open file where another has the lock."""

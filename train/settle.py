@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ def short_options(
     img_size: int | None = None,
     freeze: int | None = None,
     workers: int | None = None,
+    options: Collection[str] = (),
 ) -> set[str]:
     """Put what the command line's short options say into a config, in place; see `hybridzoo.train.config.load_config`.
+
+    `options` are dotted keys that somebody set by hand.
 
     Returns:
         The dotted keys that are settled by them.
@@ -55,7 +58,7 @@ def short_options(
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: give at least {least}")
     if epochs is not None:
-        stretch(config, epochs)
+        stretch(config, epochs, options)
         given.add("train_cfg.max_epochs")
     if batch_size is not None:
         config.train_dataloader.batch_size = batch_size
@@ -81,8 +84,13 @@ def short_options(
     return given
 
 
-def stretch(config: Config, epochs: int) -> None:
+def stretch(config: Config, epochs: int, given: Collection[str] = ()) -> None:
     """Make a run `epochs` long, in place; what its schedule counts in epochs keeps its share of the run.
+
+    Args:
+        config: of any task.
+        epochs: its new length.
+        given: dotted keys that somebody set by hand; they stay.
 
     Raises:
         UserError: the run is counted in iterations.
@@ -95,15 +103,16 @@ def stretch(config: Config, epochs: int) -> None:
             "of param_scheduler"
         )
     loop["max_epochs"] = epochs
-    loop["val_interval"] = min(loop.get("val_interval", 1), epochs)
-    for schedule in _schedules(config):
+    if "train_cfg.val_interval" not in given:
+        loop["val_interval"] = min(loop.get("val_interval", 1), epochs)
+    for place, schedule in _schedules(config):
         if not schedule.get("by_epoch", True):
             continue
         whole = not schedule.get("convert_to_iter_based")
         for key in ("begin", "end", "T_max", "step_size"):
-            if schedule.get(key):
+            if schedule.get(key) and f"{place}.{key}" not in given:
                 schedule[key] = _scaled(schedule[key], epochs / old, whole)
-        if "milestones" in schedule:
+        if "milestones" in schedule and f"{place}.milestones" not in given:
             schedule["milestones"] = [_scaled(milestone, epochs / old, whole) for milestone in schedule["milestones"]]
 
 
@@ -112,9 +121,12 @@ def _scaled(value: float, factor: float, whole: bool) -> float:
     return max(1, round(value)) if whole or abs(value - round(value)) < 1e-9 else round(value, 4)
 
 
-def _schedules(config: Config) -> list[Any]:
+def _schedules(config: Config) -> list[tuple[str, Any]]:
+    """(dotted key, schedule) of each."""
     found = config.get("param_scheduler") or []
-    return [found] if isinstance(found, dict) else list(found)
+    if isinstance(found, dict):
+        return [("param_scheduler", found)]
+    return [(f"param_scheduler.{index}", schedule) for index, schedule in enumerate(found)]
 
 
 def _resize(config: Config, side: int) -> set[str]:
@@ -236,15 +248,17 @@ def fit_data(config: Config, images: int | None, *, started: bool) -> None:
     optimizer, loader = config.optim_wrapper.optimizer, config.train_dataloader
     if not started:
         config.start = None
-        (config.optim_wrapper.get("paramwise_cfg") or {}).pop("layer_decay", None)
-        network_of(config).pop("norm_eval", None)  # statistics have to be learned
+        if "optim_wrapper.paramwise_cfg.layer_decay" not in given:
+            (config.optim_wrapper.get("paramwise_cfg") or {}).pop("layer_decay", None)
+        if "model.backbone.norm_eval" not in given:
+            network_of(config).pop("norm_eval", None)  # statistics have to be learned
         if "optim_wrapper.optimizer.lr" not in given:
             optimizer.lr = scratch.get("lr", optimizer.lr)
     workers = _workers()
     for key in LOADERS:
         if config.get(key) and f"{key}.num_workers" not in given:
             config[key].num_workers = min(config[key].num_workers, workers)
-        if config.get(key) and not torch.cuda.is_available():
+        if config.get(key) and not torch.cuda.is_available() and f"{key}.pin_memory" not in given:
             config[key].pop("pin_memory", None)
     if images is None:
         return
@@ -256,17 +270,19 @@ def fit_data(config: Config, images: int | None, *, started: bool) -> None:
         optimizer.lr = float(f"{optimizer.lr * (loader.batch_size / usual) ** 0.5:.3g}")
     if "train_cfg.max_epochs" not in given:
         seen = settle["images"] * (1 if started else scratch.get("longer", 1))
-        stretch(config, int(min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(seen / images)))))
+        stretch(config, int(min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(seen / images)))), given)
     an_epoch = max(1, share // loader.batch_size)
     steps = an_epoch * config.train_cfg.max_epochs
-    if steps < SHORTEST_SCHEDULE:
+    if steps < SHORTEST_SCHEDULE and not any(key.startswith("param_scheduler") for key in given):
         config.param_scheduler = []
-    for schedule in _schedules(config):  # a warm-up of less than one iteration is none
-        if schedule.get("convert_to_iter_based") and schedule.get("end", 0) * an_epoch < 1:
+    for place, schedule in _schedules(config):  # a warm-up of less than one iteration is none
+        whole = not schedule.get("convert_to_iter_based") or f"{place}.end" in given
+        if not whole and schedule.get("end", 0) * an_epoch < 1:
             schedule["end"] = 1 / an_epoch
-        if 0 < schedule.get("begin", 0) * an_epoch < 1:
+        if 0 < schedule.get("begin", 0) * an_epoch < 1 and f"{place}.begin" not in given:
             schedule["begin"] = 1 / an_epoch
-    if steps >= LONG_RUN and not config.get("custom_hooks") and not config.get("fsdp"):
+    custom = config.get("custom_hooks") or "custom_hooks" in given
+    if steps >= LONG_RUN and not custom and not config.get("fsdp"):
         config.custom_hooks = [{"type": "TimmEMAHook", "decay": min(0.9998, 1 - 20 / steps), "use_warmup": True}]
 
 
@@ -289,8 +305,10 @@ def check_device(device: str) -> str:
     """Raise a UserError unless this machine has the device; make a GPU named by its number the current one."""
     try:
         wanted = torch.device(device)
+        if wanted.type == "meta":
+            raise RuntimeError("holds no numbers")
         torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         gpus = torch.cuda.device_count()
         have = f"cpu and {gpus} GPU{'s' * (gpus > 1)}" if gpus else "cpu alone"
         raise UserError(f"--device {device}: this machine has {have}") from error

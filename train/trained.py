@@ -20,9 +20,9 @@ from mmengine.registry import MODELS, TASK_UTILS, TRANSFORMS
 from torch.nn.modules import module as torch_modules
 
 from hybridzoo.train import resuming, run_folder
-from hybridzoo.train.config import change
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import TASKS, find_config
+from hybridzoo.train.overrides import put
 from hybridzoo.train.plain import shown
 from hybridzoo.train.weights import peek, read_state_dict, unlike
 
@@ -218,9 +218,9 @@ def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
         raise UserError(f"checkpoint {checkpoint}: its weights do not fit its own config: {reasons}")
     for key in _OF_A_RUN:
         config[key] = {}
-    change(config, options)
-    for key in _OF_A_RUN:
-        config.pop(key)
+    put(config, options)
+    for key in (*_OF_A_RUN, "options"):
+        config.pop(key, None)
     engine.prepare(config, ("model",))
     return config
 

@@ -10,6 +10,7 @@ import pytest
 from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import find_config, recipes
+from hybridzoo.train.overrides import READ
 
 DIGESTS = json.loads((Path(__file__).parent / "resolved_configs.json").read_text())
 
@@ -113,3 +114,68 @@ def test_option_values() -> None:
 def test_malformed_options(option: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_config("biformer_tiny_digits", [option])
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "parts"),
+    [
+        ("mask-rcnn_biformer_small_1x_coco", "max_epochs=3", ["max_epochs is only a variable", "no 'max_epochs'"]),
+        ("mask-rcnn_biformer_small_1x_coco", "dataset_type=Mine", ["train_dataloader.dataset.type"]),
+        ("mask-rcnn_biformer_small_1x_coco", "train_pipeline=[]", ["train_dataloader.dataset.pipeline"]),
+        ("mask-rcnn_biformer_small_1x_coco", "backend_args.backend=local", ["backend_args"]),
+        ("upernet", "norm_cfg.type=BN", ["norm_cfg is only a variable", "model.decode_head.norm_cfg"]),
+        ("upernet", "crop_size=(64,64)", ["crop_size"]),
+        ("upernet", "data_preprocessor.size=(64,64)", ["model.data_preprocessor"]),
+        ("upernet", "test_pipeline.0.type=X", ["test_dataloader.dataset.pipeline"]),
+        ("finetune", "_transform.input_size=64", ["_transform"]),
+        ("finetune", "max_epochs=3", ["train_cfg.max_epochs (--epochs)"]),
+        ("finetune", "batch_size=3", ["train_dataloader.batch_size (--batch-size)"]),
+        ("finetune", "lr=3", ["optim_wrapper.optimizer.lr (--lr)"]),
+        ("finetune", "epochs=3", ["--epochs"]),
+        ("finetune", "workers=3", ["--workers"]),
+    ],
+)
+def test_an_option_that_nothing_reads_says_what_to_set(config: str, option: str, parts: list[str]) -> None:
+    """Variables of a config file, its own and those of mmdet's and mmseg's bases, and keys without their place."""
+    with pytest.raises(UserError) as raised:
+        load_config(config, [option])
+    said = str(raised.value)
+    assert said.startswith(f"option {option!r}: ")
+    assert any(part in said for part in parts), said
+
+
+def test_a_variable_that_a_run_counts_by_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text('_base_ = "hybridzoo::finetune"\nmax_epochs = 7\ntrain_cfg = dict(max_epochs=max_epochs)\n')
+    with pytest.raises(UserError, match=r"variable .* set train_cfg.max_epochs \(--epochs\) instead"):
+        load_config(file, ["max_epochs=3"])
+
+
+def test_every_top_level_key_of_our_recipes_is_read_or_refused() -> None:
+    """Whatever stands at the top of a config: an option on it changes what is run, or is refused."""
+    for name in ("finetune", "mask-rcnn", "dino", "upernet", "mask2former", "upernet_nat_tiny_160k_ade20k"):
+        config = load_config(name)
+        for key in set(config.keys()) - READ:
+            with pytest.raises(UserError, match=f"{key} is only a variable"):
+                load_config(name, [f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "network", "option"),
+    [
+        ("finetune", "shvit_s1", "model.drop_path_rate=0.3"),  # has no such argument
+        ("mask-rcnn", "efficientvit_msra_m0", "model.neck.num_outs=6"),  # gets another neck
+        ("mask2former", "test_convnext", "model.decode_head.pixel_decoder.num_outs=2"),
+    ],
+)
+def test_an_option_that_the_network_overrules_is_refused(recipe: str, network: str, option: str) -> None:
+    pytest.importorskip("mmdet")
+    with pytest.raises(UserError, match=option.partition("=")[0].rpartition(".")[2]):
+        load_config(recipe, [option], model=network)
+
+
+def test_an_element_of_a_tuple_is_set() -> None:
+    assert load_config("mask-rcnn", ["optim_wrapper.optimizer.betas.1=0.95"]).optim_wrapper.optimizer.betas == [
+        0.9,
+        0.95,
+    ]

@@ -13,7 +13,7 @@ import torch
 from timm.models import model_entrypoint
 
 from hybridzoo.__main__ import main
-from hybridzoo.train import config_check, engine, names, tracking
+from hybridzoo.train import batchnorm, config_check, engine, names, tracking
 from hybridzoo.train.classification import ImageClassifier
 from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import prepare
@@ -111,7 +111,30 @@ MISTAKES = [  # options of a config that libraries would refuse with a traceback
     ("env_cfg.mp_cfg.start_method=spawn", ["start_method", "mp_start_method"]),
     ("task=nonsense", ["task='nonsense'", "segmentation"]),
     ("on_bad=nonsense", ["on_bad='nonsense'", "skip"]),
+    ("task=detection", ["classification", "--recipes"]),
+    ("train_cfg.max_epochs=-3", ["max_epochs=-3", "at least 1"]),
+    ("train_dataloader.num_workers=1.5", ["num_workers=1.5", "whole number"]),
+    ("train_dataloader.dataset.transform.input_size=0", ["input_size=0", "at least 1"]),
+    ("optim_wrapper.optimizer.lr=1e999", ["lr=inf", "finite"]),
+    ("optim_wrapper.clip_grad.max_norm=-1", ["max_norm=-1", "above 0"]),
+    ("model.drop_rate=2", ["model.drop_rate=2", "below 1"]),
+    ("model.drop_path_rate=-1", ["model.drop_path_rate=-1", "from 0"]),
+    ("model.frozen_stages=99", ["freeze 99", "stages 0 to"]),
+    ("model.type=Nothing", ["model", "Nothing"]),
+    ("model.num_classes=7", ["model.num_classes=7", "has 3"]),
+    ("param_scheduler.0.type=Nothing", ["no parameter scheduler called Nothing"]),
+    ("default_hooks.timer.type=Nothing", ["no hook called Nothing"]),
+    ("default_hooks.checkpoint.save_best=nothing_loss", ["nothing_loss", "accuracy/top1"]),
+    ("val_evaluator.type=Nothing", ["no metric called Nothing"]),
+    ("val_evaluator.topk=(0,)", ["topk=(0,)", "from 1"]),
+    ("train_cfg.type=Nothing", ["no loop called Nothing"]),
+    ("randomness.seed=-1", ["randomness.seed=-1", "from 0"]),
+    ("compile=maybe", ["compile='maybe'", "true"]),
+    ("device=tpu", ["--device tpu", "this machine has"]),
+    ("launcher=pytorch", ["launcher='pytorch'", "use --launcher"]),
+    ("data_root=elsewhere", ["data_root=elsewhere", "--data"]),
 ]
+AFTER_STEPS = {"default_hooks.checkpoint.save_best=nothing_loss"}  # a validation tells
 
 
 def failing(capsys, *argv):
@@ -133,6 +156,61 @@ def test_a_mistake_in_an_option_is_one_line(option, words, image_folder, tmp_pat
     )  # fmt: skip
     for word in words:
         assert word in said
+    assert option in AFTER_STEPS or not (tmp_path / "work_dirs").exists(), "a mistake leaves no folder behind"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--device tpu", "--device meta", "--freeze 99", "--img-size -3", "--epochs -2", "--lr nan", "--seed 99999999999"],
+)
+def test_a_mistake_in_a_short_option_leaves_no_folder(words, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = failing(capsys, "train", "test_resnet", "--data", str(image_folder), "--no-wandb", *words.split())
+    assert words.split()[1] in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_leaves_an_older_folder_as_it_was(image_folder, tmp_path, run_config):
+    """What lay there stays; what the run wrote before its first step goes."""
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "20260101_000000").mkdir()
+    with pytest.raises(UserError, match="learning rate"):
+        engine.train(run_config("optim_wrapper.optimizer.lr=-1"), work_dir=tmp_path, data=image_folder, wandb=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["20260101_000000", "notes.txt"]
+
+
+def test_a_run_that_made_a_step_keeps_its_folder(image_folder, tmp_path, run_config):
+    config = run_config("custom_hooks=[{'type': 'TimmEMAHook', 'decay': 0.9}]", "optim_wrapper.optimizer.lr=1e30")
+    with pytest.raises(UserError, match=r"is (nan|inf) at iteration"):
+        engine.train(config, work_dir=tmp_path / "run", data=image_folder, wandb=False)
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_a_batch_of_one_is_refused_before_the_run_where_batchnorm_learns_nothing(image_folder, tmp_path, monkeypatch):
+    """A network that ends in maps of one pixel; a transformer does not mind, nor do frozen BatchNorms."""
+    monkeypatch.chdir(tmp_path)
+    options = {"img_size": 32, "batch_size": 1}
+    with pytest.raises(UserError, match=r"train_dataloader.batch_size=1: of one image of 32 px .*--batch-size 2"):
+        engine.train(load_config("efficientvit_msra_m0", **options), data=image_folder, weights="none", wandb=False)
+    assert list(tmp_path.iterdir()) == []
+    batchnorm.single_images(load_config("test_vit", **options))
+    batchnorm.single_images(load_config("efficientvit_msra_m0", img_size=32, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "network", "module"),
+    [("upernet", "test_vit", "decode_head.psp_modules.0"), ("fpn", "test_vit", ""), ("mask-rcnn", "test_resnet", "")],
+)
+def test_a_pooled_map_of_one_image_is_found_in_a_dense_net(recipe, network, module):
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    config = load_config(recipe, model=network, batch_size=1)
+    prepare(config)
+    if module:
+        with pytest.raises(UserError, match=f"{module}.*--batch-size 2"):
+            batchnorm.single_images(config)
+    else:
+        batchnorm.single_images(config)
 
 
 @pytest.mark.parametrize(

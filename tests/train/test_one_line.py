@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+
+from hybridzoo.train import names
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -30,6 +33,22 @@ def test_three_commands_train_and_predict(network, tmp_path):
     for recipe in one_line.TASKS:
         assert (tmp_path / network / recipe / "final.pth").is_file()
     assert sheet.width > 3 * sheet.height / 2
+
+
+def test_the_tables_say_what_was_measured():
+    """Each is made of the numbers beside it; the README shows one and links to the other."""
+    docs = FILE.parents[1] / "docs"
+    readme = (docs.parent / "README.md").read_text()
+    for name in ("one_line", "digits"):
+        rows = json.loads((docs / f"{name}.json").read_text())
+        assert (docs / f"{name}.md").read_text() == one_line.table(rows)
+        assert set(rows) <= {*names.our_models(), *names.timm_models()}
+    assert "(docs/digits.md" in readme
+    for row in rows.values():
+        assert float(row["CPU minutes"]) <= 10
+        assert float(row["top-1"]) > 75  # a tenth by chance
+    for network, reached in one_line.LEARNED:
+        assert float(rows[network]["top-1"]) >= reached
 
 
 @pytest.mark.exhaustive

@@ -13,10 +13,12 @@ import torch
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
+import numpy as np
 import photographs
 from mmengine import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner as MMRunner
+from PIL import Image
 
 from hybridzoo import checkpoints
 from hybridzoo.__main__ import main
@@ -26,6 +28,7 @@ from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import prepare
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import EVERYDAY, recipes
+from hybridzoo.train.predict import predict
 
 DENSE = [name for name, task in EVERYDAY.items() if task != "classification"]
 # Four levels; a stem level before them; three coarse stages; one stride.
@@ -310,6 +313,60 @@ def test_a_classifier_in_one_line(images, tmp_path, capsys):
     assert (tmp_path / "final.pth").is_file()
 
 
+@pytest.fixture(scope="module")
+def tiny_pictures(tmp_path_factory) -> Path:
+    """Pictures of 20 x 20 pixels for the three tasks: a bright square of one class before a dark ground."""
+    root = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        images, objects = [], []
+        for index in range(count):
+            x, y = rng.integers(2, 8, 2).tolist()
+            pixels = rng.integers(0, 90, (20, 20, 3)).astype(np.uint8)
+            mask = np.zeros((20, 20), np.uint8)
+            mask[y : y + 9, x : x + 8] = 1
+            pixels[mask == 1] += 120
+            for folder, picture in (
+                (f"images/{split}", pixels),
+                (f"masks/{split}", mask),
+                (f"kinds/{split}/square", pixels),
+                (f"kinds/{split}/dark", pixels // 3),
+            ):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(root / folder / f"{index}.png")
+            images.append({"id": index, "file_name": f"{index}.png", "width": 20, "height": 20})
+            objects.append({"id": index + 1, "image_id": index, "category_id": 1, "bbox": [x, y, 8, 9]})
+        (root / "annotations").mkdir(exist_ok=True)
+        content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "square"}]}
+        (root / f"annotations/{split}.json").write_text(json.dumps(content))
+    (root / "classes.txt").write_text("ground\nsquare\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("recipe", "network"), [("finetune", "test_vit"), ("retinanet", "test_vit"), ("segformer", "test_vit")]
+)
+def test_pictures_of_20_pixels_are_enlarged(recipe, network, tiny_pictures, tmp_path):
+    data = tiny_pictures / "kinds" if recipe == "finetune" else tiny_pictures
+    run("train", recipe, "--model", network, "--data", data, "--img-size", 64, "--batch-size", 2, *TINY,
+        "--weights", "none", "--work-dir", tmp_path)  # fmt: skip
+    config = load_config(saved_config(tmp_path))
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        sample = DATASETS.build(config.val_dataloader.dataset)[0]
+    inputs = sample[0] if recipe == "finetune" else sample["inputs"]
+    assert tuple(inputs.shape) == (3, 64, 64)
+    picture = next((tiny_pictures / "images/val").iterdir())
+    found = predict(config, tmp_path / "final.pth", picture, tmp_path / "drawn", score=0.0, device="cpu")
+    with Image.open(found[0].drawn) as drawn:
+        assert min(drawn.size) >= 20
+    if recipe == "retinanet":
+        assert (
+            not len(found[0].boxes) or 0 <= found[0].boxes.min() <= found[0].boxes.max() <= 20
+        )  # the picture's pixels
+    else:
+        assert sum(found[0].scores) == pytest.approx(1, abs=1e-4)
+
+
 def test_an_everyday_run_resumes_as_it_began(images, tmp_path, capsys):
     line = ("train", "test_convnext", "--data", images, "--img-size", 48, *TINY, "--work-dir", tmp_path)
     run(*line)
@@ -371,6 +428,70 @@ def test_a_config_of_ones_own_in_two_lines(scenes, tmp_path, monkeypatch):
     composed = load_config("mine.py", model="test_resnet", epochs=2)
     assert composed.data_root == str(scenes)
     assert list(composed.model.neck.in_channels) == [width for width, stride in read_network("test_resnet").levels[1:]]
+
+
+def test_another_network_in_a_config_that_mmengine_reads(tmp_path):
+    """Its widths, layer decay and input follow as `load_config` has them, without which mmdet could not build it."""
+    for recipe, name in (("mask-rcnn", "efficientvit_msra_m0"), ("upernet", "test_vit"), ("finetune", "test_vit")):
+        place = "name={!r}" if recipe == "finetune" else "backbone=dict(name={!r})"
+        file = tmp_path / f"{recipe}.py"
+        file.write_text(f'_base_ = "hybridzoo::{recipe}"\nmodel = dict({place.format(name)})\n')
+        read, composed = Config.fromfile(file), load_config(file)
+        for key in ("model", "optim_wrapper", "train_dataloader", "val_dataloader"):
+            assert read[key].to_dict() == composed[key].to_dict()
+
+
+def test_mmdets_and_mmsegs_entry_points_take_a_config_of_ones_own(scenes, tmp_path):
+    from mmdet.apis import inference_detector, init_detector
+    from mmseg.apis import inference_model, init_model
+
+    picture = str(next((scenes / "images/val").iterdir()))
+    for recipe, make, infer in (
+        ("retinanet", init_detector, inference_detector),
+        ("segformer", init_model, inference_model),
+    ):
+        file = tmp_path / f"{recipe}.py"
+        file.write_text(
+            f'_base_ = "hybridzoo::{recipe}"\nmodel = dict(backbone=dict(name="test_resnet", drop_path_rate=None))\n'
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = make(str(file), device="cpu")
+            assert infer(model, picture).img_path == picture
+        assert model.backbone.name == "test_resnet"
+    config = Config.fromfile(file)
+    config.work_dir = str(tmp_path)
+    assert MMRunner.from_cfg(config).model.backbone.name == "test_resnet"
+    logging.getLogger().handlers.clear()
+
+
+@pytest.mark.parametrize("recipe", ["mask-rcnn_nat_mini_3x_coco", "upernet_nat_tiny_160k_ade20k", "mask-rcnn", "fpn"])
+def test_a_network_named_after_the_config_was_read_is_built_right(recipe, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(f'_base_ = "hybridzoo::{recipe}"\n')
+    config = Config.fromfile(file)
+    config.model.backbone = dict(type="PyramidBackbone", name="test_convnext")
+    with torch.device("meta"), DefaultScope.overwrite_default_scope(config.default_scope):
+        model = MODELS.build(config.model)
+    assert "take the widths of test_convnext" in capsys.readouterr().out
+    with torch.no_grad():
+        maps = model.eval().extract_feat(torch.zeros(1, 3, 64, 96, device="meta"))
+        if config.default_scope == "mmseg":
+            assert model.decode_head(maps).shape == (1, 150, 16, 24)
+
+
+def test_a_strangers_right_widths_stay_as_they_are(capsys):
+    prepare(load_config("retinanet"))
+    head = dict(type="FCNHead", num_classes=3, channels=8, norm_cfg=dict(type="BN"), align_corners=False)
+    backbone = dict(type="PyramidBackbone", name="test_convnext")
+    for head_args in (
+        dict(in_channels=48, in_index=2),
+        dict(in_channels=[24, 64], in_index=[0, 3], input_transform="resize_concat"),
+    ):
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            model = MODELS.build(dict(type="EncoderDecoder", backbone=backbone, decode_head={**head, **head_args}))
+        assert model.decode_head.in_channels == (48 if head_args["in_index"] == 2 else 88)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_published_run_as_a_base(tmp_path):
