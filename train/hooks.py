@@ -109,11 +109,12 @@ class AtomicCheckpointHook(CheckpointHook):
                 Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
-        lacking = [key for key in self.key_indicators or () if key != "auto" and metrics and key not in metrics]
-        if self.save_best and lacking:
+        wanted = self.key_indicators if self.save_best else ()
+        lacking = [key for key in wanted if key != "auto" and metrics and key not in metrics]
+        if lacking:
             given = ", ".join(metrics)
             raise UserError(f"default_hooks.checkpoint.save_best={lacking[0]!r}: validation gives {given}; choose one")
-        if not self.save_best or len(self.key_indicators) > 1:
+        if len(wanted) != 1:
             return super()._save_best_checkpoint(runner, metrics)
         # mmengine deletes the old best before it writes the new one: hide it until then.
         old, self.best_ckpt_path = self.best_ckpt_path, None

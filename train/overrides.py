@@ -41,7 +41,8 @@ SHORT = {
     "launcher": "--launcher",
 }
 _WORDS = {option.strip("-").replace("-", "_"): option for option in SHORT.values()}
-_TAKEN = {"custom_imports", "load_from", "resume", "start"}  # what we add to, or take out before a run
+# What we add to, put into words of our own, or take out before a run.
+_TAKEN = {"custom_imports", "load_from", "resume", "start", "val_fraction"}
 _ABSENT = object()
 
 

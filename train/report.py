@@ -85,6 +85,10 @@ def table(lines: Iterable[Result]) -> Table:
 # Curves -----------------------------------------------------------------------------------------------------------
 
 
+class NoLogError(UserError):
+    """A run's folder in which no loss was logged."""
+
+
 @dataclass
 class Curves:
     """loss and each score as points (iteration, value), in the order of training."""
@@ -100,7 +104,7 @@ def read_curves(work_dir: Path) -> Curves:
     the epoch or nothing, so a score stands at the last iteration that was logged before it.
 
     Raises:
-        UserError: nothing was logged there.
+        NoLogError: nothing was logged there, as of a run of fewer iterations than the log's interval.
     """
     curves = Curves()
     for file in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
@@ -116,7 +120,7 @@ def read_curves(work_dir: Path) -> Curves:
                     if name != "step" and isinstance(value, int | float):
                         curves.scores.setdefault(name, []).append((iteration, value))
     if not curves.loss:
-        raise UserError(f"no training log in {work_dir}; expected {work_dir}/<timestamp>/vis_data/scalars.json")
+        raise NoLogError(f"no training log in {work_dir}; expected {work_dir}/<timestamp>/vis_data/scalars.json")
     return curves
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -128,7 +129,7 @@ def draw(folder: Path, *, training: bool = False) -> list[Path]:
         training: also draw the curves of the training that was logged there.
 
     Returns:
-        The files: `confusion_matrix.png`, `pr_curves.png` (detection) and `curves.png` (training).
+        The files: `confusion_matrix.png`, `pr_curves.png` (detection) and `curves.png` (training, where a loss was logged).
 
     Raises:
         UserError: there are no results, or a picture cannot be written.
@@ -141,7 +142,8 @@ def draw(folder: Path, *, training: bool = False) -> list[Path]:
         if curves := content.get("pr_curves"):
             drawn.append(draw_pr(curves, content["per_class"], folder / "pr_curves.png"))
         if training:
-            drawn.append(report.draw_curves({content["task"]: folder}, folder / "curves.png"))
+            with contextlib.suppress(report.NoLogError):  # a run too short for a curve
+                drawn.append(report.draw_curves({content["task"]: folder}, folder / "curves.png"))
     except OSError as error:
         raise UserError(f"{folder}: a picture cannot be written ({error.strerror})") from error
     return drawn

@@ -113,8 +113,9 @@ def test_operators_are_well_formed():
 
 
 @not_interpreted
-def test_under_the_interpreter():
-    run_interpreted(__file__, at_least=len(CASES) + 6)
+@pytest.mark.alone
+def test_under_the_interpreter(request):
+    run_interpreted(request, at_least=len(CASES) + 6)
 
 
 def launches(side, heads, width, kernel, dtype, tables=True):
