@@ -129,7 +129,7 @@ def draw(folder: Path, *, training: bool = False) -> list[Path]:
         training: also draw the curves of the training that was logged there.
 
     Returns:
-        The files: `confusion_matrix.png`, `pr_curves.png` (detection) and `curves.png` (training, where a loss was logged).
+        The files: `confusion_matrix.png`, `pr_curves.png` (detection) and `curves.png` (training that logged a loss).
 
     Raises:
         UserError: there are no results, or a picture cannot be written.

@@ -153,7 +153,8 @@ def _quick(everything: list[cases.Case], form: cases.Function, way: str, dry: bo
 
 def write_table(store: Store) -> None:
     """From all rows of this device: for every key what is best on all shapes that share it, and the same for each
-    kernel and width, for shapes that nobody tuned; not where blocks follow from the shape. Less than 1.5 % is noise."""
+    kernel and width, for shapes that nobody tuned; not where blocks follow from the shape. Less than 1.5 % is noise: a
+    table may be empty."""
     device = store.common["device"]
     found = [r for r in store.rows if r["part"] == "tuning" and r.get("device") == device]
     rows = [r for r in newest(found) if "median_us" in r]
@@ -170,7 +171,7 @@ def write_table(store: Store) -> None:
             config, ratio = best(found)
             if ratio < NOISE:
                 table.append(_entry((*key, "")[:5], config, ratio))
-    if table:
+    if rows:
         versions = {name: store.common[name] for name in ("device", "torch", "triton")}
         operators.table_file(store).write_text(json.dumps(versions | {"rows": table}, indent=1) + "\n")
 
