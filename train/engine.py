@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from numbers import Real
@@ -341,6 +342,8 @@ def train(
 
         overrides.check_kept(config, chosen)
         config.pop("options", None)
+        # mmengine hands out a visualizer of the same name again, with an earlier run's folder.
+        config.visualizer.name = f"visualizer_{uuid.uuid4().hex[:12]}"
         with building("(model, hooks, visualizer, randomness)"):
             runner = Runner.from_cfg(config)
         runner.initial_weights, runner.resumed = weights, state

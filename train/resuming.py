@@ -96,7 +96,7 @@ class State:
         kept = {**found, "param_groups": []}
         for i, (mine, theirs) in enumerate(zip(own["param_groups"], groups, strict=True)):
             where = f"optimizer.param_groups[{i}]"
-            if not isinstance(theirs, dict) or theirs.get("params") != mine["params"] or "lr" not in theirs:
+            if not isinstance(theirs, dict) or not _numbers(theirs.get("params"), mine["params"]) or "lr" not in theirs:
                 raise self.unfit(f"{where} is of other parameters")
             kept["param_groups"].append(self._settings(mine, theirs, where))
         expected = _fresh_state(optimizer.optimizer, parameters)
@@ -372,3 +372,8 @@ def _is_number(value: Any) -> bool:
 def _list(names: Any, most: int = 8) -> str:
     told = [name[:LONGEST_NAME] if isinstance(name, str) else shown(name) for name in list(names)[:most]]
     return ", ".join(told) + (f" and {len(names) - most} more" if len(names) > most else "") if told else "nothing"
+
+
+def _numbers(found: Any, own: list[int]) -> bool:
+    """Whether a file's list holds these whole numbers, and not something that compares as it likes."""
+    return isinstance(found, list) and all(type(number) is int for number in found) and found == own

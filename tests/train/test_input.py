@@ -1,5 +1,6 @@
 """Data as people have them: repaired by a stated rule or refused by one line, before training; see docs/input.md."""
 
+import copy
 import json
 import re
 import shutil
@@ -233,7 +234,7 @@ def test_any_change_of_a_coco_file_gives_one_line_or_usable_annotations(scenes, 
         if data.draw(st.booleans()) and isinstance(node, dict):
             del node[path[-1]]
         else:
-            node[path[-1]] = data.draw(VALUES)
+            node[path[-1]] = copy.deepcopy(data.draw(VALUES))  # what is drawn twice is changed once only
     file.write_text(json.dumps(content))
     try:
         message, masks = "", data.draw(st.booleans())
