@@ -18,42 +18,48 @@ MODULES = [n for n in OPS if n.startswith("deform_attn_module_")]
 BLOCK = "stages.3.attns.1."  # a deformable one in both generations
 
 
-def on_a_gpu(function):
-    """The form that a GPU takes, of `sample_map` or `sample_differences`."""
-
-    def sample_map(x, places):
-        return sampling._gathered(x, places).transpose(1, 2).flatten(2)
-
-    def sample_differences(table, rows, columns, places):
-        down, along = ((line[:, None] - places[:, :, None, :, axis]) / 2 for axis, line in enumerate((rows, columns)))
-        return sampling._products(table.unflatten(0, (places.shape[1], -1)), down, along)
-
-    return {"sample_map": sample_map, "sample_differences": sample_differences}[function.__name__]
+def reference_map(x, places):
+    """`sample_map` as the sum over all entries, each with the weight that its distance along both axes leaves it."""
+    weight = reading(places[..., 0], x.shape[1])[..., :, None] * reading(places[..., 1], x.shape[2])[..., None, :]
+    groups = x.unflatten(3, (places.shape[1], -1))
+    return torch.einsum("bgkhw,bhwgc->bkgc", weight, groups).flatten(2)
 
 
-FORMS = pytest.mark.parametrize("form", [lambda function: function, on_a_gpu], ids=["grid_sample", "products"])
+def reference_differences(table, rows, columns, places):
+    """`sample_differences`, likewise."""
+    down, along = ((line[:, None] - places[:, :, None, :, axis]) / 2 for axis, line in enumerate((rows, columns)))
+    down, along = (
+        reading(down, table.shape[1]),
+        reading(along, table.shape[2]),
+    )
+    by_group = table.unflatten(0, (places.shape[1], -1))
+    return torch.einsum("bgikh,bgjkw,gnhw->bgnijk", down, along, by_group).flatten(3, 4).flatten(1, 2)
 
 
-@FORMS
-def test_published_sampling_values_and_gradients(form):
+def reading(coordinate, count):
+    """How much a linear reading at each coordinate takes of each of an axis' entries, `(..., count)`."""
+    position = (coordinate[..., None] + 1) / 2 * (count - 1)
+    return (1 - (position - torch.arange(count)).abs()).clamp(min=0)
+
+
+def test_published_sampling_values_and_gradients():
     data = goldens.numbers("ops", "deform_sample_2x3x7x9_m12")
     x, places = data["x"].requires_grad_(), data["pos"].requires_grad_()
-    out = form(sampling.sample_map)(x.permute(0, 2, 3, 1), places[:, None])
+    out = sampling.sample_map(x.permute(0, 2, 3, 1), places[:, None])
     goldens.assert_close(out, data["out"].transpose(1, 2))
     out.backward(data["grad_out"].transpose(1, 2))
     goldens.assert_close(x.grad, data["grad_x"])
     goldens.assert_close(places.grad, data["grad_pos"])
 
 
-@FORMS
 @pytest.mark.parametrize("name", CORES)
-def test_published_operator_values_and_gradients(name, form):
+def test_published_operator_values_and_gradients(name):
     meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
     names = ("q", "k", "v", "rpe_table", "pos")
     query, key, value, table, places = inputs = [data[n].requires_grad_() for n in names]
     line = deformable_attention._centres if "_v1_" in name else deformable_attention._corners
     rows, columns = line(meta["H"], query), line(meta["W"], query)
-    bias = form(sampling.sample_differences)(table, rows, columns, places)
+    bias = sampling.sample_differences(table, rows, columns, places)
     out = softmax_attention(query, key, value, bias)
     goldens.assert_close(out, data["out"])
     out.backward(data["grad_out"])
@@ -115,18 +121,21 @@ def test_published_shifted_windows_and_mlp():
     reach=st.sampled_from((0.5, 1.0, 3.0)),
     seed=st.integers(0, 2**16),
 )
-def test_both_forms_of_sampling_agree(heads, groups, sides, entries, keys, reach, seed):
+def test_sampling_is_bilinear(heads, groups, sides, entries, keys, reach, seed):
     """At places beyond the map too."""
     torch.manual_seed(seed)
     table = torch.randn(heads * groups, *entries, dtype=torch.float64)
     x = torch.randn(2, *sides, groups * heads, dtype=torch.float64)
     places = reach * (2 * torch.rand(2, groups, keys, 2, dtype=torch.float64) - 1)
     rows, columns = (torch.linspace(-1, 1, n, dtype=torch.float64) for n in sides)
-    for function, given_ in ((sampling.sample_map, (x,)), (sampling.sample_differences, (table, rows, columns))):
+    for functions, given_ in (
+        ((sampling.sample_map, reference_map), (x,)),
+        ((sampling.sample_differences, reference_differences), (table, rows, columns)),
+    ):
         results = []
-        for form in (function, on_a_gpu(function)):
+        for function in functions:
             inputs = [t.clone().requires_grad_() for t in (given_[0], places)]
-            out = form(inputs[0], *given_[1:], inputs[1])
+            out = function(inputs[0], *given_[1:], inputs[1])
             out.square().sum().backward()
             results.append((out, *(t.grad for t in inputs)))
         for one, other in zip(*results, strict=True):

@@ -15,7 +15,8 @@ from hybridzoo.layers.deformable_merging import deform
 
 
 def deformable_conv2x2(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(deform(x, offset), weight, bias, stride=2)
+    moved = deform(x.permute(0, 2, 3, 1), offset.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return F.conv2d(moved, weight, bias, stride=2)
 
 
 NAMES = goldens.names("ops", numeric=True)
