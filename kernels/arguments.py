@@ -118,6 +118,11 @@ def alike(name: str, value: Any, query: Tensor) -> None:
     tensor(name, value)
     if value.shape != query.shape:
         raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}; got {tuple(value.shape)}")
+    same_kind(name, value, query)
+
+
+def same_kind(name: str, value: Tensor, query: Tensor) -> None:
+    """A tensor with dtype and device of `query`."""
     if value.dtype != query.dtype or value.device != query.device:
         raise ValueError(
             f"{name} must share dtype and device with query ({query.dtype}, {query.device});"
@@ -138,6 +143,15 @@ def table(name: str, value: Any, query: Tensor, axes: str, shape: tuple[int, ...
 def exporting() -> bool:
     """An exported program must run where hybridzoo is not installed: plain PyTorch operators, no node of ours."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+def fixed_map(operator: str, query: Tensor) -> None:
+    """A map whose height and width are known while a program is exported: how it is cut depends on them."""
+    if any(isinstance(side, torch.SymInt) for side in query.shape[1:3]):
+        raise ValueError(
+            f"{operator} cannot be exported with a dynamic height or width: how it cuts the map depends on them;"
+            " only the batch may be dynamic"
+        )
 
 
 def implementation(impl: Any, query: Tensor, limit: str | None = None, *, widths: tuple[int, int] = (16, 128)) -> str:

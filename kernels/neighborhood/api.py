@@ -16,7 +16,6 @@ position bias of its section 3.3; dilation from arXiv 2209.15001.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
@@ -94,11 +93,7 @@ def na2d(
     impl = arguments.implementation(impl, query, limit)
     extends = fill is not None and beyond.reaches((query.shape[1], query.shape[2]), kernel, steps)
     if arguments.exporting():
-        if any(isinstance(side, torch.SymInt) for side in query.shape[1:3]):
-            raise ValueError(
-                "na2d cannot be exported with a dynamic height or width: how it cuts the map depends on them;"
-                " only the batch may be dynamic"
-            )
+        arguments.fixed_map("na2d", query)
         with full_precision(query):
             out, lse = torch_impl.exportable_forward(query, key, value, rpb, kernel, steps, scale, extends)
     else:

@@ -10,7 +10,6 @@ OverLoCK (Lou and Yu, CVPR 2025, arXiv 2502.20087), section 3.3: "context-mixing
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
@@ -75,9 +74,9 @@ def neighborhood_mix2d(
     kernel = arguments.window("kernel_size", kernel_size)
     steps = arguments.pair("dilation", dilation)
     batch, heads, places = query.shape[0], query.shape[3], kernel[0] * kernel[1]
-    _same_kind("taps", taps, query, "batch, heads, rows * columns, head_dim", (batch, heads, places, query.shape[4]))
+    _shaped("taps", taps, query, "batch, heads, rows * columns, head_dim", (batch, heads, places, query.shape[4]))
     width = value.shape[4] if isinstance(value, Tensor) and value.ndim == 5 and value.shape[4] else 1
-    _same_kind("value", value, query, "batch, height, width, heads, value_dim", (*query.shape[:4], width))
+    _shaped("value", value, query, "batch, height, width, heads, value_dim", (*query.shape[:4], width))
     if tap_bias is not None:
         arguments.table("tap_bias", tap_bias, query, "heads, rows * columns", (heads, places))
     if rpb is not None:
@@ -86,26 +85,18 @@ def neighborhood_mix2d(
     scale = arguments.factor("scale", scale, query.shape[4] ** -0.5)
     impl = arguments.implementation(impl, query, _limit(query, value, kernel), widths=TRITON_WIDTHS)
     if arguments.exporting():
-        if any(isinstance(side, torch.SymInt) for side in query.shape[1:3]):
-            raise ValueError(
-                "neighborhood_mix2d cannot be exported with a dynamic height or width: how it cuts the map depends on"
-                " them; only the batch may be dynamic"
-            )
+        arguments.fixed_map("neighborhood_mix2d", query)
         with full_precision(query):
             return mix_torch.exportable_forward(query, taps, value, tap_bias, rpb, kernel, steps, scale)
     return mix_operators.mix(query, taps, value, tap_bias, rpb, kernel, steps, scale, impl)[0]
 
 
-def _same_kind(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:
+def _shaped(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:
     """A tensor of `shape`, whose `axes` are named, with dtype and device of `query`."""
     arguments.tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} must have shape ({axes}) = {shape}; got {tuple(value.shape)}")
-    if value.dtype != query.dtype or value.device != query.device:
-        raise ValueError(
-            f"{name} must share dtype and device with query ({query.dtype}, {query.device});"
-            f" got {value.dtype}, {value.device}"
-        )
+    arguments.same_kind(name, value, query)
 
 
 def _limit(query: Tensor, value: Tensor, kernel: tuple[int, int]) -> str | None:
