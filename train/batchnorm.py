@@ -46,6 +46,10 @@ def drop_a_last_one(loader: DataLoader, model: nn.Module) -> None:
         tell(f"each epoch leaves one of the {images} images out: BatchNorm cannot learn of a last batch of one")
 
 
+# What modules raise that cannot be called without memory, or not with an image's maps alone: nothing is known of them.
+_UNKNOWN = (RuntimeError, NotImplementedError, AttributeError, TypeError)
+
+
 class _SingleValue(Exception):
     """A BatchNorm has met one value per channel."""
 
@@ -98,14 +102,14 @@ def _single_value(config: Config, side: int) -> str:
         module.register_forward_pre_hook(partial(look, name=names[module]))
     image = torch.zeros(1, 3, side, side, device="meta")
     try:
-        with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError, AttributeError, TypeError):
+        with torch.no_grad(), contextlib.suppress(*_UNKNOWN):
             if config.task == "classification":
                 model(image)
             else:
                 maps = model.extract_feat(image)
                 for head in ("decode_head", "auxiliary_head", "rpn_head", "bbox_head"):
                     for part in _listed(getattr(model, head, None)):
-                        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError, TypeError):
+                        with contextlib.suppress(*_UNKNOWN):
                             part(maps)
     except _SingleValue as single:
         return str(single)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
-import errno
 import importlib
 import itertools
 import logging
-import os
 import re
-import signal
-import uuid
-import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from numbers import Real
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -24,7 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from mmengine import Config
 from mmengine.device import get_device
-from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS, DefaultScope
@@ -39,6 +33,7 @@ from hybridzoo.checkpoints.transfer import DownloadError, fetch
 from hybridzoo.train import (
     config_check,
     hooks,
+    interruptions,
     launching,
     optim,
     overrides,
@@ -54,14 +49,11 @@ from hybridzoo.train import (
 )
 from hybridzoo.train.batchnorm import drop_a_last_one, single_images
 from hybridzoo.train.data.holdout import Holdout, holdout_of
-from hybridzoo.train.errors import Terminated, UserError, building
+from hybridzoo.train.errors import UserError, building
 from hybridzoo.train.names import TASKS
 from hybridzoo.train.tracking import add_tensorboard, add_wandb
 from hybridzoo.train.weights import load_matching, read_checkpoint, read_state_dict, tell
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS}
-_SHARED_MEMORY = re.compile(r"bus error|shared memory|No space left on device", re.IGNORECASE)
 T = TypeVar("T")
 _runs = itertools.count()
 
@@ -294,7 +286,7 @@ def train(
     config.resume, config.load_from = False, None
     _check_intervals(config)
     place = run_folder.RunFolder(folder_of(config, work_dir), f"{_stem(config)}.py")
-    with _process_group(launcher), place, _running(place.path):
+    with launching.process_group(launcher), place, interruptions.running(place.path):
         state = _beginning(place, resume)
         if state is not None:
             place.keep()
@@ -320,7 +312,7 @@ def train(
             settle.fit_data(config, settle.count_images(config), started=started)
         single_images(config)
         folder = _set_up(config, work_dir, launcher)
-        _first_decides(place.claim)
+        launching.first_decides(place.claim)
         if amp or (amp is None and everyday and settle.use_amp_here(device)):
             optim.use_amp(config.optim_wrapper, config.get("amp_dtype", "bfloat16"))
         add_wandb(config, folder, on=wandb)
@@ -342,8 +334,6 @@ def train(
 
         overrides.check_kept(config, chosen)
         config.pop("options", None)
-        # mmengine hands out a visualizer of the same name again, with an earlier run's folder.
-        config.visualizer.name = f"visualizer_{uuid.uuid4().hex[:12]}"
         with building("(model, hooks, visualizer, randomness)"):
             runner = Runner.from_cfg(config)
         runner.initial_weights, runner.resumed = weights, state
@@ -413,7 +403,7 @@ def test(
         prepare(config)
         trained.compare(config, path)
     names = class_names(path)
-    with _process_group(launcher):
+    with launching.process_group(launcher):
         place = Path(data) if data is not None else None
         task_module(config.task).configure(config, place, splits=(split,), classes=names or None)
         folder = _set_up(config, work_dir or own_folder, launcher)
@@ -424,7 +414,7 @@ def test(
         _drop_missing_hooks(config)
         resuming.compare_classes(path, names, resuming.class_names(config))
         views.apply(config, tta=tta, slide=slide)
-        with _running(folder):
+        with interruptions.running(folder):
             with building("(model, hooks, visualizer, randomness)"):
                 runner = Runner.from_cfg(config)
             network = views.inner(runner.model)
@@ -475,7 +465,7 @@ def build_for_inference(
         names = tuple(str(index) for index in range(_num_classes(config.model)))
     config.model.pop("pretrained", None)
     scope = config.get("default_scope", "mmengine")
-    with quiet(), building("model"), DefaultScope.overwrite_default_scope(scope):
+    with interruptions.quiet(), building("model"), DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(config.model)
     load_weights(model, path, allow_head_mismatch=False)
     model.dataset_meta = {"classes": names}
@@ -585,23 +575,8 @@ def _beginning(place: run_folder.RunFolder, resume: bool) -> resuming.State | No
             run_folder.refuse_old_files(place.path)
         return state.path if state is not None else None
 
-    path = _first_decides(decide)
+    path = launching.first_decides(decide)
     return resuming.read(path) if path is not None and state is None else state
-
-
-def _first_decides(decide: Callable[[], T]) -> T:
-    """What `decide` says in the first of torchrun's processes, in all of them: files may change between two looks."""
-    answer: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            answer = [decide(), None]
-        except UserError as error:
-            answer = [None, error]
-    if get_world_size() > 1:
-        broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 def _raise(record: logging.LogRecord) -> None:
@@ -618,6 +593,8 @@ def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
     config.work_dir = str(folder)
     # mmengine keeps one object per name and names runs by the second: two in one process would share their state.
     config.experiment_name = f"{stem}_{next(_runs)}"
+    if config.get("visualizer"):
+        config.visualizer.name = config.experiment_name
     config.launcher = "none" if launcher == "none" else "pytorch"  # the processes have found each other
     if launcher != "none" and not torch.cuda.is_available():
         wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
@@ -629,101 +606,6 @@ def _set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
             loader.persistent_workers = False
             loader.pop("prefetch_factor", None)
     return folder
-
-
-@contextlib.contextmanager
-def _process_group(launcher: str) -> Iterator[None]:
-    """Join the run's other processes.  mmengine would ask for a GPU even where they talk over gloo."""
-    if launcher != "none" and not torch.distributed.is_initialized():
-        launching.settle_environment(launcher)
-        gpu = torch.cuda.is_available()
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
-        # Once for the life of the process: a second group over torchrun's store may meet the first one's addresses.
-        atexit.register(torch.distributed.destroy_process_group)
-    try:
-        yield
-    except BaseException:
-        atexit.unregister(torch.distributed.destroy_process_group)  # it would wait for processes that wait for this one
-        raise
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' advice to their own callers off the terminal: a person can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(mmengine|mmcv|mmdet|mmseg)\.")
-        yield
-
-
-@contextlib.contextmanager
-def _running(folder: Path) -> Iterator[None]:
-    """Say in one line what a person can do about: a full disk, little shared memory, a lost file, a request to end."""
-    intact = "the checkpoints there are intact"
-    try:
-        with quiet(), _terminable(folder):
-            yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise UserError(f"work_dir {folder}: {error.strerror}; {intact}: make room and use --resume") from error
-        if (
-            error.errno in _NOT_OURS
-            and error.filename
-            and Path(error.filename).absolute().is_relative_to(folder.absolute())
-        ):
-            raise UserError(f"work_dir {folder}: cannot be written ({error.strerror}); choose another") from error
-        if "DataLoader worker" in str(error) or isinstance(error, FileNotFoundError):
-            raise UserError(f"{_last_line(error)}; {intact}: bring it back and use --resume") from error
-        raise
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if "DataLoader worker" in text and "Terminated" in text:  # whoever ends them wants all to end
-            raise Terminated(_ended(folder)) from error
-        if _SHARED_MEMORY.search(text):
-            raise UserError(
-                "shared memory (/dev/shm) is too small for the data loader's workers: make it larger (docker run "
-                "--shm-size 8g), or train_dataloader.num_workers=0 val_dataloader.num_workers=0; "
-                f"{intact}: use --resume"
-            ) from error
-        if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
-            raise UserError(f"{text.partition('. ')[0]}: out of memory?; {intact}: use --resume") from error
-        raise
-    except Exception as error:
-        if isinstance(error.__context__, Terminated):  # mmengine's bare `except` turns it into another
-            raise error.__context__ from error
-        raise
-
-
-def _last_line(error: BaseException) -> str:
-    """What an error says, without the traceback of a loader's worker."""
-    line = str(error).strip().splitlines()[-1]
-    return line.partition("Error: ")[2] or line
-
-
-def _ended(folder: Path) -> str:
-    return f"terminated; the checkpoints in {folder} are intact: use --resume"
-
-
-@contextlib.contextmanager
-def _terminable(folder: Path) -> Iterator[None]:
-    """SIGTERM (a cluster's scheduler, `kill`) ends the run as an exception does; a loader's worker ends at once."""
-    owner = os.getpid()
-
-    def end(number: int, frame: Any) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)
-        raise Terminated(_ended(folder))
-
-    try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not in the main thread, which alone gets signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _takes_a_backbone(model: Any) -> bool:

@@ -1,12 +1,20 @@
-"""Who starts the processes of a run: torchrun, on one machine or several, or Slurm."""
+"""Who starts the processes of a run: torchrun, on one machine or several, or Slurm; and what these do together."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 
 from hybridzoo.train.errors import UserError
+
+T = TypeVar("T")
 
 _NEEDED = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
@@ -60,3 +68,36 @@ def first_node(nodes: str) -> str:
     """The first host of a list as Slurm writes it: `gpu[003-005,9],login1` begins with gpu003."""
     found = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\]([^,]*))?", nodes.strip())
     return "".join(part or "" for part in found.groups()) if found else ""
+
+
+@contextlib.contextmanager
+def process_group(launcher: str) -> Iterator[None]:
+    """Join the run's other processes.  mmengine would ask for a GPU even where they talk over gloo."""
+    if launcher != "none" and not torch.distributed.is_initialized():
+        settle_environment(launcher)
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        # Once for the life of the process: a second group over torchrun's store may meet the first one's addresses.
+        atexit.register(torch.distributed.destroy_process_group)
+    try:
+        yield
+    except BaseException:
+        atexit.unregister(torch.distributed.destroy_process_group)  # it would wait for processes that wait for this one
+        raise
+
+
+def first_decides(decide: Callable[[], T]) -> T:
+    """What `decide` says in the first of torchrun's processes, in all of them: files may change between two looks."""
+    answer: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            answer = [decide(), None]
+        except UserError as error:
+            answer = [None, error]
+    if get_world_size() > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

@@ -19,7 +19,7 @@ from mmengine import Config
 from mmengine.registry import MODELS, TASK_UTILS, TRANSFORMS
 from torch.nn.modules import module as torch_modules
 
-from hybridzoo.train import resuming, run_folder
+from hybridzoo.train import interruptions, resuming, run_folder
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import TASKS, find_config
 from hybridzoo.train.overrides import put
@@ -227,8 +227,6 @@ def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
 
 def _skeleton(config: Config, most: int, checkpoint: Path) -> Mapping[str, torch.Tensor]:
     """Names and shapes of the network, built without memory and in bounded time, for the file may ask for any."""
-    from hybridzoo.train import engine
-
     count = 0
 
     def register(module: Any, name: str, value: Any) -> None:
@@ -242,7 +240,7 @@ def _skeleton(config: Config, most: int, checkpoint: Path) -> Mapping[str, torch
         torch_modules.register_module_module_registration_hook(register),
     ]
     try:
-        with engine.quiet():
+        with interruptions.quiet():
             return resuming.skeleton(config).state_dict()
     except UserError:
         raise

@@ -1,5 +1,6 @@
 """Whole runs: the artefacts, resuming after a kill, two processes, and every way to stop."""
 
+import copy
 import hashlib
 import json
 import math
@@ -17,7 +18,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from hybridzoo.train import engine
+from hybridzoo.layers.inference import Fusible
+from hybridzoo.train import engine, testing
 from hybridzoo.train.classification import eval_transform
 from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
@@ -457,3 +459,21 @@ def test_a_run_counted_in_iterations_resumes_to_the_same_weights(
     config.default_hooks.checkpoint.interval = 3
     with pytest.raises(UserError, match=r"interval=3: choose a multiple of accumulative_counts=4"):
         engine.train(config, work_dir=part, data=image_folder, wandb=False)
+
+
+def test_a_test_fuses_the_network_and_finds_the_same(run_config, image_folder, tmp_path, monkeypatch):
+    config = run_config("model.name=biformer_tiny", "model.depths=(1,1,1,1)", "train_cfg.max_epochs=1")
+    engine.train(copy.deepcopy(config), work_dir=tmp_path / "run", data=image_folder, wandb=False, device="cpu")
+    scores, fused, fuse = [], [], testing.fuse
+
+    def recorded(model, images):
+        fuse(model, images)
+        fused.extend(module.fused for module in model.modules() if isinstance(module, Fusible))
+
+    monkeypatch.setattr(testing, "fuse", recorded)
+    for worth in (1, 1000):
+        monkeypatch.setattr(testing, "WORTH_FUSING", worth)
+        weights, out = tmp_path / "run" / "final.pth", tmp_path / str(worth)
+        scores.append(engine.test(config, weights, work_dir=out, data=image_folder, device="cpu"))
+    assert fused == [True, False]
+    assert scores[0] == scores[1]

@@ -13,7 +13,7 @@ import torch
 from timm.models import model_entrypoint
 
 from hybridzoo.__main__ import main
-from hybridzoo.train import batchnorm, config_check, engine, names, tracking
+from hybridzoo.train import batchnorm, config_check, engine, interruptions, names, tracking
 from hybridzoo.train.classification import ImageClassifier
 from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import prepare
@@ -355,9 +355,9 @@ def test_testing_what_a_run_left_behind_is_quiet(run_config, image_folder, tmp_p
 
 
 def test_only_the_libraries_advice_is_kept_off(recwarn):
-    with engine.quiet():
+    with interruptions.quiet():
         warnings.warn_explicit("advice", UserWarning, "loss.py", 1, module="mmseg.models.losses.cross_entropy_loss")
     assert not [w for w in recwarn if "advice" in str(w.message)]
-    with engine.quiet():
+    with interruptions.quiet():
         warnings.warn_explicit("yours", UserWarning, "own.py", 1, module="somebody.config")
     assert [w for w in recwarn if "yours" in str(w.message)]

@@ -18,7 +18,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from hybridzoo.train import cli, engine, resuming, run_folder
+from hybridzoo.train import cli, engine, interruptions, resuming, run_folder
 from hybridzoo.train.errors import Terminated, UserError
 from hybridzoo.train.run_folder import RunFolder
 
@@ -216,15 +216,15 @@ def test_the_command_line_ends_with_143(monkeypatch: pytest.MonkeyPatch, capsys:
     ],
 )
 def test_what_stops_a_run_is_one_line(tmp_path: Path, error: Exception, says: str) -> None:
-    with pytest.raises(UserError, match=says) as caught, engine._running(tmp_path):
+    with pytest.raises(UserError, match=says) as caught, interruptions.running(tmp_path):
         raise error
     assert "\n" not in str(caught.value)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mat1"), engine._running(tmp_path):
+    with pytest.raises(RuntimeError, match="mat1"), interruptions.running(tmp_path):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    with pytest.raises(Terminated), engine._running(tmp_path):
+    with pytest.raises(Terminated), interruptions.running(tmp_path):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
 
 
