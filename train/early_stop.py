@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.hooks import by_epoch
+from hybridzoo.train.launching import first_decides
 from hybridzoo.train.weights import tell
 
 NAME = "validations.json"
@@ -41,7 +42,7 @@ class EarlyStopHook(Hook):
         if runner.val_loop is None or self._chooser(runner) is None:
             raise UserError("--early-stop: this config has no validation, or no default_hooks.checkpoint.save_best")
         now = _now(runner)
-        self._scores = _shared({step: score for step, score in self._read(runner).items() if 0 < step <= now})
+        self._scores = first_decides(lambda: {k: score for k, score in self._read(runner).items() if 0 < k <= now})
         interval = int(runner.val_interval)
         if now and now % interval == 0 and now not in self._scores:
             runner.val_loop.run()
@@ -96,11 +97,3 @@ class EarlyStopHook(Hook):
 
 def _now(runner: Any) -> int:
     return int(runner.epoch if by_epoch(runner) else runner.iter)
-
-
-def _shared(value: Any) -> Any:
-    """The first process's value, in all."""
-    box = [value]
-    if get_world_size() > 1:
-        broadcast_object_list(box)
-    return box[0]
