@@ -209,7 +209,11 @@ def test_options_reach_the_run(call, here):
 def test_interrupting_a_training_exits_130(here):
     argv = ["train", "biformer_tiny_digits", "--no-wandb", "--cfg-options", *TINY, "train_cfg.max_epochs=1000"]
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "hybridzoo", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-m", "hybridzoo", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
     assert any(line.startswith("epoch 1/1000") for line in process.stdout)  # it trains by now
     process.send_signal(signal.SIGINT)
