@@ -68,6 +68,7 @@ def test_core_dependencies_are_three():
     names = {re.split(r"[<>=\[]", d)[0] for d in PROJECT["project"]["dependencies"]}
     assert names == {"torch", "torchvision", "timm"}
     assert set(PROJECT["project"]["optional-dependencies"]) == {
+        "docs",
         "train", "detection", "segmentation", "shards", "tensorboard", "export", "dev", "all",
     }  # fmt: skip
 
