@@ -46,7 +46,8 @@ def lines(runner: Any) -> Iterator[str]:
 
     batch = getattr(loop.dataloader, "batch_size", None) or runner.cfg.train_dataloader.get("batch_size")
     if isinstance(loop, EpochBasedTrainLoop):
-        length = f"{loop.max_epochs} epochs of {len(loop.dataloader)} iterations"
+        epochs = "1 epoch" if loop.max_epochs == 1 else f"{loop.max_epochs} epochs"
+        length = f"{epochs} of {len(loop.dataloader)} iterations"
     else:
         length = f"{loop.max_iters} iterations"
     yield f"run: {length}, {batch} images each" + (f" and process, {batch * processes} in all" if more else "")
