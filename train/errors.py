@@ -7,18 +7,21 @@ import re
 import traceback
 from collections.abc import Iterator
 
+from hybridzoo.train.plain import printable
+
 
 class UserError(Exception):
     """Bad input: the message is one line that names the argument, the value and what to do instead.
 
-    The command line prints it and exits with code 2; everything else is a defect of ours and keeps its traceback.
+    The command line prints it and exits with code 2; everything else is a defect of ours and keeps its traceback. Names
+    of files may contain anything: what is no visible sign is escaped, wherever the message is shown.
     """
 
     def __init__(self, message: str = "") -> None:
         name = type(self).__name__
         if message.startswith(f"Caught {name} in "):  # a worker of PyTorch's loader: its traceback ends in the line
             message = message.strip().rpartition(f"{name}: ")[2]
-        super().__init__(message)
+        super().__init__(printable(message))
 
 
 class Terminated(SystemExit):

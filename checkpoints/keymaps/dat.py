@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from hybridzoo.checkpoints.keymaps.dense import convert_dense
-from hybridzoo.checkpoints.keymaps.tables import Table, to_ours, to_published
+from hybridzoo.checkpoints.keymaps.tables import Table, bias_table, published_bias_table, to_ours, to_published
 
 _CONSTANTS = re.compile(r"\.(attn_mask|relative_position_index)$")  # follow from the map's size
 _NORMS: Table = [("norms.*.norm.", "out_norms.*.")]  # of the maps of a detector or segmentor
@@ -69,9 +69,8 @@ def _classifier(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, 
     for name, tensor in state_dict.items():
         if _CONSTANTS.search(name):
             continue
-        if name.endswith(".relative_position_bias_table"):  # (offsets, heads), query minus key
-            side = round(tensor.shape[0] ** 0.5)
-            tensor = tensor.t().unflatten(1, (side, side)).flip(1, 2).contiguous()
+        if name.endswith(".relative_position_bias_table"):
+            tensor = bias_table(tensor)
         elif tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # our linear layers were published as convolutions
             tensor = tensor.flatten(1)
         converted[to_ours(name, tables[_block(name) in deformable])] = tensor
@@ -87,7 +86,7 @@ def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
         name = to_published(key, tables[_block(key) in deformable])
         linear = tensor.ndim == 2 and key.startswith("stages.")
         if name.endswith(".relative_position_bias_table"):
-            tensor = tensor.flip(1, 2).flatten(1).t().contiguous()
+            tensor = published_bias_table(tensor)
         elif linear and ((".mlp." in key and "chunk" not in name) or (".attn." in key and _block(key) in deformable)):
             tensor = tensor[:, :, None, None]
         published[name] = tensor

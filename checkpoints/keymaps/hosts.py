@@ -8,7 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hybridzoo.checkpoints.keymaps.tables import HEAD, Reshape, Table, shifted, to_ours, to_published
+from hybridzoo.checkpoints.keymaps.tables import (
+    HEAD,
+    Reshape,
+    Table,
+    bias_table,
+    published_bias_table,
+    shifted,
+    to_ours,
+    to_published,
+)
 
 _BLOCKS_PER_STAGE = 3  # DeiT's twelve blocks are four stages here
 _CONSTANTS = re.compile(r"\.(attn_mask|relative_position_index)$")  # buffers of Swin's windows: made when needed here
@@ -47,16 +56,10 @@ _HOSTS: dict[str, Table] = {
 }
 
 
-def _relative(table: Tensor) -> Tensor:
-    """`(offsets, heads)`, query minus key -> `(heads, rows, columns)`, key minus query."""
-    side = round(table.shape[0] ** 0.5)
-    return table.t().unflatten(1, (side, side)).flip(1, 2).contiguous()
-
-
 # What is published in a form that broadcasts, by the end of its name: its axes, ours, and there and back. Agent
 # attention's row, column and class biases are `(heads, agents, entries)` here.
 _SHAPES: dict[str, tuple[int, int, Reshape, Reshape]] = {
-    "bias.table": (2, 3, _relative, lambda t: t.flip(1, 2).flatten(1).t().contiguous()),
+    "bias.table": (2, 3, bias_table, published_bias_table),
     "ah_bias": (5, 3, lambda t: t[0].flatten(2), lambda t: t[None, :, :, :, None]),
     "aw_bias": (5, 3, lambda t: t[0].flatten(2), lambda t: t[None, :, :, None, :]),
     "ha_bias": (5, 3, lambda t: _swapped(t[0].flatten(1, 2)), lambda t: _swapped(t)[None, :, :, None, :]),

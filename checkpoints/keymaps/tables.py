@@ -37,6 +37,20 @@ def shifted(published: str, ours: str, by: int, numbers: Iterable[int]) -> list[
     return [(published.format(number + by), ours.format(number)) for number in numbers]
 
 
+def bias_table(tensor: Tensor) -> Tensor:
+    """Of relative positions, as Swin publishes it: `(offsets, heads)`, query minus key, in one row.
+
+    Ours is `(heads, rows, columns)`, key minus query; the window is square.
+    """
+    side = round(tensor.shape[0] ** 0.5)
+    return tensor.t().unflatten(1, (side, side)).flip(1, 2).contiguous()
+
+
+def published_bias_table(tensor: Tensor) -> Tensor:
+    """The way back from `bias_table`."""
+    return tensor.flip(1, 2).flatten(1).t().contiguous()
+
+
 def _replaced(name: str, old: str, new: str) -> str:
     return _pattern(old).sub(_replacement(new), name, count=1)
 

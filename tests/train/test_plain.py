@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hybridzoo.train import cli, tables
+from hybridzoo.train.errors import UserError
 from hybridzoo.train.plain import printable, shown
 from hybridzoo.train.predict import Prediction
 
@@ -34,6 +38,14 @@ def test_tables_show_what_is_written(capsys: pytest.CaptureFixture[str]) -> None
     for text in (r"[red]\x1b[2J.png", "tank [/mk2]", "[bold]b", r"c\nd"):
         assert text in out
     assert "\x1b" not in out
+
+
+@given(st.text())
+def test_every_message_of_ours_is_visible(text: str) -> None:
+    """Also that of an error which went from one process to another, in a pickle."""
+    error = UserError(f"{text}: no such file")
+    assert str(error).isprintable()
+    assert str(error) == printable(f"{text}: no such file") == str(pickle.loads(pickle.dumps(error)))
 
 
 def test_errors_show_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:

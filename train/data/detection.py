@@ -15,7 +15,6 @@ from hybridzoo.train.data.report import SPLIT_NAMES, How, Layout, Place, Report,
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import check_image, find_images
 from hybridzoo.train.notes import Notes
-from hybridzoo.train.plain import printable
 
 
 def detection_layout(root: Path) -> Layout:
@@ -91,7 +90,7 @@ def inspect_detection(
         for path, entry in zip(images[split], content["images"], strict=True):
             if path in rest and not path.is_file():
                 what = f"image id {entry['id']} names a missing file, {path}"
-                raise UserError(printable(f"{file}: {what}; add it or fix file_name"))
+                raise UserError(f"{file}: {what}; add it or fix file_name")
         elsewhere = {path.resolve() for path in rest}  # named by another way, such as "../train/1.png"
         listed = set(images[split])
         for path in lying.images if place.form == "coco" and place.holdout is None else ():
