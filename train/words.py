@@ -43,11 +43,18 @@ def split(words: Sequence[str], config: str | None, verb: str) -> tuple[str | No
             raise UserError(f"{first} is a config; name what was trained with it: {hint}")
     place = Path(rest.pop(0)).expanduser()
     if not place.exists():
-        known = [*names.list_configs(), *names.our_models()]
-        hint = "" if config or place.suffix else f"; {names.suggest(str(place), known, 'nor a config of that name')}"
-        raise UserError(f"{place}: no such file or run folder{hint}")
+        known = [] if config or len(place.parts) > 1 else [*names.list_configs(), *names.our_models()]
+        otherwise = "" if config or place.suffix else "nor a config of that name"
+        hint = names.suggest(str(place), [*_neighbours(place), *known], otherwise)
+        raise UserError(f"{place}: no such file or run folder{hint and '; '}{hint}")
     return config, place, [Path(word).expanduser() for word in rest]
 
 
 def _is_config(word: str) -> bool:
     return word.endswith(".py") or word in names.list_configs() or names.is_model(word)
+
+
+def _neighbours(place: Path) -> list[str]:
+    """Files and folders that may have been meant: those beside `place`, and the runs in `work_dirs`."""
+    folders = {place.parent, Path("work_dirs")}
+    return sorted(str(path) for folder in folders if folder.is_dir() for path in folder.iterdir())

@@ -186,6 +186,7 @@ def test_words_that_mean_nothing_or_two_things(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("finetune").mkdir()
     Path("photo.png").touch()
+    Path("work_dirs/finetune_resnet18").mkdir(parents=True)
     for argv, parts in [
         (["test", "upernet"], ["upernet is a config", "hybridzoo test RUN_OR_FILE"]),
         (
@@ -193,6 +194,8 @@ def test_words_that_mean_nothing_or_two_things(call, tmp_path, monkeypatch):
             ["finetune is a config's name, and a file or folder here", "./finetune"],
         ),
         (["test", "runs/nothing"], ["runs/nothing: no such file or run folder"]),
+        (["test", "work_dirs/resnet18"], ["did you mean work_dirs/finetune_resnet18?"]),
+        (["test", "finetune_resnet"], ["work_dirs/finetune_resnet18"]),
         (["test", "upernt"], ["upernt", "did you mean upernet"]),
         (["predict", "./finetune", "photo.png"], ["finetune: holds no checkpoint"]),
         (["predict", "photo.png", "nowhere.png"], ["nowhere.png: no such file"]),
