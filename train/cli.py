@@ -1,4 +1,4 @@
-"""The command line: `hybridzoo list | info | check | train | test | predict | checkpoints ...`.
+"""The command line: `hybridzoo list | info | check | train | test | predict | bench ... | checkpoints ...`.
 
 What this file imports at its top costs every `--help`, so that verbs import what they need when they run: torch, timm
 and mmengine take seconds. A verb looks at the names and paths it was given before that.
@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from hybridzoo.train import checkpoint_verbs, model_info, names, tables, trained_verbs
+from hybridzoo.train.bench import verbs as bench_verbs
 from hybridzoo.train.errors import Terminated, explain
 from hybridzoo.train.help import examples
 from hybridzoo.train.options import CfgOptions, Data, Device, Launcher, Processes, load, print_results
@@ -37,6 +38,7 @@ EXTRAS = {
 app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(trained_verbs.app)
 app.add_typer(checkpoint_verbs.app, name="checkpoints")
+app.add_typer(bench_verbs.app, name="bench")
 
 
 class Task(str, Enum):

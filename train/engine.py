@@ -49,6 +49,7 @@ from hybridzoo.train import (
 )
 from hybridzoo.train.batchnorm import drop_a_last_one, single_images
 from hybridzoo.train.data.holdout import Holdout, holdout_of
+from hybridzoo.train.devices import check_device
 from hybridzoo.train.errors import UserError, building
 from hybridzoo.train.names import TASKS
 from hybridzoo.train.tracking import add_tensorboard, add_wandb
@@ -276,7 +277,7 @@ def train(
         config.randomness = {**config.get("randomness", {}), "seed": int(seed)}
     device = device or config.get("device")
     if device is not None:
-        config.device = settle.check_device(device)
+        config.device = check_device(device)
     task = prepare(config)
     if data is not None and config.get("digits"):
         config.digits = None
@@ -408,7 +409,7 @@ def test(
         task_module(config.task).configure(config, place, splits=(split,), classes=names or None)
         folder = _set_up(config, work_dir or own_folder, launcher)
         if device is not None:
-            config.device = settle.check_device(device)
+            config.device = check_device(device)
         add_wandb(config, folder, on=False)  # a run's config still has its training's
         testing.arrange(config)
         _drop_missing_hooks(config)

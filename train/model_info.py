@@ -96,16 +96,28 @@ def facts(name: str) -> Facts:
     )
 
 
-def _timms_facts(name: str) -> Facts:
+def timms_tags(name: str) -> list[str]:
+    """The tags of one of timm's own models, given with one of them or none.
+
+    Raises:
+        UserError: the model has no such tag.
+    """
     with _without("wandb"):  # which timm imports where it is there, for half a second
         import timm  # noqa: F401
-    from timm.models import model_entrypoint
     from timm.models._registry import get_arch_pretrained_cfgs
 
     arch, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:
         raise UserError(f"model {arch!r} has no tag {tag!r}; it has: {', '.join(tags) or 'none'}")
+    return tags
+
+
+def _timms_facts(name: str) -> Facts:
+    tags = timms_tags(name)
+    from timm.models import model_entrypoint
+
+    arch = name.partition(".")[0]
     model: Any = _on_meta(name)
     given = model.pretrained_cfg
     input_size = tuple(given["input_size"])

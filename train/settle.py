@@ -299,19 +299,3 @@ def _workers() -> int:
 def use_amp_here(device: str | None = None) -> bool:
     """Whether mixed precision in bfloat16 pays on this machine: a GPU that has it."""
     return device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def check_device(device: str) -> str:
-    """Raise a UserError unless this machine has the device; make a GPU named by its number the current one."""
-    try:
-        wanted = torch.device(device)
-        if wanted.type == "meta":
-            raise RuntimeError("holds no numbers")
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        gpus = torch.cuda.device_count()
-        have = f"cpu and {gpus} GPU{'s' * (gpus > 1)}" if gpus else "cpu alone"
-        raise UserError(f"--device {device}: this machine has {have}") from error
-    if wanted.type == "cuda" and wanted.index is not None:
-        torch.cuda.set_device(wanted)
-    return device

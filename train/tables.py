@@ -48,7 +48,7 @@ def waiting(what: str) -> Iterator[None]:
 
 def models(summaries: Iterable["Summary"]) -> Table:
     """One line per model; top-1 in per cent, input as the side or height x width in pixels."""
-    table = _table("name!", "family", "params>", "input>", "top-1>", "licence")
+    table = new_table("name!", "family", "params>", "input>", "top-1>", "licence")
     for s in summaries:
         short = (s.licence or "-").partition(" (")[0]  # `info` has the remark in brackets
         top1 = f"{s.top1:.1f}" if s.top1 is not None else "-"
@@ -58,7 +58,7 @@ def models(summaries: Iterable["Summary"]) -> Table:
 
 def recipes(entries: Iterable["Recipe"]) -> Table:
     """One line per recipe: name, task, network, published score and its source, weights that it starts from."""
-    table = _table("name!", "task", "network", "published", "weights")
+    table = new_table("name!", "task", "network", "published", "weights")
     for entry in entries:
         if entry.published:
             score = f"{entry.score} ({entry.source})" if entry.score else "-"
@@ -97,7 +97,7 @@ def model(f: "Facts") -> Table:
 
 def scores(values: dict[str, float]) -> Table:
     """One line per metric."""
-    table = _table("metric", "value>")
+    table = new_table("metric", "value>")
     for name, value in values.items():
         table.add_row(name, f"{value:.4g}")
     return table
@@ -108,7 +108,7 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
     counts = {"class", "images", "objects", "pixels"}
     columns = list(rows[0])
     first = next(name for name in columns if name not in counts)
-    table = _table("class", *(f"{name}>" for name in columns[1:]))
+    table = new_table("class", *(f"{name}>" for name in columns[1:]))
     shown = rows
     if len(rows) > MOST_CLASSES:
         measured = [row for row in rows if row[first] is not None]
@@ -133,9 +133,9 @@ def predictions(found: Sequence["Prediction"], source: Path | None = None) -> Ta
     task = found[0].task
     if task == "detection":
         masks = any(p.areas is not None for p in found)
-        table = _table("image", "class", "score>", "left>", "top>", "right>", "bottom>", *["mask px>"] * masks)
+        table = new_table("image", "class", "score>", "left>", "top>", "right>", "bottom>", *["mask px>"] * masks)
     else:
-        table = _table("image", "class", "share>" if task == "segmentation" else "probability>")
+        table = new_table("image", "class", "share>" if task == "segmentation" else "probability>")
     for p in found:
         name = str(p.image.relative_to(source)) if source and p.image != source else p.name or p.image.name
         if not p.labels:
@@ -156,7 +156,7 @@ def predictions(found: Sequence["Prediction"], source: Path | None = None) -> Ta
 
 def data(report: "Report") -> Iterator[Table]:
     """Two tables of a checked data folder: its splits, and its classes with their numbers in each."""
-    splits = _table("split", "images>", "sizes")
+    splits = new_table("split", "images>", "sizes")
     for split in report.splits:
         common = [f"{w}x{h} ({n})" for (w, h), n in split.sizes.most_common(3)]
         more = f", {len(split.sizes) - 3} more" if len(split.sizes) > 3 else ""
@@ -165,7 +165,7 @@ def data(report: "Report") -> Iterator[Table]:
     what = "objects" if report.task == "detection" else "images"
     columns = [f"{split.name} {what}>" for split in report.splits]
     columns += [f"{split.name} pixels>" for split in report.splits if split.pixels]
-    classes = _table("id>", "class", *columns)
+    classes = new_table("id>", "class", *columns)
     for number, name in enumerate(report.classes):
         cells = [str(split.counts[name]) for split in report.splits]
         for split in report.splits:
@@ -177,7 +177,7 @@ def data(report: "Report") -> Iterator[Table]:
 
 def weights(found: Iterable[tuple["Card", Path | None]]) -> Table:
     """One line per published file; its size where it is known, and whether it is on this machine."""
-    table = _table("weights!", "link", "size>", "here", "licence")
+    table = new_table("weights!", "link", "size>", "here", "licence")
     for card, path in found:
         size = path.stat().st_size if path is not None else card.size
         licence = (card.licence or "-").partition(" (")[0]
@@ -239,7 +239,7 @@ def _facts(lines: Mapping[str, str | None]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     """An empty table; a title's last letter says more: ">" a column of numbers, "!" names that stay on one line."""
     table = _Plain(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold"

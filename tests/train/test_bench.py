@@ -1,0 +1,303 @@
+"""`hybridzoo bench`: rows, tables and pictures of networks and operators; what fails is said and the rest measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from typer.main import get_command
+
+from hybridzoo.__main__ import main
+from hybridzoo.checkpoints import cards
+from hybridzoo.train import model_info
+from hybridzoo.train.bench import measuring, models, network, plot, processes, rows, tables, verbs
+from hybridzoo.train.errors import UserError
+
+VERBS = sorted(get_command(verbs.app).commands)
+TINY = ("--img-size", "32", "--batch-size", "2", "--repeats", "2", "--device", "cpu")
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """Run `hybridzoo bench ...` in this process and an empty folder -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "Worker", processes.Here)
+    monkeypatch.setattr(measuring, "LEAST", 0.0)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = main(["bench", *argv])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+
+def test_models_side_by_side(call, tmp_path):
+    code, out, err = call(
+        "models",
+        "efficientvit_msra_m0",
+        "test_resnet",
+        *TINY,
+        "--train",
+        "--json",
+        "a.json",
+        "--csv",
+        "--plot",
+        "a.png",
+    )
+    assert code == 0, err
+    head, *lines = [re.split(r"  +", line.strip()) for line in out.splitlines() if "  " in line]
+    assert head == ["network", "px", "params", "GMACs", "images/s", "ms, one image", "MiB", "train images/s",
+                    "train MiB", "top-1"]  # fmt: skip
+    assert [line[0] for line in lines] == ["efficientvit_msra_m0", "test_resnet"]
+    assert [line[-1] for line in lines] == ["63.3", "-"]
+    assert all(re.fullmatch(r"[\d.]+ \([\d.]+-[\d.]+\)", line[4]) for line in lines)
+    found = rows.read(tmp_path / "a.json")
+    assert [(row["op"], row["way"]) for row in found] == [
+        (name, way) for name in ("efficientvit_msra_m0", "test_resnet") for way in ("inference", "latency", "training")
+    ]
+    for row in found:
+        assert row["q1_us"] <= row["median_us"] <= row["q3_us"]
+        assert (row["runs"], row["dtype"], row["shape"]) == (2, "float32", {"height": 32, "width": 32})
+        assert {"device", "threads", "torch", "timm", "python", "hybridzoo", "at", "cpu_us", "params", "macs"} <= set(
+            row
+        )
+        assert row["batch"] == (1 if row["way"] == "latency" else 2)
+        assert row["images_per_s"] == pytest.approx(row["batch"] / row["median_us"] * 1e6, rel=1e-3)
+        assert ("peak_mib" in row) == (row["way"] != "latency")
+    listed = list(csv.DictReader((tmp_path / "bench.csv").open()))
+    assert listed[0]["network"] == "efficientvit_msra_m0"
+    assert float(listed[0]["images_per_s_q1"]) <= float(listed[0]["images_per_s"])
+    assert listed[1]["top1"] == ""
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    assert out.count("written: ") == 3
+
+
+def test_one_that_fails_gets_its_reason_and_the_others_are_measured(call, tmp_path):
+    code, out, err = call("models", "test_vit2", "test_resnet", *TINY[2:], "--img-size", "33x40", "--json")
+    assert code == 1
+    assert err == ""
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "should be divisible by patch size" in lines["test_vit2"]
+    assert "33x40" in lines["test_vit2"]
+    assert re.search(r"\d \(", lines["test_resnet"])
+    failed, _, measured, _ = rows.read(tmp_path / "bench.json")
+    assert "divisible" in failed["error"]
+    assert "median_us" not in failed
+    assert measured["median_us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["models"], ["NAME"]),
+        (["models", "dinat_tinny"], ["dinat_tinny", "dinat_tiny"]),
+        (["models", "resnet_50"], ["resnet_50", "resnet50"]),
+        (["models", "dinut_*"], ["dinut_*", "dinat_tiny"]),
+        (["models", "resnet50.nowhere_"], ["nowhere_"]),
+        (["models", "dinat_mini.nowhere"], ["nowhere", "in1k"]),
+        (["models", "test_resnet", "--img-size", "big"], ["--img-size big", "224"]),
+        (["models", "test_resnet", "--img-size", "0"], ["--img-size 0"]),
+        (["models", "test_resnet", "--batch-size", "0"], ["--batch-size"]),
+        (["models", "test_resnet", "--repeats", "0"], ["--repeats"]),
+        (["models", "test_resnet", "--threads", "0"], ["--threads"]),
+        (["models", "test_resnet", "--device", "gpu"], ["--device gpu", "this machine has"]),
+        (["models", "test_resnet", "--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
+        (["models", "test_resnet", "--fuse", "--train"], ["--fuse", "--train"]),
+        (["models", "test_resnet", "--json", "nowhere/a.json"], ["nowhere/a.json"]),
+        (["models", "test_resnet", "--plot", "a.gif"], ["a.gif", ".png"]),
+        (["models", "test_resnet", "--plot", "nowhere/a.png"], ["nowhere/a.png"]),
+        (["models", "test_resnet", "--plot-y", "beauty"], ["--plot-y", "beauty"]),
+        (["modles"], ["modles"]),
+    ],
+    ids=lambda value: "_".join(value).replace("/", "") if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_nothing_is_measured(call, tmp_path, argv, parts):
+    code, out, err = call(*argv)
+    assert code == 2
+    assert out == ""
+    assert re.fullmatch(r"error: .+\n", err), err
+    assert all(part in err for part in parts), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["dinat_mini", "dinat_m*"], ["dinat_mini"]),
+        (["biformer_st"], ["biformer_stl", "biformer_stl_nchw"]),
+        (["maxvit_tiny.tf_384_in1k", "test_resnet"], ["maxvit_tiny.tf_384_in1k", "test_resnet"]),
+        (["test_vi?"], ["test_vit"]),
+    ],
+)
+def test_names_and_patterns(words, found):
+    assert models.find(words) == found
+
+
+def test_what_is_known_of_a_network_equals_info():
+    """At the published size; at another one it is counted."""
+    for name in ("efficientvit_msra_m0", "overlock_xtiny", "dinat_mini"):
+        found, info = network.facts(name, network.make(name), cards(name)[0].input_size), model_info.facts(name)
+        assert (found["params"], found["macs"], found["top1"]) == (info.params, info.macs, info.top1)
+    small = network.facts("efficientvit_msra_m0", network.make("efficientvit_msra_m0"), (3, 112, 112))
+    assert small["macs"] == pytest.approx(79.2e6 / 4, rel=0.3)
+
+
+def test_timms_networks_for_one_size_are_made_for_the_size_that_is_asked_for():
+    assert network.make("test_vit", (64, 96)).patch_embed.img_size == (64, 96)
+    assert network.make("maxvit_tiny", (64, 96)).pretrained_cfg["input_size"] == (3, 224, 224)
+
+
+def test_a_fused_network_and_a_compiled_one():
+    fused = network.Network("efficientvit_msra_m0", "inference", batch=2, size=(64, 64), fused=True)
+    assert not list(fused.model.parameters())
+    assert fused.facts["params"] == cards("efficientvit_msra_m0")[0].params, "counted before they became buffers"
+    assert fused.prepare()["macs"] > 0
+    compiled = network.Network("test_resnet", "inference", size=(32, 32), compiled=True)
+    assert isinstance(compiled.call, torch._dynamo.OptimizedModule)
+
+
+def test_more_networks_than_fit_at_once_are_measured_in_groups(monkeypatch):
+    """Turns of a group are interleaved."""
+    said, closed = [], []
+
+    class Fake:
+        def __init__(self, target, threads, name, way, **arguments):
+            self.name = name
+
+        def call(self, method, way=""):
+            said.append(f"{self.name} {way or method}")
+            return dict(params=1, peak_mib=1.0) if method == "prepare" else (1e-3, 1e-3)
+
+        def close(self):
+            closed.append(self.name)
+
+    monkeypatch.setattr(models, "AT_ONCE", 2)
+    shares = []
+    settings = models.Settings(turns=2)
+    found = list(
+        models.measure("abc", settings, dict(device="d", threads=1), lambda _, share: shares.append(share), Fake)
+    )
+    assert [len(group) for group in found] == [4, 2]
+    turn = ["a inference", "a latency", "b inference", "b latency"]
+    assert said[:10] == ["a prepare", "b prepare", *turn, *turn]
+    assert closed == ["a", "b", "c"]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_a_process_of_its_own():
+    """It answers, says an error in one line and goes on; its end is said too."""
+    arguments = dict(name="test_resnet", way="inference", size=[32, 32], batch=1)
+    worker = processes.Worker("hybridzoo.train.bench.network:Network", 1, **arguments)
+    try:
+        found = worker.call("prepare")
+        assert found["params"] * 4 / 2**20 < found["peak_mib"] < 500
+        with pytest.raises(processes.Failed, match="no_such_way"):
+            worker.call("turn", way="no_such_way")
+        assert worker.call("turn", way="inference")[0] > 0
+        worker._process.kill()
+        with pytest.raises(processes.Failed, match="want of memory"):
+            worker.call("turn", way="inference")
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
+def test_want_of_memory_is_said_in_the_verbs_own_words(error):
+    assert "--batch-size" in processes.say(error)
+
+
+# ------------------------------------------------------------------------------------------------------ rows and files
+
+
+def test_a_file_of_results_is_read_in_both_forms(tmp_path):
+    found = [dict(op="a", median_us=1.5), dict(op="b", device="ü")]
+    rows.write(tmp_path / "list.json", found)
+    assert json.loads((tmp_path / "list.json").read_text()) == found
+    assert len((tmp_path / "list.json").read_text().splitlines()) == 4, "a row a line"
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found) + '{"op": "cut of')
+    assert rows.read(tmp_path / "list.json") == rows.read(tmp_path / "lines.jsonl") == found
+    rows.write(tmp_path / "none.json", [])
+    assert rows.read(tmp_path / "none.json") == []
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "[{", "3\n"])
+def test_a_file_of_something_else_is_an_error(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"a\.json: is no file of results"):
+        rows.read(tmp_path / "a.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        rows.read(tmp_path / "b.json")
+
+
+def test_steps_are_interleaved():
+    said = []
+    steps = {name: lambda name=name: said.append(name) for name in "ab"}
+    found = measuring.interleaved(steps, torch.device("cpu"), 3, 0.0)
+    assert [name for i, name in enumerate(said) if i == 0 or said[i - 1] != name] == ["a", "b"] * 3
+    assert all(row["runs"] == 3 and row["cpu_us"] >= 0 for row in found.values())
+
+
+def test_memory_is_the_peak_of_a_call():
+    step = lambda: torch.zeros(20 << 20, dtype=torch.uint8).add_(1)  # noqa: E731
+    assert 19 < measuring.peak_of(step, torch.device("cpu")) < 40
+
+
+def line(name, speed, top1):
+    ends = {f"{key}{end}": value for key, value in (("images_per_s", speed),) for end in ("", "_q1", "_q3")}
+    where = dict(device="a CPU", batch=8, dtype="float32", form="fused", mode="eager")
+    return dict(network=name, top1=top1, params=1e6, macs=1e9, memory_mib=10.0, latency_ms=3.0, **ends, **where)
+
+
+def test_names_in_the_picture_cover_nothing(tmp_path, monkeypatch):
+    """Of 24 networks, many of them close together; those without a top-1 stand below."""
+    placed, place = [], plot._place
+    monkeypatch.setattr(plot, "_place", lambda *given: placed.append(place(*given)) or placed[-1])
+    generator = torch.Generator().manual_seed(0)
+    spots = torch.rand(24, 2, generator=generator).tolist()
+    lines = [line(f"network_{i}", 100 * 4**x, None if i > 21 else 80 + 5 * y) for i, (x, y) in enumerate(spots)]
+    plot.draw(lines, tmp_path / "a.svg")
+    boxes = [box for box, _ in placed]
+    assert len(boxes) == 24
+    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if plot.overlap(box, other)]
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("y", [None, *plot.COLUMNS])
+def test_pictures_of_every_column(tmp_path, y):
+    """Bars where no network has a top-1."""
+    plot.draw([line("a", 10.0, None), line("b", 20.0, None)], tmp_path / "a.png", y)
+    assert (tmp_path / "a.png").stat().st_size > 3000
+
+
+def test_a_csv_has_every_key_and_nothing_for_what_is_not_known():
+    text = tables.as_csv([dict(a=1, b=None), dict(a=2, b="x, y")])
+    assert list(csv.reader(io.StringIO(text))) == [["a", "b"], ["1", ""], ["2", "x, y"]]
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_fits_eighty_columns_and_its_examples_are_lines_that_the_verb_takes(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for verb in VERBS:
+        _, out, _ = call(verb, "--help")
+        assert max(map(len, out.splitlines())) <= 80
+        assert "…" not in out
+        examples = re.findall(r"\$ hybridzoo bench (\w+ .*?)\n *\n", out, re.S)
+        assert examples
+        for example in examples:
+            words = shlex.split(" ".join(example.split()))
+            command = get_command(verbs.app).commands[words[0]]
+            command.make_context("bench", [word + "=" if word in ("--json", "--csv") else word for word in words[1:]])
+    assert call()[1].strip() == call("--help")[1].strip(), "without a verb the help is shown"

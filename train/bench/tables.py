@@ -1,0 +1,105 @@
+"""Rows as tables: on a terminal, as CSV, as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from hybridzoo.train import tables
+from hybridzoo.train.bench.rows import Row
+
+WAYS = ("inference", "latency", "training")
+
+
+def by_network(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """Name -> way -> row."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["op"], {})[row["way"]] = row
+    return found
+
+
+def lines(rows: Sequence[Row]) -> list[Row]:
+    """A line a network: what `bench models` shows, as numbers; images/s, ms and MiB."""
+    found = []
+    for name, ways in by_network(rows).items():
+        first = next(iter(ways.values()))
+        line: Row = dict(network=name, form=first["form"], mode=first["mode"], device=first["device"])
+        line |= dict(dtype=first["dtype"], batch=ways.get("inference", first)["batch"])
+        line |= {side: first.get("shape", {}).get(side) for side in ("height", "width")}
+        line |= {key: first.get(key) for key in ("params", "macs", "top1")}
+        for way in WAYS:
+            row = ways.get(way, {})
+            if way == "latency":
+                for end, key in (("", "median_us"), ("_q1", "q1_us"), ("_q3", "q3_us")):
+                    line[f"latency_ms{end}"] = _thousandth(row.get(key))
+                continue
+            prefix = "train_" if way == "training" else ""
+            for end, key in (("", "median_us"), ("_q1", "q3_us"), ("_q3", "q1_us")):
+                line[f"{prefix}images_per_s{end}"] = _rate(row.get(key), row.get("batch"))
+            line[f"{prefix}memory_mib"] = row.get("peak_mib") if "error" not in row else None
+        line["error"] = next((row["error"] for row in ways.values() if "error" in row), None)
+        found.append(line)
+    return found
+
+
+def models(rows: Sequence[Row]) -> Table:
+    """One line a network; medians, with quartiles in brackets; a dash where nothing was measured or published."""
+    found = lines(rows)
+    train, failed = any(row["way"] == "training" for row in rows), any(line["error"] for line in found)
+    titles = ["network!", "px>", "params>", "GMACs>", "images/s>", "ms, one image>", "MiB>"]
+    titles += ["train images/s>", "train MiB>"] * train + ["top-1>"] + ["failed"] * failed
+    table = tables.new_table(*titles)
+    for line in found:
+        square = line["height"] == line["width"]
+        cells = [line["network"], _dash(line["height"], "d") if square else f"{line['height']}x{line['width']}"]
+        cells += [tables.millions(line["params"]) if line["params"] else "-"]
+        cells += [_dash(line["macs"] and line["macs"] / 1e9, ".2f"), spread(line, "images_per_s")]
+        cells += [spread(line, "latency_ms"), _dash(line["memory_mib"], ".0f")]
+        if train:
+            cells += [spread(line, "train_images_per_s"), _dash(line["train_memory_mib"], ".0f")]
+        cells += [_dash(line["top1"], ".1f")] + [line["error"] or ""] * failed
+        table.add_row(*cells)
+    return table
+
+
+def spread(line: Row, key: str) -> str:
+    """ "310 (305-318)": median and quartiles."""
+    if line[key] is None:
+        return "-"
+    return f"{number(line[key])} ({number(line[f'{key}_q1'])}-{number(line[f'{key}_q3'])})"
+
+
+def number(value: float) -> str:
+    """Three digits that count: 1234.5 -> "1234", 31.42 -> "31.4", 0.01234 -> "0.0123"."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def as_csv(found: Sequence[Row]) -> str:
+    """Lines with the same keys as CSV, a header first; what is not known is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for line in found for key in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else value for key, value in line.items()} for line in found)
+    return file.getvalue()
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, numbers stand to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _thousandth(value: float | None) -> float | None:
+    return None if value is None else round(value / 1e3, 4)
+
+
+def _rate(microseconds: float | None, batch: int | None) -> float | None:
+    return None if microseconds is None or batch is None else round(batch / microseconds * 1e6, 3)
