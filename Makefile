@@ -6,7 +6,7 @@ WORKERS ?= 2
 # In the order of tests/conftest.py, which puts the longest first.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help one-line setup demo test test-all test-fast lint types bench gpu docs clean
+.PHONY: help one-line setup demo test test-all test-fast lint types bench gpu docs pictures clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,8 +65,11 @@ gpu: setup  ## prove, tune and measure the kernels and networks on this GPU in t
 docs/models.md: $(wildcard checkpoints/published/*.json)  ## the tables of models, here and in the README, from the cards
 	$(BIN)/python -c "from hybridzoo.checkpoints import markdown; markdown.write()"
 
-docs: demo docs/models.md  ## take the demo's pictures into docs/
+docs: setup docs/models.md  ## build the documentation site into site/; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+pictures: demo  ## take the demo's pictures into docs/
 	cp demo/classification.png demo/detection.png demo/segmentation.png demo/curves.png docs/
 
 clean:  ## remove what the targets above made, save .venv
-	rm -rf demo data work_dirs build dist *.egg-info .links .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo site data work_dirs build dist *.egg-info .links .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ from hybridzoo.checkpoints import cards, markdown_table, store
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_EXAMPLES = sorted(
     "hybridzoo." + ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for room in ("backbones", "checkpoints", "kernels", "layers", "train")
@@ -25,8 +26,20 @@ WITH_EXAMPLES = sorted(
 )
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda b: b.splitlines()[-1])
-def test_readme_examples_run(block, tmp_path, monkeypatch):
+def _blocks(kind: str) -> list:
+    """The documents' blocks of code in one language, each named by its file and number."""
+    found = []
+    for file in DOCUMENTS:
+        for number, block in enumerate(re.findall(rf"```{kind}\n(.*?)```", file.read_text(encoding="utf-8"), re.S), 1):
+            found.append(pytest.param(block, id=f"{file.relative_to(ROOT)} {number}"))
+    return found
+
+
+TESTED_ELSEWHERE = ("bench.md", "export.md", "show.md", "with_other_libraries.md")
+
+
+@pytest.mark.parametrize("block", [p for p in _blocks("python") if not any(name in p.id for name in TESTED_ELSEWHERE)])
+def test_examples_run(block, tmp_path, monkeypatch):
     if "pretrained=True" in block:  # all of it but the download
         file = tmp_path / "dinat_mini_in1k_224.pth"
         torch.save(timm.create_model("dinat_mini").state_dict(), file)
@@ -82,11 +95,11 @@ def test_the_readme_shows_the_table_of_one_line_commands():
     assert (ROOT / "docs" / "one_line.md").read_text() in (ROOT / "README.md").read_text()
 
 
-LINES = [line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+LINES = [line.split("#")[0].strip() for (block,) in (p.values for p in _blocks("sh")) for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if re.search(r"\bhybridzoo \w", line)])
-def test_the_command_line_takes_readmes_lines(line):
+@pytest.mark.parametrize("line", sorted({line for line in LINES if re.search(r"\bhybridzoo \w", line)}))
+def test_the_command_line_takes_the_documents_lines(line):
     """Every verb and option exists, every value is of its kind; nothing is run."""
     from typer.main import get_command
 
