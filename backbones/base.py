@@ -49,6 +49,7 @@ class Backbone(Fusible):
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
     stem_levels: int = 0  # of `feature_info`'s levels, those inside the stem
+    for_other_sizes: Mapping[str, Any] = {}  # arguments that suit images of another size than the published one
     image_channels: int = 3  # that a fused network reads; `fuse()` looks at the first convolution
     optional: tuple[str, ...] = ()  # names of parts that published files hold and that a network has if asked
 

@@ -10,6 +10,7 @@ image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits (B
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -138,6 +139,7 @@ class BiFormer(Backbone):
     """
 
     layout = "NHWC"
+    for_other_sizes = types.MappingProxyType({"regions": "auto"})
 
     def __init__(
         self,

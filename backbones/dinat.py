@@ -100,6 +100,8 @@ class DiNAT(Backbone):
     ) -> None:
         super().__init__()
         dilations = block_dilations(cfg.dilations, cfg.depths, cfg.skeleton)
+        if any(dilation != 1 for stage in dilations for dilation in stage):
+            self.for_other_sizes = {"dilations": "auto"}
         rates: list[Any] = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.dims[-1]

@@ -44,7 +44,8 @@ class Network:
         size: side of its published input in pixels.
         mean, std: of the input, for values in [0, 1].
         interpolation, crop_pct: of its published evaluation.
-        any_size: arguments without which it would take its published size alone.
+        any_size: arguments that suit images of other sizes than its published one: what it says itself, or what it
+            needs to take them at all.
     """
 
     name: str
@@ -87,6 +88,7 @@ def _read(name: str, frozen: Any) -> Network:
     if hasattr(model, "group_matcher"):
         depth = max(group_parameters(model, model.group_matcher(coarse=False), reverse=True).values())
     mean, std = cfg["mean"], cfg["std"]
+    said = {key: value for key, value in getattr(model, "for_other_sizes", {}).items() if key not in arguments}
     return Network(
         name=name,
         levels=tuple(info),
@@ -96,7 +98,7 @@ def _read(name: str, frozen: Any) -> Network:
         std=tuple(std),
         interpolation=cfg.get("interpolation") or "bicubic",
         crop_pct=float(cfg.get("crop_pct") or 0.875),
-        any_size=tuple(_any_size(name, arguments, bool(cfg.get("fixed_input_size"))).items()),
+        any_size=tuple((said or _any_size(name, arguments, bool(cfg.get("fixed_input_size")))).items()),
     )
 
 
@@ -235,11 +237,10 @@ def _fit_classifier(config: Config, network: Network, given: set[str]) -> None:
 
 
 def _for_size(network: Network, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with which a network of fixed size is built for another one."""
+    """Arguments with which a network is built for images of another size than its published one."""
     published = timm.get_pretrained_cfg(network.name)
-    if not network.any_size and not (published and published.fixed_input_size):
-        return {}
-    if "img_size" not in arguments and _takes(network.name, "img_size", size):
+    fixed = published and published.fixed_input_size
+    if fixed and "img_size" not in arguments and _takes(network.name, "img_size", size):
         return {"img_size": size}
     return dict(network.any_size)
 

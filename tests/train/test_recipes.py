@@ -137,6 +137,19 @@ def test_the_input_follows_from_the_network():
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 
+@pytest.mark.parametrize(
+    ("network", "argument"), [("biformer_tiny", "regions"), ("dinat_mini", "dilations"), ("nat_mini", "dilations")]
+)
+def test_what_a_network_does_at_other_sizes_follows_from_the_size(network, argument):
+    wanted = None if network == "nat_mini" else "auto"
+    assert load_config(network).model.get(argument) is None
+    assert load_config(network, img_size=96).model.get(argument) == wanted
+    assert load_config("upernet", model=network).model.backbone.get(argument) == wanted
+    published = {"regions": 8, "dilations": "ade20k_512"}[argument]
+    config = load_config("upernet", [f"model.backbone.{argument}={published}"], model=network)
+    assert config.model.backbone[argument] == published
+
+
 @pytest.mark.parametrize("network", ["dinat_mini", "maxvit_tiny", "test_vit", "shvit_s1"])
 def test_the_stem_learns_at_a_tenth_whatever_the_depth(network):
     found = read_network(network)
