@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import html.parser
+import http.server
+import importlib.util
 import json
 import re
+import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -147,3 +153,141 @@ def test_pictures_are_what_the_operators_do():
     assert pictures.routed().count("hz-key") == 3 * 4 * 4
     assert pictures.mix_weights().count("hz-key") == 3 * 49
     assert set(pictures.PICTURES) >= {family["picture"] for family in families.families().values()}
+
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+missing = not (CHROMIUM and DRIVER and importlib.util.find_spec("selenium"))
+
+
+def in_a_browser(test):
+    """Marks a test that needs a browser."""
+    reason = "needs selenium, chromium and chromedriver (apt install chromium chromium-driver)"
+    return pytest.mark.slow(pytest.mark.skipif(missing, reason=reason)(test))
+
+
+PHONE = 375  # pixels
+LOOK = """
+const wide = document.documentElement.scrollWidth - window.innerWidth;
+const images = [...document.images].filter(image => !(image.complete && image.naturalWidth)).map(image => image.src);
+return {wide, images, title: document.title, text: document.body.innerText.length, width: window.innerWidth};
+"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site) -> Iterator[str]:
+    """Where the built site is served."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator:
+    """Chromium without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update", "window-size=1300,1000",
+                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+def _wait(browser, condition, what: str):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 30, 0.1).until(lambda _: condition(), what)
+
+
+def _find(browser, selector: str) -> list:
+    return browser.find_elements("css selector", selector)
+
+
+def _complaints(browser) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def _pages(browser, address: str) -> list[str]:
+    """Every page in the navigation."""
+    browser.get(f"{address}/index.html")
+    found = browser.execute_script(
+        "return [...document.querySelectorAll('nav.md-nav--primary a[href]')].map(a => a.href.split('#')[0])"
+    )
+    return list(dict.fromkeys(found))
+
+
+@in_a_browser
+def test_every_page_fits_a_phone_and_a_desk(browser, address):
+    """No console errors, no broken images, nothing wider than the screen."""
+    for width, height in ((PHONE, 700), (1300, 1000)):
+        phone = width == PHONE
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone},
+        )
+        pages = _pages(browser, address)
+        assert len(pages) >= 40
+        for page in pages if phone else [page for page in pages if "/families/" in page or "/tune/" in page]:
+            browser.get(page)
+            seen = browser.execute_script(LOOK)
+            assert seen["wide"] <= 0, f"{page}: {seen['wide']} pixels wider than {width}"
+            assert seen["width"] <= width, f"{page}: laid out for {seen['width']} pixels"
+            assert not seen["images"], page
+            assert "hybridzoo" in seen["title"], page
+            assert seen["text"] > 200, page
+            assert not _complaints(browser), page
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@in_a_browser
+def test_search_finds_a_page_and_leads_there(browser, address):
+    browser.get(f"{address}/index.html")
+    (box,) = _find(browser, "input.md-search__input")
+    _wait(browser, box.is_displayed, "the search box")
+    box.click()
+    box.send_keys("deformable attention")
+    results = _wait(browser, lambda: _find(browser, ".md-search-result__link"), "results of the search")
+    links = [result.get_attribute("href") for result in results]
+    assert any("families/dat.html" in link or "operators.html" in link for link in links), links
+    target = links[0].partition("?")[0]
+    results[0].click()
+    _wait(browser, lambda: browser.current_url.startswith(target), "the page that was found")
+    assert not _complaints(browser)
+
+
+@in_a_browser
+def test_a_picture_and_a_table_are_seen(browser, address):
+    browser.get(f"{address}/families/biformer.html")
+    assert len([svg for svg in _find(browser, ".hz-panel svg") if svg.size["width"] > 50]) == 3
+    assert _find(browser, "table")[0].text.splitlines()[1].startswith("biformer_tiny 13.1 M")
+
+
+@in_a_browser
+def test_the_dark_scheme_changes_colours(browser, address):
+    browser.get(f"{address}/families/biformer.html")
+    colour = "return getComputedStyle(document.querySelector('.hz-token')).fill"
+    before = browser.execute_script(colour)
+    browser.execute_script(
+        "document.querySelector('label[for=__palette_1]:not([hidden]), label[for=__palette_0]').click()"
+    )
+    _wait(browser, lambda: browser.execute_script(colour) != before, "other colours")
+
+
+@in_a_browser
+def test_the_pages_open_without_a_server(browser, site):
+    """The folder can be copied anywhere and opened as files."""
+    browser.get((site / "index.html").as_uri())
+    _find(browser, "a[href='get_started.html']")[0].click()
+    _wait(browser, lambda: browser.current_url.endswith("get_started.html"), "the next page")

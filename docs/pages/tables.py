@@ -19,7 +19,7 @@ def score(value: float | None) -> str:
 
 
 def size(card: Card) -> str:
-    return f"{card.input_size[1]} x {card.input_size[2]}"
+    return f"{card.input_size[1]}\u00a0x\u00a0{card.input_size[2]}"  # not broken into lines
 
 
 def link(card: Card) -> str:
