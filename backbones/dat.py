@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ from hybridzoo.layers import (
     Stage,
     TransformerBlock,
 )
+from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.patches import ConvDownsample, PatchStem
 

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from hybridzoo.layers import (
     Stage,
     TransformerBlock,
 )
+from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.memory import channels_last
 
 STRIDES = (4, 8, 16, 32)

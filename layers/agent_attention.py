@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
+from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.resize import adaptive_pool, resize_map
 
 COARSE = 7  # side of the block biases `an_bias` and `na_bias`, whatever the map

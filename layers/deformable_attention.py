@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hybridzoo.kernels import arguments
 from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
+from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.precision import without_autocast
 from hybridzoo.layers.relative_position import resize_table
 from hybridzoo.layers.sampling import sample_differences, sample_map

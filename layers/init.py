@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from timm.layers import trunc_normal_
-from torch import nn
+import timm.layers
+from torch import Tensor, nn
+
+
+def trunc_normal_(tensor: Tensor, std: float) -> None:
+    """Normal with deviation `std`, cut at -2 and 2; on the meta device, where values do not exist, nothing.
+
+    There PyTorch would take longer for the arithmetic than for all else of a network.
+    """
+    if not tensor.is_meta:
+        timm.layers.trunc_normal_(tensor, std=std)
 
 
 def init_linear(module: nn.Module) -> None:

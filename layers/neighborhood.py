@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, na2d
+from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.relative_position import resize_table
 
 Padding = Literal["bias", "mask"]

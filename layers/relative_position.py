@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table, trunc_normal_
+from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
+
+from hybridzoo.layers.init import trunc_normal_
 
 Resize = Literal["bilinear", "bicubic", "geometric"]
 RESIZES = ("bilinear", "bicubic", "geometric")

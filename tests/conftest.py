@@ -10,10 +10,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 pytest_plugins = ["cpu_seconds"]
 
-# Sweeps draw new examples in every run but CI's, which judges a change and must not fail by the day's luck.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# Sweeps draw new examples in every run but CI's, which judges a change and must not fail by the day's luck. No example
+# fails for taking long: a loaded machine is no defect.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("here", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 def pytest_addoption(parser):
@@ -22,7 +23,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """A file's tests share a process and its fixtures; the contract, half of the time, goes model by model instead.
+    """A file's tests share a process and its fixtures; what is the same for all models goes model by model instead.
 
     Marked `alone`: a test that takes as long as a file. These come first, so that none is left for the end, when other
     workers have nothing to do.
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("alone"):
             alone.append(item)
             group = item.nodeid
-        elif item.path.name == "test_contract.py" and name is not None:
+        elif item.path.name in ("test_contract.py", "test_tools.py") and name is not None:
             contract.append((name, item))
             group = f"contract of {name}"
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 
@@ -36,31 +37,35 @@ LEADERS = _leaders()
 # One of each family; and those that are built of different blocks, the hosts of linear attention included.
 FAMILIES = list({model_entrypoint(name).__module__: name for name in reversed(LEADERS)}.values())
 OTHERS = ("dat_plus_tiny", "efficientvit_mit_l1", "vitrpb_small")
+# Of which kernels are operators of ours, or places are read by `grid_sample`; and one of PyTorch's plain operators.
+OPERATORS = ("biformer_stl", "dat_plain_tiny", "dinat_mini", "overlock_xtiny", "efficientvit_msra_m0")
 BLOCKS = {*FAMILIES, *(name for name in LEADERS if name.startswith("agent_")), *OTHERS}
-HEAVY = 40e6  # parameters
 
 
 def one_block_a_stage(name: str) -> dict[str, tuple[int, ...]]:
+    return blocks_a_stage(name, 1)
+
+
+def blocks_a_stage(name: str, most: int) -> dict[str, tuple[int, ...]]:
     row = vars(variants(name)[name])
-    return {key: (1,) * len(value) for key, value in row.items() if key.endswith("depths")}
+    return {key: tuple(min(most, depth) for depth in value) for key, value in row.items() if key.endswith("depths")}
 
 
 def size(name: str) -> dict[str, tuple[int, ...]]:
-    """Arguments that keep the variant quick: only leaders are tested in full depth, and only the light ones.
-
-    What depends on the depth (names, layer decay, parameters, cards) is tested of all variants, without running them.
+    """Arguments that keep the variant quick: two blocks a stage of a leader, since neighbours differ (windows shift,
+    dilations alternate), one of others. What depends on the depth (names, layer decay, parameters, cards) is tested of
+    all variants without running them; full networks are compared with the published ones.
     """
-    return {} if name in LEADERS and parameters(name) < HEAVY else one_block_a_stage(name)
-
-
-@functools.cache
-def parameters(name: str) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
+    return blocks_a_stage(name, 2 if name in LEADERS else 1)
 
 
 def shallow(name: str) -> torch.nn.Module:
     """A variant with one block a stage and four stages at most: what costs time only in the number of blocks."""
+    return copy.deepcopy(_shallow(name))
+
+
+@functools.lru_cache(maxsize=1)  # tests go model by model (see `conftest`), and random weights take long to draw
+def _shallow(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=7, **few_blocks(name)).eval()
 
@@ -81,9 +86,17 @@ def leaders_of(names) -> list:
     return _mostly(LEADERS, names)
 
 
-def variants_too() -> list:
-    """All models, those that differ from a leader in sizes only in exhaustive runs."""
-    return _mostly(MODELS, LEADERS)
+def variants_too(names=LEADERS) -> list:
+    """All models, those that differ from one of `names` in sizes only in exhaustive runs."""
+    return _mostly(MODELS, names)
+
+
+def costs_of(cards) -> list:
+    """These cards, in exhaustive runs; else a leader's first: the others' networks are counted in the same way."""
+    first = {}
+    for card in cards:
+        first.setdefault(card.model, card)
+    return _mostly(list(cards), [first[name] for name in LEADERS if name in first])
 
 
 def _mostly(names, usual) -> list:

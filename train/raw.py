@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,16 @@ _mmengines_build = MODELS.build_func
 def _path_of_base(base: str, filename: str) -> tuple[str, str | None]:
     """mmengine's way from a `_base_` to its file, and ours where it is `hybridzoo::NAME`.
 
-    mmengine looks for `package::folder/file.py` inside a package; a published run of ours has no file, and no recipe a
-    folder.
+    mmengine looks for `package::folder/file.py` inside a package, and first parses the package's lists of models, a
+    hundred files, for another place; most often the file just lies there. A published run of ours has no file, and no
+    recipe a folder.
     """
     package, colons, name = base.partition("::")
-    if not colons or package != "hybridzoo":
+    if not colons:
         return _mmengines_path(base, filename)
+    if package != "hybridzoo":
+        file = _in_package(package, name)
+        return (str(file), package) if file is not None else _mmengines_path(base, filename)
     recipe = recipes().get(name.removesuffix(".py"))
     if recipe is None or not recipe.published:
         return str(find_config(name)), None
@@ -45,6 +50,15 @@ def _path_of_base(base: str, filename: str) -> tuple[str, str | None]:
 
         load_config(recipe.name).dump(composed)
     return str(composed), None
+
+
+def _in_package(package: str, name: str) -> Path | None:
+    """A config's file in an installed package of OpenMMLab's."""
+    spec = importlib.util.find_spec(package) if package in MODULE2PACKAGE else None
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).parent / ".mim" / "configs" / name
+    return file if file.is_file() else None
 
 
 @functools.cache

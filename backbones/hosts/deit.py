@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import calculate_drop_path_rates, global_pool_nlc, register_notrace_module, trunc_normal_
+from timm.layers import calculate_drop_path_rates, global_pool_nlc, register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.backbones.base import Backbone
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.layers import Stage, TransformerBlock
 from hybridzoo.layers.heads import merge_heads, softmax_attention
-from hybridzoo.layers.init import init_linear
+from hybridzoo.layers.init import init_linear, trunc_normal_
 from hybridzoo.layers.resize import resize_map
 
 PATCH = 16

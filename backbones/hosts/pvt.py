@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.backbones.hosts.common import Attention
 from hybridzoo.backbones.hosts.pyramid import STRIDES, Pyramid
 from hybridzoo.layers import TransformerBlock
+from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.resize import resize_map
 

@@ -9,6 +9,7 @@ import goldens
 import pytest
 import timm
 import torch
+from networks import costs_of, one_block_a_stage
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo.layers.agent_attention as layer
@@ -60,7 +61,7 @@ def gmacs(model: torch.nn.Module, *shape: int) -> float:
     return counter.get_total_flops() / 2e9
 
 
-@pytest.mark.parametrize("card", cards("agent*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("agent*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card, monkeypatch):
     """Counted as published: pooling and the tables' resizing (products here) for nothing."""
     monkeypatch.setattr(layer, "resize_map", lambda x, size: x.new_empty(*x.shape[:-2], *size))
@@ -78,7 +79,7 @@ def test_cards_state_the_models_size_and_cost(card, monkeypatch):
 def test_cost_is_linear_in_the_area(name, grid):
     """Of multiplications, from 224 to 1792 px, tables included; dense attention's exponent is 1.6 and more."""
     with torch.device("meta"):
-        model = timm.create_model(name, agent_grid=grid)
+        model = timm.create_model(name, **one_block_a_stage(name), agent_grid=grid)
         few, many = (gmacs(model, 3, side, side) for side in (224, 1792))
     assert math.log(many / few) / math.log(64) < 1.05
 

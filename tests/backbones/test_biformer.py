@@ -6,6 +6,7 @@ import goldens
 import pytest
 import timm
 import torch
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo
@@ -62,7 +63,7 @@ def macs(model: torch.nn.Module, size: int) -> float:
     return counter.get_total_flops() / 2
 
 
-@pytest.mark.parametrize("card", cards("biformer*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("biformer*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card, meta):
     model = timm.create_model(card.model)
     assert sum(p.numel() for p in model.parameters()) == card.params

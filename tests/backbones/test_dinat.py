@@ -9,6 +9,7 @@ import goldens
 import pytest
 import timm
 import torch
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo  # noqa: F401  (registers the models)
@@ -91,7 +92,10 @@ def test_there_is_a_card_for_every_published_file():
         assert expected == twin
 
 
-@pytest.mark.parametrize("card", [card for card in CARDS if not card.tag.endswith("_hf")], ids=lambda card: card.name)
+AUTHORS = [card for card in CARDS if not card.tag.endswith("_hf")]
+
+
+@pytest.mark.parametrize("card", costs_of(AUTHORS), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()

@@ -8,6 +8,7 @@ import goldens
 import pytest
 import timm
 import torch
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo  # noqa: F401
@@ -135,7 +136,7 @@ def test_equals_timm_with_timms_weights_but_for_the_attentions_epsilon():
         torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("card", cards(f"{FAMILY}*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards(f"{FAMILY}*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
     with torch.device("meta"):
         model = timm.create_model(card.model).eval()

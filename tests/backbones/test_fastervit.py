@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.backbones import fastervit
@@ -108,7 +109,7 @@ def test_differs_from_the_published_network_on_rectangular_grids_by_its_three_fa
     assert max(errors()) < goldens.TOLERANCE
 
 
-@pytest.mark.parametrize("card", cards("fastervit*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("fastervit*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost_and_licence(card):
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()

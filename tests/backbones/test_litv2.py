@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.checkpoints import cards, convert
@@ -86,7 +87,7 @@ def test_the_authors_detectors_and_segmentors_become_ours(fixture):
     assert {key: value.shape for key, value in converted.items()} == expected
 
 
-@pytest.mark.parametrize("card", cards("litv2*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("litv2*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()

@@ -8,6 +8,7 @@ import goldens
 import pytest
 import timm
 import torch
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.checkpoints import cards, convert
@@ -53,7 +54,7 @@ def test_equals_the_published_network(fixture):
         goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
 
 
-@pytest.mark.parametrize("card", cards("maxvit*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("maxvit*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()

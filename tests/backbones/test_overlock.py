@@ -6,6 +6,7 @@ import goldens
 import pytest
 import timm
 import torch
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo  # noqa: F401
@@ -197,7 +198,7 @@ def test_training_returns_auxiliary_logits_where_asked():
     assert model(image).shape == (2, model.head_hidden_size)
 
 
-@pytest.mark.parametrize("card", cards("overlock_*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("overlock_*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()

@@ -8,6 +8,7 @@ import goldens
 import pytest
 import timm
 import torch
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo  # noqa: F401
@@ -73,7 +74,7 @@ def macs(model: torch.nn.Module) -> float:
     return counter.get_total_flops() / 2e9
 
 
-@pytest.mark.parametrize("card", cards("pa[tr]*net_*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("pa[tr]*net_*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
     with torch.device("meta"):
         model = timm.create_model(card.model)

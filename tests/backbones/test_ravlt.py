@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.checkpoints import cards, convert
@@ -78,7 +79,7 @@ def test_rotary_angles_are_the_published_constants():
                 assert cos.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("card", cards("ravlt*"), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", costs_of(cards("ravlt*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost_and_licence(card):
     with torch.device("meta"):
         model = timm.create_model(card.name).eval()

@@ -22,7 +22,7 @@ from PIL import Image
 
 from hybridzoo import checkpoints
 from hybridzoo.__main__ import main
-from hybridzoo.train import published, settle
+from hybridzoo.train import published, raw, settle
 from hybridzoo.train.compose import read_network
 from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import prepare
@@ -544,3 +544,16 @@ print(json.dumps([type(MODELS.build(config.model).backbone).__name__, kept.tolis
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == ["PyramidBackbone", [0]]
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["mmdet::_base_/models/retinanet_r50_fpn.py", "mmseg::_base_/datasets/ade20k.py", "mmdet::retinanet/nothing.py"],
+)
+def test_bases_of_openmmlabs_are_found_where_mmengine_finds_them(base):
+    """Without its parsing of a hundred lists of models; what is not there is mmengine's error."""
+    if "nothing" in base:
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            raw._path_of_base(base, "")
+    else:
+        assert raw._path_of_base(base, "") == raw._mmengines_path(base, "")
