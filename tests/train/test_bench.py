@@ -15,7 +15,20 @@ from typer.main import get_command
 from hybridzoo.__main__ import main
 from hybridzoo.checkpoints import cards
 from hybridzoo.train import model_info
-from hybridzoo.train.bench import measuring, models, network, plot, processes, rows, tables, verbs
+from hybridzoo.train.bench import (
+    cases,
+    forms,
+    measuring,
+    models,
+    network,
+    operators,
+    ops,
+    plot,
+    processes,
+    rows,
+    tables,
+    verbs,
+)
 from hybridzoo.train.errors import UserError
 
 VERBS = sorted(get_command(verbs.app).commands)
@@ -27,6 +40,7 @@ def call(capsys, monkeypatch, tmp_path):
     """Run `hybridzoo bench ...` in this process and an empty folder -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "Worker", processes.Here)
+    monkeypatch.setattr(ops, "Worker", processes.Here)
     monkeypatch.setattr(measuring, "LEAST", 0.0)
 
     def run(*argv: str) -> tuple[int, str, str]:
@@ -117,6 +131,11 @@ def test_one_that_fails_gets_its_reason_and_the_others_are_measured(call, tmp_pa
         (["models", "test_resnet", "--plot", "nowhere/a.png"], ["nowhere/a.png"]),
         (["models", "test_resnet", "--plot-y", "beauty"], ["--plot-y", "beauty"]),
         (["modles"], ["modles"]),
+        (["ops", "na3d"], ["na3d", "na2d"]),
+        (["ops", "dat", "--impl", "triton"], ["--impl triton", "dat"]),
+        (["ops", "--impl", "fast"], ["--impl", "fast", "triton"]),
+        (["ops", "na2d", "--img-size", "16"], ["--img-size 16"]),
+        (["ops", "na2d", "--csv", "nowhere/a.csv"], ["nowhere/a.csv"]),
     ],
     ids=lambda value: "_".join(value).replace("/", "") if isinstance(value, list) else None,
 )
@@ -215,6 +234,81 @@ def test_a_process_of_its_own():
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
 def test_want_of_memory_is_said_in_the_verbs_own_words(error):
     assert "--batch-size" in processes.say(error)
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+def test_every_operator_has_shapes_at_any_image_size():
+    assert list(ops.OPS) == list(cases.SHAPES)
+    for op in ops.OPS:
+        assert len(cases.shapes(op)) >= 2
+        assert len(cases.shapes(op, (800, 1344))) >= 2
+    assert cases.shapes("na2d")[1] == dict(height=56, width=56, heads=2, dilation=8)
+    assert cases.shapes("routed", (800, 1344))[0]["regions"] == 16
+    assert cases.shapes("na2d", (32, 32)) == [dict(height=8, width=8, heads=2, dilation=1)]
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_forms_compute_the_same_with_the_same_gradients(op):
+    shape = dict(cases.shapes(op, (96, 128) if op == "mix" else (64, 96))[-1])
+    made = cases.make(op, shape, 2, "cpu", torch.float64)
+    names = [name for name, form in made.forms.items() if form.same]
+    assert names[0] == "ours"
+    assert len(names) >= 2
+    expected = []
+    for name in names:
+        out = made.call(made.forms[name].make())
+        found = [out, *(g for g in made.backward(out) if g is not None)]
+        expected = expected or found
+        assert len(found) == len(expected)
+        for one, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-6, atol=1e-6 * right.abs().max().item())
+
+
+def test_operators_beside_other_forms(call, tmp_path):
+    code, out, err = call(
+        "ops", "mix", "routed", "--img-size", "96x128", "--batch-size", "1", "--repeats", "1", "--json"
+    )
+    assert code == 0, err
+    head, *lines = [re.split(r"  +", line.strip()) for line in out.splitlines() if "  " in line]
+    assert head == ["op", "shape", "form", "forward ms", "x ours", "both ms", "x ours", "MiB"]
+    assert lines[0][:3] == ["mix", "6x8, 8 heads, head_dim 16, kernel 5", "ours"]
+    assert {line[2] for line in lines} == {"ours", "gather", "dense, all tokens"}
+    found = rows.read(tmp_path / "bench.json")
+    assert {row["way"] for row in found} == {"forward", "both"}
+    assert all(row["part"] == "ops" and row["median_us"] > 0 and "peak_mib" in row for row in found)
+    assert {row.get("impl") for row in found if row["form"] == "ours"} == {"auto"}
+
+
+def test_a_form_that_would_take_too_much_memory_or_computes_something_else_says_so(monkeypatch):
+    monkeypatch.setattr(operators, "total_memory", lambda device: 1000)
+    measured = operators.Operator("mix", batch=1, size=(96, 128), turns=1, budget=0.0).measure(0)
+    by_form = {row["form"]: row for row in measured}
+    assert by_form["gather"]["error"].startswith("would need ")
+    assert "median_us" in by_form["ours"]
+    with pytest.raises(ValueError, match="gather disagrees with ours"):
+        forms.check_agreement("gather", [torch.ones(2)], [torch.zeros(2) + 2], 1e-4)
+
+
+def test_a_process_that_ends_is_replaced_for_the_shapes_that_are_left():
+    made = []
+
+    class Dies:
+        def __init__(self, target, threads, **arguments):
+            made.append(self)
+
+        def call(self, method, index):
+            if index == 0:
+                raise processes.Failed("gone")
+            return [dict(op="na2d", shape=dict(height=index))]
+
+        def close(self):
+            made.append("closed")
+
+    found = list(ops.measure({"na2d": 3}, dict(device="d"), make=Dies))
+    assert [group[0].get("error") for group in found] == ["gone", None, None]
+    assert [one for one in made if one == "closed"] == ["closed", "closed"]
 
 
 # ------------------------------------------------------------------------------------------------------ rows and files

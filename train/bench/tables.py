@@ -66,6 +66,55 @@ def models(rows: Sequence[Row]) -> Table:
     return table
 
 
+def operator_lines(rows: Sequence[Row]) -> list[Row]:
+    """A line a shape and form: what `bench ops` shows, as numbers; ms, MiB, and times as long as ours."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        forms = groups.setdefault((row["op"], shape(row)), {})
+        forms.setdefault(row["form"], {})[row["way"]] = row
+    found = []
+    for (op, size), forms in groups.items():
+        for form, ways in forms.items():
+            first = next(iter(ways.values()))
+            line: Row = dict(op=op, shape=size, form=form)
+            line |= {key: first.get(key) for key in ("batch", "dtype", "device")}
+            for way in ("forward", "both"):
+                row, ours = ways.get(way, {}), forms.get("ours", {}).get(way, {})
+                for end, key in (("", "median_us"), ("_q1", "q1_us"), ("_q3", "q3_us")):
+                    line[f"{way}_ms{end}"] = _thousandth(row.get(key))
+                both = "median_us" in row and "median_us" in ours
+                line[f"{way}_of_ours"] = round(row["median_us"] / ours["median_us"], 3) if both else None
+            line["memory_mib"] = ways.get("both", {}).get("peak_mib")
+            line["error"] = next((row["error"] for row in ways.values() if "error" in row), None)
+            found.append(line)
+    return found
+
+
+def shape(row: Row) -> str:
+    """ "56x56, 2 heads, dilation 8" of a row's shape."""
+    given = row.get("shape", {})
+    words = [f"{given['height']}x{given['width']}"] if "height" in given else []
+    counted = ("heads", "regions", "channels")
+    for key, value in given.items():
+        if key not in ("height", "width"):
+            words.append(f"{value} {key}" if key in counted else f"{key} {value}")
+    return ", ".join(words)
+
+
+def operators(rows: Sequence[Row]) -> Table:
+    """One line a shape and form; medians with quartiles, and how many times as long as ours."""
+    found = operator_lines(rows)
+    failed = any(line["error"] for line in found)
+    titles = ["op", "shape!", "form", "forward ms>", "x ours>", "both ms>", "x ours>", "MiB>"] + ["failed"] * failed
+    table = tables.new_table(*titles)
+    for line in found:
+        cells = [line["op"], line["shape"], line["form"]]
+        for way in ("forward", "both"):
+            cells += [spread(line, f"{way}_ms"), _dash(line[f"{way}_of_ours"], ".2f")]
+        table.add_row(*cells, _dash(line["memory_mib"], ".0f"), *[line["error"] or ""] * failed)
+    return table
+
+
 def spread(line: Row, key: str) -> str:
     """ "310 (305-318)": median and quartiles."""
     if line[key] is None:

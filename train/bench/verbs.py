@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hybridzoo.train import tables as shown
 from hybridzoo.train.bench import models as networks
+from hybridzoo.train.bench import ops as operators
 from hybridzoo.train.bench import plot as picture
 from hybridzoo.train.bench import rows as results
 from hybridzoo.train.bench import tables
@@ -37,6 +38,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Impl(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
 class PlotY(str, Enum):
     top1 = "top1"
     params = "params"
@@ -45,6 +52,9 @@ class PlotY(str, Enum):
     latency = "latency"
 
 
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Images; default 8 on a CPU, 64 on a GPU.", show_default=False)
+]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Of PyTorch on a CPU; default its own choice.")]
 Repeats = Annotated[int, typer.Option(min=1, metavar="N", help="Turns of each; medians and quartiles are of these.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]", help="Write bench.json: a row a measurement.")]
@@ -111,7 +121,7 @@ def models(
     settings = networks.Settings(
         device=place,
         dtype=dtype.value,
-        batch=batch_size or (64 if kind == "cuda" else 8),
+        batch=batch_size or _batch(kind),
         size=size,
         compiled=compile_,
         fused=fuse,
@@ -139,6 +149,70 @@ def models(
         print(f"written: {file}")
     if any(line["error"] for line in lines):
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "bench ops na2d",
+        "bench ops na2d dat --img-size 800x1344 --batch-size 1 --csv",
+        "bench ops --device cuda --dtype bfloat16 --impl triton --json ops.json",
+    )
+)
+def ops(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME ...]", help=f"Of {', '.join(operators.OPS)}; default all.", show_default=False),
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = Dtype.float32,
+    impl: Annotated[Impl, typer.Option(help="Of ours; those that are layers have none to choose.")] = Impl.auto,
+    batch_size: BatchSize = None,
+    img_size: Annotated[
+        str, typer.Option(metavar="N", help="Image whose maps are taken: a side in pixels, or 800x1344.")
+    ] = "224",
+    threads: Threads = None,
+    flex: Annotated[
+        bool | None,
+        typer.Option("--flex/--no-flex", help="Compiled FlexAttention, too; default on a GPU.", show_default=False),
+    ] = None,
+    repeats: Repeats = 9,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Measure our operators beside what one would run otherwise.
+
+    At the shapes of their papers' networks: forward, and forward and backward,
+    with peak memory. Gathered and dense forms have to agree with ours first.
+    Calls of all forms are interleaved. "x ours": how many times as long.
+    """
+    wanted = operators.find(names or [], impl.value)
+    size = _size(img_size) or (224, 224)
+    files = _files(json=json, csv=csv)
+    place, kind = _device(device)
+    from hybridzoo.train.bench import cases
+
+    given: dict[str, Any] = dict(device=place, dtype=dtype.value, impl=impl.value, turns=repeats, size=size)
+    given |= dict(batch=batch_size or _batch(kind), flex=kind == "cuda" if flex is None else flex)
+    shapes = {op: len(cases.shapes(op, size)) for op in wanted}
+    if not any(shapes.values()):
+        raise UserError(f"--img-size {img_size}: no window of these operators fits into maps of such images")
+    found: list[results.Row] = []
+    with _progress() as tell:
+        for rows in operators.measure(shapes, results.machine(place, threads), tell, threads=threads, **given):
+            found += rows
+            if "json" in files:
+                results.write(files["json"], found)
+    if "csv" in files:
+        results.replace(files["csv"], tables.as_csv(tables.operator_lines(found)))
+    shown.show(tables.operators(found))
+    for file in files.values():
+        print(f"written: {file}")
+    if any("error" in row for row in found if row["form"] == "ours"):
+        raise typer.Exit(1)
+
+
+def _batch(kind: str) -> int:
+    return 64 if kind == "cuda" else 8
 
 
 def _size(img_size: str | None) -> tuple[int, int] | None:
