@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import html.parser
 import http.server
@@ -153,6 +154,35 @@ def test_pictures_are_what_the_operators_do():
     assert pictures.routed().count("hz-key") == 3 * 4 * 4
     assert pictures.mix_weights().count("hz-key") == 3 * 49
     assert set(pictures.PICTURES) >= {family["picture"] for family in families.families().values()}
+
+
+OTHERS = ("Unknown model (", "operator torchvision::nms", "libGL.so.1")  # messages of other libraries
+
+
+def _messages() -> list[str]:
+    """Every text in the rooms' source, with … for what is put in."""
+    found = []
+    for room in ("checkpoints", "kernels", "layers", "train"):
+        for file in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def test_the_troubleshooting_page_quotes_real_messages():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [block.strip() for block in re.findall(r"```text\n(.*?)```", page, re.S)]
+    assert len(quoted) >= 20
+    messages = _messages()
+    unknown = []
+    for message in quoted:
+        pattern = re.compile(".*".join(map(re.escape, message.split("…"))))
+        if not message.startswith(OTHERS) and not any(pattern.search(text) for text in messages):
+            unknown.append(message)
+    assert not unknown
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
