@@ -17,6 +17,7 @@ import typer
 from hybridzoo.train import checkpoint_verbs, model_info, names, tables, trained_verbs
 from hybridzoo.train.bench import verbs as bench_verbs
 from hybridzoo.train.errors import Terminated, explain
+from hybridzoo.train.export import verbs as export_verbs
 from hybridzoo.train.help import examples
 from hybridzoo.train.options import CfgOptions, Data, Device, Launcher, Processes, load, print_results
 from hybridzoo.train.plain import printable
@@ -33,10 +34,12 @@ EXTRAS = {
     "mmdet": "detection",
     "pycocotools": "detection",
     "mmseg": "segmentation",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "openvino", "torchao"), "export"),
 }
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(trained_verbs.app)
+app.add_typer(export_verbs.app)
 app.add_typer(checkpoint_verbs.app, name="checkpoints")
 app.add_typer(bench_verbs.app, name="bench")
 

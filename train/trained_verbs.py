@@ -86,7 +86,7 @@ def evaluate(
     windows = _windows(slide, stride)
     from hybridzoo.train import engine, trained
 
-    path, loaded = _trained(name, place, cfg_options)
+    path, loaded = find_trained(name, place, cfg_options)
     folder = work_dir or (trained.folder_of(path) if name is None else None) or engine.folder_of(loaded, None)
     scores = engine.test(
         loaded,
@@ -143,7 +143,7 @@ def predict(
         if not source.exists():
             raise UserError(f"PICTURES {source}: no such file or folder")
     windows = _windows(slide, stride)
-    path, loaded = _trained(name, place, cfg_options)
+    path, loaded = find_trained(name, place, cfg_options)
     from hybridzoo.train import written
     from hybridzoo.train.predict import Predictions
 
@@ -172,7 +172,7 @@ def predict(
         raise typer.Exit(1)
 
 
-def _trained(name: str | None, place: Path, options: Sequence[str] | None) -> tuple[Path, mmengine.Config]:
+def find_trained(name: str | None, place: Path, options: Sequence[str] | None) -> tuple[Path, mmengine.Config]:
     """The checkpoint that was asked for and its config: the named one, or what it holds."""
     loaded = load(name, options) if name is not None else None
     from hybridzoo.train import trained

@@ -262,7 +262,8 @@ def test_the_examples_of_every_verb_run(call, here, data_home):
             code, out, err = call(*argv)
             assert code == 0, f"{example}: {err}"
             assert out.strip()
-    assert {"list", "info", "check", "train", "test", "predict"} == set(VERBS)  # check: see test_input.py
+    others = {"check", "export"}  # see test_input.py and test_export.py
+    assert {"list", "info", "train", "test", "predict", *others} == set(VERBS)
     assert Path("predictions/photo.png").is_file()
 
 

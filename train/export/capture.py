@@ -1,0 +1,176 @@
+"""A graph of a network by `torch.export`, for as many image sizes as the network's own arithmetic allows.
+
+A size that Python decides over (`if`, `min`, a number of windows) becomes a condition of the graph. What a graph
+promises is therefore found by trying it, never assumed: `Sizes` says what was tried and found equal.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from hybridzoo.train.errors import reason
+from hybridzoo.train.export.comparing import compare
+from hybridzoo.train.export.sources import Reader, Source
+
+Limits = tuple[tuple[int, int | None], tuple[int, int | None]]  # least and largest height and width; None: no limit
+NO_LIMITS: Limits = ((1, None), (1, None))
+
+STEP = 32  # a graph for multiples of it is the next best to one for all sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The images that a file takes.
+
+    Attributes:
+        multiple: sides are multiples of it; 0 where the size is fixed.
+        height, width: least and largest side in pixels, None without a limit; the same number twice where it is fixed.
+        batch: any number of images; else this one.
+    """
+
+    multiple: int
+    height: tuple[int, int | None]
+    width: tuple[int, int | None]
+    batch: bool = True
+
+    @property
+    def fixed(self) -> bool:
+        return self.multiple == 0
+
+    def __str__(self) -> str:
+        batch = "any batch" if self.batch else "this batch"
+        if self.fixed:
+            return f"{batch}, {self.height[0]} x {self.width[0]} px only"
+        sides = "any height and width" if self.multiple == 1 else f"heights and widths that {self.multiple} divides"
+        least, most = max(self.height[0], self.width[0]), self.height[1] or self.width[1]
+        return f"{batch}, {sides} from {least}" + (f" to {most} px" if most else " px")
+
+    def as_data(self) -> dict[str, Any]:
+        """For the metadata."""
+        return {
+            "batch": "any" if self.batch else "fixed",
+            "multiple": self.multiple,
+            "height": list(self.height),
+            "width": list(self.width),
+        }
+
+
+@dataclass(frozen=True)
+class Tries:
+    """The images at which a file is compared with PyTorch: (height, width, batch) of each.
+
+    Attributes:
+        trace: what a graph is recorded with, of no size that a network's tables have.
+        usual: the network's own size, in two batches.
+        odd, even: other sizes, that `STEP` does not divide or does; a graph is tried at all of them, a file at the
+            first.
+    """
+
+    trace: tuple[int, int, int]
+    usual: tuple[tuple[int, int, int], ...]
+    odd: tuple[tuple[int, int, int], ...]
+    even: tuple[tuple[int, int, int], ...]
+
+
+def tries(size: tuple[int, int]) -> Tries:
+    height, width = size
+    up = [-(-side // STEP) * STEP for side in size]
+    return Tries(
+        trace=(up[0] + STEP, up[1] + 3 * STEP, 2),
+        usual=((height, width, 1), (height, width, 3)),
+        odd=((height + 13, width + 39, 2), (up[0] + 33, up[1] + 17, 1)),
+        even=((up[0] + 2 * STEP, up[1] + STEP, 2), (7 * STEP, 12 * STEP, 1), (3 * STEP, 6 * STEP, 1)),
+    )
+
+
+def dynamic(source: Source) -> tuple[ExportedProgram, Sizes, str]:
+    """A graph for any batch, and for any height and width that the network does not decide over.
+
+    Returns:
+        The graph, the sizes that it takes, and why these are not all.
+
+    Raises:
+        Exception: whatever `torch.export` says of a network that it cannot record so.
+    """
+    image = source.image(*tries(source.size).trace)
+    program = _export(source, image, {0: Dim("batch", min=1), 2: Dim.AUTO, 3: Dim.AUTO})
+    return program, *settle(source, as_function(program.module()), _limits(program))
+
+
+def fixed(source: Source) -> tuple[ExportedProgram, Sizes, str]:
+    """A graph for images of the usual size, and for any batch."""
+    return _export(source, source.image(*source.size, 2), {0: Dim("batch", min=1)}), only(source.size), ""
+
+
+def settle(source: Source, graph: Reader, limits: Limits) -> tuple[Sizes, str]:
+    """Which sizes a graph takes, and why these are not all.
+
+    Raises:
+        Mismatch: it computes something else at the usual size, or at one that `STEP` divides.
+    """
+    at = tries(source.size)
+    for size in (at.usual[0], *at.even):
+        compare(source, graph, size)
+    try:
+        for size in at.odd:
+            compare(source, graph, size)
+    except Exception as problem:  # a condition of the graph's, or an operator that meets sizes it was not made for
+        return Sizes(STEP, *limits), reason(problem)
+    return Sizes(1, *limits), ""
+
+
+def as_function(network: Any) -> Reader:
+    """A module as a function that returns a tuple."""
+
+    def run(image: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            out = network(image)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+    return run
+
+
+def _export(source: Source, image: torch.Tensor, dims: dict[int, Any]) -> ExportedProgram:
+    with torch.no_grad(), quiet():
+        return torch.export.export(source.network, (image,), dynamic_shapes=(dims,) if dims else None)
+
+
+def only(size: tuple[int, int]) -> Sizes:
+    """Those of a file for one size."""
+    return Sizes(0, (size[0], size[0]), (size[1], size[1]))
+
+
+def _limits(program: ExportedProgram) -> Limits:
+    """Least and largest height and width that a graph knows of."""
+    image = next(node for node in program.graph.nodes if node.name == program.graph_signature.user_inputs[0])
+    found: list[tuple[int, int | None]] = []
+    for side in image.meta["val"].shape[2:]:
+        if isinstance(side, int):
+            found.append((side, side))
+            continue
+        span = program.range_constraints[side.node.expr]
+        finite = span.upper.is_Integer and int(span.upper) < 1 << 20
+        found.append((int(span.lower), int(span.upper) if finite else None))
+    return found[0], found[1]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters say to developers: deprecations, progress, tables of operators."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
