@@ -118,9 +118,15 @@ class Onnx(Format):
     packages = ("onnx", "onnxscript", "onnxruntime")
 
     def convert(self, program: ExportedProgram, source: Source) -> Any:
-        names = {"input_names": ["image"], "output_names": list(source.outputs)}
         with quiet():
-            converted = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=OPSET, **names)
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=list(source.outputs),
+            )
         assert converted is not None
         return converted
 

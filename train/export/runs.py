@@ -71,7 +71,7 @@ def _dense(
     if not getattr(before, "_channel_conversion", False):
         raise UserError(f"{checkpoint}: is for images in the order blue, green, red, which export does not write")
     steps = (config.get("test_dataloader") or config.val_dataloader).dataset.pipeline
-    resize = next((step for step in steps if step["type"].rpartition(".")[2] == "Resize"), {})
+    resize: dict[str, Any] = next((step for step in steps if step["type"].rpartition(".")[2] == "Resize"), {})
     scale = resize.get("scale") or SIZE
     size = tuple(-(-int(side) // 32) * 32 for side in (scale if isinstance(scale, list | tuple) else (scale, scale)))
     metadata = describe(
