@@ -8,6 +8,7 @@ import pytest
 from mmengine import Config
 from PIL import Image
 
+from hybridzoo.train import digits
 from hybridzoo.train.config import load_config
 from hybridzoo.train.names import find_config
 
@@ -28,6 +29,16 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels[..., (channel + (index == 4 and split == "val")) % 3] += 60
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place for generated data where the embedded digits are a few: 60 strokes of each split or so."""
+    real, home = digits.load_strokes, tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "load_strokes", lambda split: tuple(part[:: len(part) // 60] for part in real(split)))
+        digits.digits_root("classification", root=home)
+    return home
 
 
 RunConfig = Callable[..., Config]
