@@ -47,7 +47,7 @@ val_dataloader = dict(
 val_evaluator = dict(type="TopK", topk=(1, 5))
 val_cfg = dict()
 
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
+optim_wrapper = dict(optimizer=dict(lr=1e-4))
 default_hooks = dict(checkpoint=dict(save_best="accuracy/top1"))
-settle = dict(network=True, data=True, images=30_000, scratch=dict(lr=1e-3, longer=3))
+settle = dict(network=True, data=True, images=30_000, scratch=dict(lr=3e-4, longer=3))
 custom_imports = dict(imports=["hybridzoo.train", "hybridzoo.train.classification"])
