@@ -1,4 +1,4 @@
-"""The command line: `hybridzoo list | info | check | train | test | predict | bench ... | checkpoints ...`.
+"""The command line: `hybridzoo list | info | check | train | test | predict | bench ... | checkpoints ... | hub ...`.
 
 What this file imports at its top costs every `--help`, so that verbs import what they need when they run: torch, timm
 and mmengine take seconds. A verb looks at the names and paths it was given before that.
@@ -19,6 +19,7 @@ from hybridzoo.train.bench import verbs as bench_verbs
 from hybridzoo.train.errors import Terminated, explain
 from hybridzoo.train.export import verbs as export_verbs
 from hybridzoo.train.help import examples
+from hybridzoo.train.hub import verbs as hub_verbs
 from hybridzoo.train.options import CfgOptions, Data, Device, Launcher, Processes, load, print_results
 from hybridzoo.train.plain import printable
 
@@ -42,6 +43,7 @@ app.add_typer(trained_verbs.app)
 app.add_typer(export_verbs.app)
 app.add_typer(checkpoint_verbs.app, name="checkpoints")
 app.add_typer(bench_verbs.app, name="bench")
+app.add_typer(hub_verbs.app, name="hub")
 
 
 class Task(str, Enum):

@@ -38,6 +38,7 @@ from hybridzoo.train import (
     optim,
     overrides,
     progress,
+    provenance,
     resuming,
     run_folder,
     seeding,
@@ -68,6 +69,7 @@ class Runner(MMRunner):
     started = False  # from weights, which they hold too
     sharded = False  # by FSDP
     origin = ""  # where the weights come from, in words
+    lineage: tuple[provenance.Start, ...] = ()  # the same with licences, for whoever takes the result
     _train_dataloader: Any
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
@@ -330,6 +332,7 @@ def train(
             if seed is None:  # loaders are built before mmengine looks at the checkpoint's seed
                 config.randomness = {**config.get("randomness", {}), "seed": state.seed}
         origin = f"resumed from {state.path}" if state is not None else str(weights or "")
+        lineage = state.lineage if state is not None else tuple(provenance.start_of(weights, config))
         if state is None and weights is not None and _takes_a_backbone(config.model) and not whole:
             config.model.backbone.weights, weights = str(weights), None
 
@@ -338,7 +341,7 @@ def train(
         with building("(model, hooks, visualizer, randomness)"):
             runner = Runner.from_cfg(config)
         runner.initial_weights, runner.resumed = weights, state
-        runner.run, runner.started, runner.origin = run, started, origin
+        runner.run, runner.started, runner.origin, runner.lineage = run, started, origin, lineage
         try:
             runner.train()
             metrics = _validation_metrics(runner)
@@ -475,7 +478,7 @@ def build_for_inference(
 
 def class_names(checkpoint: str | Path) -> tuple[str, ...]:
     """The classes that a checkpoint of ours was trained on; empty for weights that somebody else trained."""
-    return resuming.names_in(checkpoint, read_checkpoint(checkpoint).get("meta"))
+    return resuming.names_in(checkpoint, trained.meta_of(Path(checkpoint)))
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

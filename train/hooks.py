@@ -21,7 +21,7 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
-from hybridzoo.train import bad_batch, trained
+from hybridzoo.train import bad_batch, provenance, trained
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.seeding import seed_all
 from hybridzoo.train.sharding import local
@@ -74,7 +74,8 @@ class AtomicCheckpointHook(CheckpointHook):
     A checkpoint holds plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it, and carries in
     ``meta`` what inference needs: ``task``, ``class_names``, ``setup`` (see :mod:`hybridzoo.train.trained`),
     ``hybridzoo_version``; for a person ``cfg``, the resolved config, which nobody evaluates; and what going on needs:
-    ``run``, the name of the run, and ``started``, whether it began from weights.  mmengine's ``last_checkpoint`` file
+    ``run``, the name of the run, and ``started``, whether it began from weights; for a model card ``training``, see
+    :mod:`hybridzoo.train.provenance`.  mmengine's ``last_checkpoint`` file
     is not written: see ``run_folder.newest_first``.
     """
 
@@ -136,6 +137,7 @@ class AtomicCheckpointHook(CheckpointHook):
             meta["val_fraction"] = dict(runner.cfg.val_fraction)
         meta["run"], meta["started"] = getattr(runner, "run", ""), getattr(runner, "started", False)
         meta[trained.KEY] = trained.describe(runner.cfg)
+        meta[provenance.KEY] = provenance.describe(runner)
         hub = checkpoint["message_hub"]
         # The smoothed curves start anew after a resume: their buffers are objects, and scalars.json has the values.
         hub["log_scalars"] = {}

@@ -23,7 +23,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor, nn
 
 from hybridzoo.checkpoints.reading import strange
-from hybridzoo.train import run_folder
+from hybridzoo.train import provenance, run_folder
 from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.plain import printable, shown
@@ -46,6 +46,7 @@ class State:
         run: its name, empty of a run before runs had names.
         started: it began from weights.
         holdout: how it divides its training images.
+        lineage: the weights that it began from, see `hybridzoo.train.provenance`.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class State:
     run: str
     started: bool
     holdout: Holdout | None = None
+    lineage: tuple[provenance.Start, ...] = ()
 
     def check(self, config: Config) -> None:
         """Compare with a configured run: its task, its classes, every tensor of its network.
@@ -241,7 +243,9 @@ def _state(path: Path, content: Mapping[str, Any]) -> State:
                 raise UserError(f"checkpoint {path}: cannot be resumed: {what} {kind or 'is no name'}; {_OTHER}")
     run = meta.get("run")
     started = meta.get("started") is True
-    return State(path, kept, meta["seed"], run if isinstance(run, str) else "", started, holdout_in(path, meta))
+    lineage = tuple(provenance.clean(meta.get(provenance.KEY)).get("start", ()))
+    name = run if isinstance(run, str) else ""
+    return State(path, kept, meta["seed"], name, started, holdout_in(path, meta), lineage)
 
 
 def holdout_in(path: str | Path, meta: Any) -> Holdout | None:

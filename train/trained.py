@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_modules
 
 from hybridzoo.train import interruptions, resuming, run_folder
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.hub import folder as hub_folder
 from hybridzoo.train.names import TASKS, find_config
 from hybridzoo.train.overrides import put
 from hybridzoo.train.plain import shown
@@ -144,7 +145,8 @@ def _plain(value: Any) -> Any:
 def find(run_or_file: str | Path) -> Path:
     """The checkpoint that a run's folder, or a file, stands for.
 
-    Of a folder: `final.pth` of a run that has ended, else its best checkpoint, else its newest.
+    Of a run's folder: `final.pth` of a run that has ended, else its best checkpoint, else its newest. Of a folder for
+    the hub, see `hybridzoo.train.hub`, its weights.
 
     Raises:
         UserError: nothing is there, or a folder without checkpoints.
@@ -154,6 +156,8 @@ def find(run_or_file: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such file or run folder")
+    if weights := hub_folder.weights_in(path):
+        return weights
     if (path / "final.pth").is_file():
         return path / "final.pth"
     best = sorted(path.glob("best_*.pth"), key=_iterations)
@@ -182,12 +186,18 @@ def read(checkpoint: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it cannot be read, or says what no run of ours writes.
     """
-    meta = peek(checkpoint).get("meta")
+    meta = meta_of(checkpoint)
     setup = meta.get(KEY) if isinstance(meta, dict) else None
     if setup is None:
         return None
     check(setup, f"checkpoint {checkpoint}")
     return dict(setup)
+
+
+def meta_of(checkpoint: Path) -> Any:
+    """A checkpoint's `meta`, unchecked: in the file, or beside it in a folder for the hub; None where it has none."""
+    beside = hub_folder.meta(checkpoint)
+    return beside if beside is not None else peek(checkpoint).get("meta")
 
 
 def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
@@ -214,6 +224,8 @@ def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
     _check_types(setup, f"checkpoint {checkpoint}")
     state = read_state_dict(checkpoint, strip=False)
     own = _skeleton(config, 4 * len(state) + 1000, checkpoint)
+    if config.task == "classification" and hub_folder.meta(checkpoint) is not None:
+        state = {f"model.{name}": value for name, value in state.items()}  # timm's layout has the network's own names
     if reasons := unlike(own, state):
         raise UserError(f"checkpoint {checkpoint}: its weights do not fit its own config: {reasons}")
     for key in _OF_A_RUN:

@@ -18,6 +18,7 @@ import data_folders as folders
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
 pytest.importorskip("mmdet")
@@ -162,6 +163,36 @@ def test_a_runs_folder_stands_for_its_final_weights_and_gets_the_results(task, r
     code, _, err = call("predict", run, data)
     assert code == 2
     assert "holds no checkpoint" in err
+
+
+@EACH
+def test_a_folder_for_the_hub_stands_in_the_place_of_its_run(task, run, data, call, tmp_path):
+    """The same scores and predictions; the card has the scores, and nothing says where this machine keeps its data."""
+    trained_to = results.read(run)
+    code, out, err = call("hub", "export", run, "--out", "model", "--license", "mit")
+    assert (code, out) == (0, "model\n"), err
+    shutil.rmtree(run)
+    for file in Path("model").iterdir():
+        assert str(data.parent).encode() not in file.read_bytes(), file.name
+    card = ModelCard.load("model/README.md")
+    values = {result.metric_value for result in card.data.eval_results}
+    assert round(trained_to["metrics"][MAIN[task]], 4) in values
+    assert card.data.pipeline_tag == {"classification": "image-classification", "detection": "object-detection",
+                                      "segmentation": "image-segmentation"}[task]  # fmt: skip
+    code, _, err = call("test", "model")
+    assert code == 2
+    assert "--data" in err, "a folder for others does not know where the data lie"
+    code, out, err = call("test", "model", "--data", data, "--work-dir", "scores")
+    assert code == 0, err
+    assert results.read(Path("scores"))["metrics"] == pytest.approx(trained_to["metrics"])
+    code, out, err = call("predict", "model", pictures_of(data, task), "--score", "0.1")
+    assert code == 0, err
+    assert "drawn in predictions" in out
+    (block,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    if task != "classification":
+        known: dict[str, Any] = {}
+        exec(compile(block.replace("hf-hub:USER/NAME", "model"), "README.md", "exec"), known)
+        assert list(known["model"].dataset_meta["classes"]) == trained_to["classes"]
 
 
 @EACH

@@ -1,0 +1,50 @@
+"""The command line's verbs for the Hugging Face hub: `hybridzoo hub export | push`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybridzoo.train import tables
+from hybridzoo.train.help import examples
+
+app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+License = Annotated[
+    str | None,
+    typer.Option("--license", metavar="WORD", help="As the hub writes it: mit. Default: the start weights'."),
+]
+Title = Annotated[str | None, typer.Option(metavar="TEXT", help="Of the model card; default the run's name.")]
+
+
+@app.callback(invoke_without_command=True, epilog=examples("hub export runs/digits --out digits_model"))
+def hub(context: typer.Context) -> None:
+    """Share a trained model: as a folder with a model card, on the Hugging Face hub."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(epilog=examples("hub export runs/digits --out digits_model"))
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN_OR_FILE", help="A run's folder, or a checkpoint of it.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.")],
+    title: Title = None,
+    license_: License = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files in a folder that is there.")] = False,
+) -> None:
+    """Write a trained model as a folder for the hub: safetensors, config and model card.
+
+    A classifier's is timm's own layout, which timm.create_model loads as
+    local-dir:FOLDER. Every folder can stand in the place of a run:
+    hybridzoo predict FOLDER photo.jpg
+    """
+    from hybridzoo.train.hub import export as exporting
+
+    with tables.waiting(f"exporting {run}"):
+        written = exporting.export(run, out, title=title, licence=license_, force=force)
+    print(written.folder)
+    if written.warning:
+        print(f"note: {written.warning}", file=sys.stderr)
