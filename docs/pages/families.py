@@ -17,6 +17,7 @@ from pages.tables import link, score, size, table
 
 ROOT = Path(__file__).parents[2]
 SPEED = ROOT / "benchmarks" / "results"
+OURS = {"ours": "", "as created": "", "fused": "fused"}  # forms of results -> how a table calls them
 
 
 @functools.cache
@@ -168,7 +169,7 @@ def _weights(known: list[Card]) -> str:
 
 
 def _speed(models: list[str]) -> str:
-    text = _cpu_speed(models) + _gpu_speed(models)
+    text = _cpu_speed(models) + _recorded_speed(models)
     return text or "No speed of this family is recorded yet. Measure your own: `hybridzoo bench models`.\n"
 
 
@@ -190,23 +191,33 @@ def _cpu_speed(models: list[str]) -> str:
     )
 
 
-def _gpu_speed(models: list[str]) -> str:
+def _recorded_speed(models: list[str]) -> str:
+    """Rows of `hybridzoo bench` and of the GPU's script (docs/bench.md has the format), a table for each file."""
     text = ""
-    for file in sorted(SPEED.glob("*/rows.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row.get("op") in models and row.get("images_per_s")]
-        best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for file in sorted(SPEED.glob("**/*.json*")):
+        content = file.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in content.splitlines()] if file.suffix == ".jsonl" else json.loads(content)
+        last: dict[tuple[str, ...], dict[str, Any]] = {}
         for row in rows:
-            if row.get("form", "ours") == "ours":
-                best[(row["op"], row["way"], row.get("mode", ""))] = row
+            form = row.get("form") or "ours"
+            if row.get("op") in models and row.get("images_per_s") and form in OURS:
+                last[(row["op"], row["way"], OURS[form], row.get("mode", ""))] = row
+        if not last:
+            continue
         lines = [
-            (f"`{model}`", way, mode, str(row["batch"]), f"{row['images_per_s']:,.0f}")
-            for (model, way, mode), row in best.items()
+            (f"`{model}`", way, ", ".join(filter(None, (form, mode))), str(row["batch"]), _rate(row["images_per_s"]))
+            for (model, way, form, mode), row in last.items()
         ]
-        if lines:
-            where = f"Images a second on an {rows[0]['device']}, 224 x 224, bfloat16, PyTorch {rows[0]['torch']}:\n\n"
-            text += where + table(("model", "what", "mode", "batch", "images/s"), lines)
+        row = next(iter(last.values()))
+        threads = f", {row['threads']} threads" if row.get("threads") else ""
+        where = f"{row['device']}{threads}, PyTorch {row['torch']}"
+        text += f"Images a second on: {where}:\n\n"
+        text += table(("model", "what", "how", "batch", "images/s"), lines)
     return text
+
+
+def _rate(images: float) -> str:
+    return f"{images:,.0f}" if images >= 100 else f"{images:.1f}"
 
 
 def _recipes(models: list[str]) -> str:
