@@ -83,12 +83,12 @@ def image(height=64, width=96, batch=2):
 
 def leaders_of(names) -> list:
     """All leaders, those besides `names` in exhaustive runs only."""
-    return _mostly(LEADERS, names)
+    return mostly(LEADERS, names)
 
 
 def variants_too(names=LEADERS) -> list:
     """All models, those that differ from one of `names` in sizes only in exhaustive runs."""
-    return _mostly(MODELS, names)
+    return mostly(MODELS, names)
 
 
 def costs_of(cards) -> list:
@@ -96,8 +96,9 @@ def costs_of(cards) -> list:
     first = {}
     for card in cards:
         first.setdefault(card.model, card)
-    return _mostly(list(cards), [first[name] for name in LEADERS if name in first])
+    return mostly(list(cards), [first[name] for name in LEADERS if name in first])
 
 
-def _mostly(names, usual) -> list:
+def mostly(names, usual) -> list:
+    """All names, those not among `usual` in exhaustive runs only."""
     return [name if name in usual else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]

@@ -1,4 +1,4 @@
-"""The command line: `hybridzoo list | info | check | train | test | predict | bench ... | checkpoints ... | hub ...`.
+"""The command line: `hybridzoo list | train | test | predict | show | bench ... | checkpoints ... | hub ...`.
 
 What this file imports at its top costs every `--help`, so that verbs import what they need when they run: torch, timm
 and mmengine take seconds. A verb looks at the names and paths it was given before that.
@@ -22,6 +22,7 @@ from hybridzoo.train.help import examples
 from hybridzoo.train.hub import verbs as hub_verbs
 from hybridzoo.train.options import CfgOptions, Data, Device, Launcher, Processes, load, print_results
 from hybridzoo.train.plain import printable
+from hybridzoo.train.show import verbs as show_verbs
 
 # The extra that brings a package which a verb did not find.
 EXTRAS = {
@@ -41,6 +42,7 @@ EXTRAS = {
 app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(trained_verbs.app)
 app.add_typer(export_verbs.app)
+app.add_typer(show_verbs.app)
 app.add_typer(checkpoint_verbs.app, name="checkpoints")
 app.add_typer(bench_verbs.app, name="bench")
 app.add_typer(hub_verbs.app, name="hub")

@@ -252,7 +252,7 @@ def test_the_examples_of_every_verb_run(call, here, data_home):
             code, out, err = call(*argv)
             assert code == 0, f"{example}: {err}"
             assert out.strip()
-    others = {"check", "export"}  # see test_input.py and test_export.py
+    others = {"check", "export", "show"}  # see test_input.py, test_export.py and test_show.py
     assert {"list", "info", "train", "test", "predict", *others} == set(VERBS)
     assert Path("predictions/photo.png").is_file()
 
