@@ -1,4 +1,4 @@
-"""The command line: `hybridzoo list | train | test | predict | show | bench ... | checkpoints ... | hub ...`.
+"""The command line: `hybridzoo list | info | check | train | test | predict | show | export | bench ... | hub ...`.
 
 What this file imports at its top costs every `--help`, so that verbs import what they need when they run: torch, timm
 and mmengine take seconds. A verb looks at the names and paths it was given before that.

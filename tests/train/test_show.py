@@ -403,3 +403,14 @@ def test_a_run_knows_its_network(capsys, photo, image_folder, run_config):
     assert code == 0, err
     assert out.count("global, the whole map; sees all") == 4
     assert "drawn: attention/run.png" in out
+
+
+def test_the_examples_of_the_help_run(capsys, photo):
+    assert cli.run(["show", "--help"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    examples = [line.split()[3:] for line in lines if line.startswith("$ hybridzoo show ")]
+    assert len(examples) == 2
+    for words in examples:
+        code, out, err = run(capsys, *words)
+        assert code == 0, err
+        assert "drawn: attention/" in out
