@@ -44,7 +44,7 @@ def weights_of(name: str) -> Path:
     if not wanted:
         raise Unavailable("none are published")
     if store.cached(wanted[0]) is None:
-        _knock(wanted[0].url)
+        knock(wanted[0].url)
     try:
         return find_weights(wanted[0].name, model)
     except UserError as error:
@@ -65,7 +65,7 @@ def _timms(name: str) -> Path:
     try:
         file = _hub_file(cfg) if cfg.hf_hub_id else None
         if file is None and cfg.url:
-            _knock(str(cfg.url))
+            knock(str(cfg.url))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             overlay = {"file": str(file)} if file else {}
@@ -89,7 +89,7 @@ def _hub_file(cfg: Any) -> Path:
     for name in names:
         if isinstance(found := try_to_load_from_cache(cfg.hf_hub_id, name), str):
             return Path(found)
-    _knock(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    knock(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     for name in names:
         try:
             return Path(hf_hub_download(cfg.hf_hub_id, name))
@@ -98,7 +98,7 @@ def _hub_file(cfg: Any) -> Path:
     raise Unavailable(f"{cfg.hf_hub_id} holds none of {', '.join(names)}")
 
 
-def _knock(url: str) -> None:
+def knock(url: str) -> None:
     """Return if the host of an address answers, or if a proxy or mirror stands before it."""
     if store.offline():
         raise Unavailable("HF_HUB_OFFLINE is set")

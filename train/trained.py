@@ -146,11 +146,15 @@ def find(run_or_file: str | Path) -> Path:
     """The checkpoint that a run's folder, or a file, stands for.
 
     Of a run's folder: `final.pth` of a run that has ended, else its best checkpoint, else its newest. Of a folder for
-    the hub, see `hybridzoo.train.hub`, its weights.
+    the hub, see `hybridzoo.train.hub`, its weights; those of `hf-hub:USER/NAME` are downloaded where they are not here.
 
     Raises:
         UserError: nothing is there, or a folder without checkpoints.
     """
+    if hub_folder.is_hub_name(run_or_file):
+        from hybridzoo.train.hub import remote
+
+        return remote.bring(str(run_or_file))
     path = Path(run_or_file)
     if path.is_file():
         return path

@@ -32,7 +32,7 @@ class Part(str, Enum):
 
 
 RunOrFile = Annotated[
-    str, typer.Argument(metavar="RUN_OR_FILE", help="A run's folder, or a checkpoint of it; or a config, before one.")
+    str, typer.Argument(metavar="RUN_OR_FILE", help="A run, a checkpoint, a folder for the hub, or hf-hub:USER/NAME.")
 ]
 ConfigOption = Annotated[
     str | None, typer.Option("--config", metavar="NAME", help="The config of weights that do not know it.")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hybridzoo.train import names
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.hub.folder import is_hub_name
 
 
 def split(words: Sequence[str], config: str | None, verb: str) -> tuple[str | None, Path, list[Path]]:
@@ -42,7 +43,7 @@ def split(words: Sequence[str], config: str | None, verb: str) -> tuple[str | No
             hint = f"hybridzoo {verb} {near}" if near.is_dir() else f"hybridzoo {verb} RUN_OR_FILE"
             raise UserError(f"{first} is a config; name what was trained with it: {hint}")
     place = Path(rest.pop(0)).expanduser()
-    if not place.exists():
+    if not place.exists() and not is_hub_name(place):
         known = [] if config or len(place.parts) > 1 else [*names.list_configs(), *names.our_models()]
         otherwise = "" if config or place.suffix else "nor a config of that name"
         hint = names.suggest(str(place), [*_neighbours(place), *known], otherwise)

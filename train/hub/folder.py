@@ -18,10 +18,10 @@ from hybridzoo.train.errors import UserError
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OWN = "hybridzoo"  # key in `config.json`
 PREFIX = "hf-hub:"
-_FILES = (WEIGHTS, "pytorch_model.bin")  # timm writes the second as well
+FILES = (WEIGHTS, "pytorch_model.bin")  # timm writes the second as well
 _LARGEST = 32_000_000  # bytes of a config; 100,000 class names fit
 _TUPLE, _FLOAT = "()", "float"
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]{1,200})?")
+REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 _OF_TIMMS_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -32,7 +32,7 @@ def weights_in(folder: Path) -> Path | None:
     """The weights of a folder for the hub, None where it is another folder."""
     if not (folder / CONFIG).is_file():
         return None
-    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
 def meta(weights: Path) -> dict[str, Any] | None:
@@ -47,7 +47,7 @@ def meta(weights: Path) -> dict[str, Any] | None:
         UserError: the config cannot be read.
     """
     file = weights.with_name(CONFIG)
-    if weights.name not in _FILES or not file.is_file():
+    if weights.name not in FILES or not file.is_file():
         return None
     content = read_config(file)
     own = content.get(OWN)
@@ -157,5 +157,5 @@ def decoded(value: Any) -> Any:
 
 
 def is_hub_name(word: object) -> bool:
-    """Whether a word is `hf-hub:USER/NAME`, right or wrong."""
+    """Whether a word is `hf-hub:USER/NAME`, as timm writes it, right or wrong."""
     return str(word).startswith((PREFIX, "hf_hub:"))

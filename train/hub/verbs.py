@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hybridzoo.train import tables
+from hybridzoo.train.errors import UserError
 from hybridzoo.train.help import examples
 
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -48,3 +50,44 @@ def export(
     print(written.folder)
     if written.warning:
         print(f"note: {written.warning}", file=sys.stderr)
+
+
+@app.command(epilog=examples("hub push runs/digits --repo-id me/digits --private"))
+def push(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_RUN", help="What `hub export` wrote, or a run or checkpoint to export.")
+    ],
+    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Default: HF_TOKEN, or your login.")] = None,
+    title: Title = None,
+    license_: License = None,
+) -> None:
+    """Upload a trained model to the Hugging Face hub, as one commit.
+
+    In the model card the repository takes the place of USER/NAME.
+    """
+    from hybridzoo.train.hub import folder as folders
+
+    path = Path(folder).expanduser()
+    if not path.exists():
+        raise UserError(f"{folder}: no such folder or run")
+    ready = path.is_dir() and folders.weights_in(path) is not None
+    if ready and (title or license_):
+        raise UserError(
+            f"--{'title' if title else 'license'}: is for `hub export`; {folder} has a model card, edit that"
+        )
+    from hybridzoo.train.hub import remote
+
+    with tempfile.TemporaryDirectory() as temporary, tables.waiting(f"uploading {folder}"):
+        if not ready:
+            from hybridzoo.train.hub import export as exporting
+
+            written = exporting.export(path, Path(temporary, "model"), title=title or repo_id, licence=license_)
+            path, warning = written.folder, written.warning
+        else:
+            warning = ""
+        address = remote.push(path, repo_id, private=private, token=token)
+    print(address)
+    if warning:
+        print(f"note: {warning}", file=sys.stderr)

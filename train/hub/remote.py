@@ -1,0 +1,160 @@
+"""The hub itself: upload a folder, and bring one by its name, with huggingface_hub; its errors become one line.
+
+`HF_ENDPOINT` is another hub than huggingface.co, `HF_TOKEN` a login, `HF_HOME` another cache; `HF_HUB_OFFLINE=1` uses
+the cache alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import disable_progress_bars
+
+import hybridzoo
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.hub.card import PLACE
+from hybridzoo.train.hub.folder import CARD, CONFIG, FILES, REPOSITORY, weights_in
+from hybridzoo.train.plain import printable
+from hybridzoo.train.published import Unavailable, knock
+
+HOME = "https://huggingface.co"
+_LOGIN = "give --token, set HF_TOKEN, or log in by: hf auth login"
+
+
+def push(folder: Path, repository: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a folder that `export` wrote as one commit; the repository is made where it is not there.
+
+    In the model card the repository's name takes the place of USER/NAME. Hidden files stay here.
+
+    Args:
+        folder: with weights, config and model card.
+        repository: USER/NAME.
+        private: make a new repository private; one that is there stays as it is.
+        token: a login with the right to write; default `HF_TOKEN`, or what `hf auth login` keeps.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: no such folder or name; the hub refuses, or cannot be reached.
+    """
+    _check_name(repository, "--repo-id")
+    missing = [name for name in (CONFIG, CARD) if not (folder / name).is_file()]
+    if weights_in(folder) is None or missing:
+        raise UserError(f"{folder}: is no folder that `hybridzoo hub export` wrote")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
+    with _told(repository, "upload to"):
+        api = HfApi(endpoint=_endpoint(), token=token, library_name="hybridzoo", library_version=hybridzoo.__version__)
+        made = api.create_repo(repository, private=private or None, exist_ok=True)
+        operations: list[Any] = []
+        for path in files:
+            name, content = path.relative_to(folder).as_posix(), path.read_bytes() if path.name == CARD else None
+            if content is not None:
+                content = content.replace(PLACE.encode(), repository.encode())
+            operations.append(CommitOperationAdd(name, content if content is not None else str(path)))
+        api.create_commit(repository, operations, commit_message="Upload a model by hybridzoo")
+    return str(made)
+
+
+def bring(name: str) -> Path:
+    """The weights of `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`, with their config beside, in the hub's cache.
+
+    Raises:
+        UserError: no such name, nothing of use there, or the hub refuses or cannot be reached.
+    """
+    repository, _, revision = name.partition(":")[2].partition("@")
+    _check_name(repository, name)
+    how: dict[str, Any] = {"endpoint": _endpoint(), "library_name": "hybridzoo"}
+    try:
+        knock(_endpoint() or HOME)  # the hub's client would try for half a minute
+    except Unavailable:
+        how["local_files_only"] = True
+    with _told(repository, "download from"):
+        try:
+            config = Path(hf_hub_download(repository, CONFIG, revision=revision or None, **how))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise UserError(f"{name}: holds no {CONFIG}: no model in timm's layout or ours") from error
+        for file in FILES:
+            try:
+                return Path(hf_hub_download(repository, file, revision=config.parent.name, **how))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+    raise UserError(f"{name}: holds none of {', '.join(FILES)}")
+
+
+def _check_name(repository: str, place: str) -> None:
+    if not REPOSITORY.fullmatch(repository):
+        raise UserError(f"{place} {printable(repository)!r}: a repository is called USER/NAME")
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@contextlib.contextmanager
+def _told(repository: str, doing: str) -> Iterator[None]:
+    """What huggingface_hub raises, as what a person can do about it."""
+    host = urlsplit(_endpoint() or HOME).netloc
+    if not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
+        disable_progress_bars()
+    try:
+        yield
+    except UserError:
+        raise
+    except HFValidationError as error:
+        raise UserError(f"{repository}: is no name of a repository ({_line(error)})") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError(f"{repository}: cannot {doing} the hub: HF_HUB_OFFLINE is set") from error
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"no connection to {host}"
+        raise UserError(f"{repository}: is not in the cache, and {reason}") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"{repository}: cannot {doing} {host}: {_answer(error)}") from error
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # a file of ours
+        raise UserError(f"{repository}: cannot {doing} {host}: no connection ({_line(error)})") from error
+    except (ValueError, LookupError) as error:  # an answer that is none, a card that the hub does not take
+        raise UserError(f"{repository}: cannot {doing} {host}: {_line(error)}") from error
+
+
+def _answer(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    said = f" ({printable(' '.join(error.server_message.split()))[:200]})" if error.server_message else ""
+    meaning = {
+        401: f"it wants a login{said}; {_LOGIN}",
+        403: f"the login has no right to this{said}; {_LOGIN}",
+        404: f"there is no such repository, or this login does not see it{said}",
+        409: f"somebody else changes the repository{said}; try again",
+        413: f"it takes no files of this size{said}",
+        429: f"too many requests{said}; try again later",
+    }
+    return f"{status}, {meaning.get(status, f'it answers with an error{said}; try again later')}"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return printable(text)[:200]
