@@ -41,7 +41,7 @@ def together(commands: list[list[str]], where: Path, *environments: dict[str, st
     return printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # two processes by torchrun are in test_engine, and by Slurm's variables here
 def test_two_machines(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     """Two of torchrun's agents, a process each, that meet on the loopback interface."""
     run_config("train_cfg.max_epochs=1").dump(tmp_path / "config.py")
