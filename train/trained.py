@@ -19,7 +19,7 @@ from mmengine import Config
 from mmengine.registry import MODELS, TASK_UTILS, TRANSFORMS
 from torch.nn.modules import module as torch_modules
 
-from hybridzoo.train import interruptions, resuming, run_folder
+from hybridzoo.train import interruptions, preparing, resuming, run_folder
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.hub import folder as hub_folder
 from hybridzoo.train.names import TASKS, find_config
@@ -222,9 +222,7 @@ def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
             f"hybridzoo; name the config before it: CONFIG {checkpoint}"
         )
     config = _config(setup)
-    from hybridzoo.train import engine  # which needs this module
-
-    engine.task_module(config.task)
+    preparing.task_module(config.task)
     _check_types(setup, f"checkpoint {checkpoint}")
     state = read_state_dict(checkpoint, strip=False)
     own = _skeleton(config, 4 * len(state) + 1000, checkpoint)
@@ -237,7 +235,7 @@ def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
     put(config, options)
     for key in (*_OF_A_RUN, "options"):
         config.pop(key, None)
-    engine.prepare(config, ("model",))
+    preparing.prepare(config, ("model",))
     return config
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
@@ -204,3 +205,36 @@ def _in_head(model: nn.Module, name: str) -> bool:
 def _name(model: nn.Module) -> str:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return cfg.get("architecture") or type(model).__name__
+
+
+def load_weights(model: nn.Module, path: str | Path, *, allow_head_mismatch: bool) -> None:
+    """Load a file into a model of any task; all of it has to fit, see :func:`load_matching`."""
+    inner: Any = model.module if is_model_wrapper(model) else model
+    if hasattr(inner, "load_weights"):
+        inner.load_weights(path, allow_head_mismatch=allow_head_mismatch)
+    else:
+        state = read_state_dict(path, strip=False)
+        report = load_matching(inner, state, allow_head_mismatch=allow_head_mismatch, source=path)
+        if allow_head_mismatch:
+            tell(f"weights {path}: {report}")
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Load a file's weights before training: all of them but other class heads, or else those of the backbone.
+
+    Raises:
+        UserError: not even the backbone fits; the model is untouched.
+    """
+    inner: Any = model.module if is_model_wrapper(model) else model
+    try:
+        load_weights(inner, path, allow_head_mismatch=True)
+    except UserError as error:
+        if not hasattr(getattr(inner, "backbone", None), "load"):
+            raise
+        tell(f"{error}: taking its backbone alone")  # another detector's neck and heads, or a segmentor's
+        inner.backbone.load(path)
+
+
+def is_whole_model(weights: str | Path) -> bool:
+    """Whether a file holds a detector or segmentor of ours; a published one has other names, its backbone fits."""
+    return any(name.startswith("backbone.model.") for name in read_state_dict(weights, strip=False))

@@ -18,7 +18,7 @@ pytest.importorskip("mmseg")
 from mmengine.registry import DATASETS, DefaultScope
 
 from hybridzoo.layers.inference import FusedError
-from hybridzoo.train import engine, resuming
+from hybridzoo.train import engine, resuming, runner
 from hybridzoo.train.config import load_config
 from hybridzoo.train.digits import digits_root
 from hybridzoo.train.errors import UserError
@@ -99,7 +99,7 @@ def test_one_step_changes_backbone_and_heads(task, data):
     samples = [dataset[0], dataset[1]]
     batch = {key: [sample[key] for sample in samples] for key in ("inputs", "data_samples")}
     before = {name: value.clone() for name, value in model.named_parameters()}
-    optim_wrapper = engine.MMRunner.build_optim_wrapper.__get__(_Holder(model))(config.optim_wrapper)
+    optim_wrapper = runner.MMRunner.build_optim_wrapper.__get__(_Holder(model))(config.optim_wrapper)
     losses = model.train().train_step(batch, optim_wrapper)
     assert all(torch.isfinite(value).all() for value in losses.values())
     unchanged = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}

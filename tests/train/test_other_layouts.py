@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS, METRICS, DefaultScope
 from PIL import Image
 
 from hybridzoo.__main__ import main
-from hybridzoo.train import check, coco, engine
+from hybridzoo.train import check, coco, engine, preparing
 from hybridzoo.train.config import load_config
 from hybridzoo.train.data import labels
 from hybridzoo.train.data.holdout import Holdout
@@ -244,7 +244,7 @@ def test_imagenets_validation_images_without_classes_are_refused(tmp_path):
 def configured(recipe: str, root: Path, **options):
     config = load_config(recipe, model="efficientvit_mit_b0", **options)
     task = engine.prepare(config)
-    engine._hold_out(config, None, 3)
+    preparing.hold_out(config, None, 3)
     task.configure(config, root)
     config = Config.fromstring(config.pretty_text, ".py")  # as a run leaves it behind
     scope = config.get("default_scope", "mmengine")
@@ -290,11 +290,11 @@ def test_a_run_divides_its_training_images(task, tmp_path):
     assert sorted(root.rglob("*")) == before
     state = SimpleNamespace(holdout=Holdout(0.25, 3))
     config.pop("val_fraction")
-    engine._hold_out(config, state, 9)
+    preparing.hold_out(config, state, 9)
     assert config.val_fraction == {"fraction": 0.25, "seed": 3, "held": False}, "a resumed run goes on as it began"
     config.val_fraction = 0.5
     with pytest.raises(UserError, match=r"--val-fraction 0\.5: the run began with --val-fraction 0\.25"):
-        engine._hold_out(config, state, None)
+        preparing.hold_out(config, state, None)
 
 
 @pytest.mark.parametrize("task", ["classification", "yolo", "segmentation"])

@@ -375,7 +375,7 @@ def test_output_norms_have_the_epsilon_of_the_network() -> None:
 
 def test_a_detector_of_another_kind_gives_its_backbone(tmp_path: Path, capsys: Any) -> None:
     from hybridzoo.train.backbone import PyramidBackbone
-    from hybridzoo.train.engine import start_from
+    from hybridzoo.train.weights import start_from
 
     def detector(neck: int) -> nn.Module:
         parts = {"backbone": PyramidBackbone("test_resnet", out_indices=(1, 2)), "neck": nn.Linear(4, neck)}

@@ -1,0 +1,174 @@
+"""Between a config and its run: the task's modules, checks, held-out images, the work folder, this machine."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from mmengine import Config
+
+import hybridzoo.backbones
+import hybridzoo.train.early_stop  # noqa: F401 - a hook that configs name
+from hybridzoo.train import config_check, resuming
+from hybridzoo.train.data.holdout import Holdout, holdout_of
+from hybridzoo.train.errors import UserError
+from hybridzoo.train.names import TASKS
+
+_runs = itertools.count()
+
+
+def prepare(config: Config, sections: Collection[str] = config_check.RUNNER) -> ModuleType:
+    """Import what ``config``'s task needs, so that its registries know all names, and return the task's module.
+
+    Args:
+        config: of a run.
+        sections: those that will be used, in which every key has to be one that somebody reads.
+
+    Raises:
+        UserError: the task's extra is not installed, or the config has a key that nobody reads.
+    """
+    if config.task not in TASKS:
+        raise UserError(f"config task={config.task!r}: choose {', '.join(TASKS)}")
+    if config.get("on_bad", "stop") not in ("stop", "skip"):
+        raise UserError(f"config on_bad={config.on_bad!r}: choose stop or skip")
+    module = task_module(config.task)
+    config_check.check(config, sections)
+    return module
+
+
+def task_module(task: str) -> ModuleType:
+    """The module of a task; importing it makes the task's registries know all names.
+
+    Raises:
+        UserError: the task's extra is not installed.
+    """
+    try:
+        if task != "classification":
+            importlib.import_module("hybridzoo.train.mmcv_ops").install()
+        return importlib.import_module(f"hybridzoo.train.{task}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hybridzoo"):
+            raise
+        extra = "train" if task == "classification" else task
+        raise UserError(f"{task} needs {error.name}: pip install 'hybridzoo[{extra}]'") from error
+    except ImportError as error:
+        if "libGL" not in str(error):
+            raise
+        raise UserError(
+            f"{task} needs OpenCV, whose build with windows misses {str(error).split(':')[0]}: "
+            "pip install --force-reinstall --no-deps opencv-python-headless"
+        ) from error
+
+
+def folder_of(config: Config, work_dir: str | Path | None) -> Path:
+    """Where a run works: the folder asked for, the config's, or `work_dirs/<config name>`."""
+    return Path(work_dir or config.get("work_dir") or Path("work_dirs", run_name(config)))
+
+
+def run_name(config: Config) -> str:
+    """The name of a config's file, which names its run."""
+    return Path(config.filename).stem if config.filename else "run"
+
+
+def check_intervals(config: Config) -> None:
+    """A checkpoint is kept between two steps of the optimizer.
+
+    Raises:
+        UserError: its interval is none of whole steps.
+    """
+    checkpoint: Any = config.default_hooks.get("checkpoint") or {}
+    steps = (config.get("optim_wrapper") or {}).get("accumulative_counts", 1)
+    if not checkpoint.get("by_epoch", True) and checkpoint.get("interval", steps) % steps:
+        raise UserError(  # a checkpoint holds no gradients
+            f"default_hooks.checkpoint.interval={checkpoint.interval}: choose a multiple of accumulative_counts={steps}"
+        )
+
+
+def check_fsdp(config: Config, launcher: str) -> None:
+    """What dividing the weights asks of a run.
+
+    Raises:
+        UserError: there are no processes to divide them among, or a hook that averages weights.
+    """
+    if launcher == "none":
+        raise UserError("--fsdp: there is one process, nothing to divide; use torchrun and --launcher pytorch")
+    if any("EMA" in str(hook.get("type")) for hook in config.get("custom_hooks") or ()):
+        raise UserError("--fsdp: no moving average of divided weights is kept; give --cfg-options custom_hooks=[]")
+
+
+def hold_out(config: Config, state: resuming.State | None, seed: int | None) -> None:
+    """Settle, in place, how the training images are divided: on a resumed run as they were.
+
+    Raises:
+        UserError: no share, or another than the run's.
+    """
+    given = config.get("val_fraction")
+    if isinstance(given, int | float):
+        first = seed if seed is not None else (config.get("randomness") or {}).get("seed") or 0
+        given = Holdout(float(given), int(first)).options()
+    asked = holdout_of(given)
+    if state is not None:
+        before = state.holdout
+        if asked is not None and (before is None or before.fraction != asked.fraction):
+            was = f"began with --val-fraction {before.fraction:g}" if before else "began without --val-fraction"
+            raise UserError(f"--val-fraction {asked.fraction:g}: the run {was}, and goes on with that")
+        asked = before
+    config.pop("val_fraction", None)
+    if asked is not None:
+        config.val_fraction = asked.options()
+
+
+def set_up(config: Config, work_dir: str | Path | None, launcher: str) -> Path:
+    """Fill in what depends on this machine and this call; return the work folder."""
+    folder, name = folder_of(config, work_dir), run_name(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"work_dir {folder}: cannot be made ({error.strerror})") from error
+    config.work_dir = str(folder)
+    # mmengine keeps one object per name and names runs by the second: two in one process would share their state.
+    config.experiment_name = f"{name}_{next(_runs)}"
+    if config.get("visualizer"):
+        config.visualizer.name = config.experiment_name
+    config.launcher = "none" if launcher == "none" else "pytorch"  # the processes have found each other
+    if launcher != "none" and not torch.cuda.is_available():
+        wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
+        wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
+        config.model_wrapper_cfg = {**wrapper, **(config.get("model_wrapper_cfg") or {})}
+    for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        loader = config.get(key)
+        if loader and not loader.get("num_workers"):  # torch refuses both without workers
+            loader.persistent_workers = False
+            loader.pop("prefetch_factor", None)
+    return folder
+
+
+def drop_missing_hooks(config: Config) -> None:
+    """mmengine accepts None for its own default hooks only."""
+    own = {"runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"}
+    config.default_hooks = {key: hook for key, hook in config.default_hooks.items() if hook is not None or key in own}
+
+
+def set_num_classes(node: Any, num_classes: int) -> None:
+    """Set every ``num_classes`` in the config of a model: of the classifier, or of the box, mask and decode heads."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "num_classes":
+                node[key] = num_classes
+            else:
+                set_num_classes(value, num_classes)
+    elif isinstance(node, list | tuple):
+        for item in node:
+            set_num_classes(item, num_classes)
+
+
+def count_classes(node: Any) -> int:
+    """The first ``num_classes`` in the config of a model, 0 without one."""
+    if isinstance(node, dict):
+        return int(node.get("num_classes") or next(filter(None, map(count_classes, node.values())), 0))
+    return next(filter(None, map(count_classes, node)), 0) if isinstance(node, list | tuple) else 0

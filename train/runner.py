@@ -1,0 +1,177 @@
+"""mmengine's runner as all tasks use it, and the files that it, mmdet or mmseg read: by our reader."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, CheckpointLoader
+from mmengine.runner import Runner as MMRunner
+from torch import nn
+
+from hybridzoo.checkpoints.containers import flaw
+from hybridzoo.checkpoints.transfer import DownloadError, fetch
+from hybridzoo.train import progress, provenance, resuming, seeding, sharding
+from hybridzoo.train.batchnorm import drop_a_last_one
+from hybridzoo.train.errors import UserError, building
+from hybridzoo.train.weights import read_checkpoint, start_from
+
+
+class Runner(MMRunner):
+    """mmengine's runner with a quiet terminal, seeded samples and initial weights that have to fit."""
+
+    initial_weights: Path | None = None
+    resumed: resuming.State | None = None
+    run = ""  # name of the run, which its checkpoints hold
+    started = False  # from weights, which they hold too
+    sharded = False  # by FSDP
+    origin = ""  # where the weights come from, in words
+    lineage: tuple[provenance.Start, ...] = ()  # the same with licences, for whoever takes the result
+    _train_dataloader: Any
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(log_level, log_file, **kwargs)
+        for handler in logger.handlers:  # everything is in the log file; a person sees ProgressHook
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = _raise  # type: ignore[method-assign]  # of a full disk; logging would print it
+            else:
+                handler.setLevel(logging.ERROR)
+        return logger
+
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        if isinstance(self._train_dataloader, dict):
+            self._train_dataloader = seeding.seeded_dataloader(self._train_dataloader, self.seed)
+        with building("train_cfg, train_dataloader"):
+            randomness = self.cfg.get("randomness") or {}
+            self._train_dataloader = self.build_dataloader(
+                self._train_dataloader, self.seed, randomness.get("diff_rank_seed", False)
+            )
+            drop_a_last_one(self._train_dataloader, self.model)
+            built = super().build_train_loop(loop)
+        if len(built.dataloader) == 0:
+            batch = self.cfg.train_dataloader.get("batch_size")
+            raise UserError(f"train_dataloader.batch_size={batch}: larger than the training set, choose a smaller one")
+        return built
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        if self.cfg.get("fsdp"):
+            return model.to(get_device())  # divided when its first weights are in it
+        wrapped = super().wrap_model(model_wrapper_cfg, model)
+        return wrapped.to(self.cfg.device) if self.cfg.get("device") else wrapped
+
+    def build_val_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with building("val_cfg, val_dataloader, val_evaluator"):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with building("test_cfg, test_dataloader, test_evaluator"):
+            return super().build_test_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        if self.cfg.get("fsdp") and not self.sharded:
+            self._init_model_weights()
+            self._load_initial_weights()
+            sharding.shard(self.model)
+            self.sharded = True
+        with building("optim_wrapper"):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        with building("param_scheduler"):
+            return super().build_param_scheduler(scheduler)
+
+    def _init_model_weights(self) -> None:
+        """mmengine's, which comes after the optimizer is built: too late where the model is divided among processes."""
+        if not self.sharded:
+            super()._init_model_weights()
+
+    def _load_initial_weights(self) -> None:
+        if self.initial_weights is not None:
+            start_from(self.model, self.initial_weights)
+
+    def load_or_resume(self) -> None:
+        if not self.sharded:
+            self._load_initial_weights()  # mmengine has initialised the model by now
+        if self.resumed is not None:
+            self.resumed.check_built(self.optim_wrapper, self.param_schedulers)
+            if self.sharded:
+                found = self.resumed.content["optimizer"]
+                self.resumed.content["optimizer"] = sharding.divided_state(found, self.optim_wrapper.optimizer)
+            self.resume(str(self.resumed.path))
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What was read and checked before the run began, instead of mmengine's own reading of the file."""
+        assert self.resumed is not None
+        checkpoint = dict(self.resumed.content)
+        checkpoint["meta"] = {**checkpoint["meta"], "seed": self.resumed.seed}
+        checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        inner: Any = self.model.module if is_model_wrapper(self.model) else self.model
+        state = checkpoint["state_dict"]
+        inner.load_state_dict(sharding.divided(state, inner.state_dict()) if self.sharded else state)
+        return checkpoint
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with sharding.gathered(self.model, self.optim_wrapper.optimizer) if self.sharded else contextlib.nullcontext():
+            super().save_checkpoint(*args, **kwargs)
+
+    def dump_config(self) -> None:
+        if self._train_loop is not None:  # a test leaves the training's config as it is
+            super().dump_config()
+
+
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Every local file that mmengine, mmdet or mmseg read, such as an `init_cfg` names, is read as all others are."""
+    return read_checkpoint(filename)
+
+
+@CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
+def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """A file from the network: downloaded into PyTorch's cache, and read as all others are."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(urlsplit(filename).path).name)[-200:] or "weights.pth"
+    target = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        fetch(filename, target, flaw=flaw)
+    except DownloadError as error:
+        raise UserError(str(error)) from error
+    return read_checkpoint(target)
+
+
+def validation_metrics(runner: Runner) -> dict[str, float]:
+    """Metric -> value of the last validation; empty where there was none."""
+    scalars = runner.message_hub.log_scalars
+    names = [name for name in scalars if name.startswith("val/") and name not in ("val/time", "val/data_time")]
+    return {name.removeprefix("val/"): float(scalars[name].current()) for name in names}
+
+
+def save_final(runner: Runner) -> None:
+    """Write `final.pth`: weights and meta, nothing of the optimizer."""
+    meta = {"epoch": runner.epoch, "iter": runner.iter}
+    runner.save_checkpoint(
+        runner.work_dir,
+        "final.pth",
+        save_optimizer=False,
+        save_param_scheduler=False,
+        meta=meta,
+        backend_args={"backend": "atomic"},
+    )
+
+
+def close_progress(runner: Runner) -> None:
+    """Leave the terminal as it was, also after an error."""
+    for hook in runner.hooks:
+        if isinstance(hook, progress.ProgressHook):
+            hook.close()
+
+
+def _raise(record: logging.LogRecord) -> None:
+    raise
