@@ -49,7 +49,7 @@ def test_the_whole_command(tmp_path):
     timed = [row for row in rows if row["part"] in ("operators", "tuned") and not row.get("done")]
     assert {row["op"] for row in timed} == {"na2d", "routed"}
     assert all(row["q1_us"] <= row["median_us"] <= row["q3_us"] and row["bytes"] and row["flops"] for row in timed)
-    assert {row["op"] for row in rows if row.get("worst", 2) <= 1} == {"na2d", "routed", "depthwise"}
+    assert {row["op"] for row in rows if row.get("worst", 2) <= 1} == {"na2d", "routed", "mix2d", "depthwise"}
     (table,) = tmp_path.glob("dry*.json")
     tuning = importlib.import_module("hybridzoo.kernels.tuning")
     assert {key.operator for key in tuning.read_table(table)} <= {"na2d", "routed"}

@@ -47,14 +47,23 @@ ROUTED = [
 ]
 # batch, height, width, channels, bias
 DEPTHWISE = [(4, 56, 56, 64, True), (2, 14, 13, 96, False), (1, 1, 5, 40, True), (3, 7, 7, 384, True)]
-CASES = {"na2d": NA2D, "routed": ROUTED, "depthwise": DEPTHWISE}
+# batch, height, width, heads, head_dim, value_dim, kernel, dilation, biases
+MIX2D = [
+    *((4, 14, 14, 8, 16, 16, kernel, 1, True) for kernel in (5, 13)),
+    *((4, 7, 7, 12, 16, 16, kernel, 1, True) for kernel in (5, 7)),
+    (2, 33, 25, 4, 16, 16, 13, 1, True),
+    (1, 17, 9, 2, 32, 8, (3, 7), (2, 1), True),
+    (1, 4, 5, 1, 24, 32, 7, 1, False),
+]
+CASES = {"na2d": NA2D, "routed": ROUTED, "mix2d": MIX2D, "depthwise": DEPTHWISE}
 DRY = {"na2d": [(1, 5, 6, 1, 16, (3, 3), (2, 2), True, False)], "routed": [(1, 6, 6, 1, 16, 3, 2, False)],
-       "depthwise": [(1, 4, 5, 24, True)]}  # fmt: skip
+       "mix2d": [(1, 4, 5, 1, 16, 16, 3, 1, True)], "depthwise": [(1, 4, 5, 24, True)]}  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def tasks(dry: bool, store: Store) -> list[Task]:
     code = operators.CODE | {"depthwise": ("kernels/depthwise", "kernels/triton_common.py")}
+    code["mix2d"] = code["na2d"]
     return [
         Task(f"correctness/{op} {case} {dtype}", "correctness:check", dict(op=op, case=case, dtype=dtype, dry=dry),
              code[op])
@@ -69,10 +78,10 @@ def check(op: str, case: Sequence[Any], dtype: str, dry: bool) -> Iterator[Row |
     yield None
     device = "cpu" if dry else "cuda"
     torch.manual_seed(0)
-    call, tensors, names = {"na2d": _na2d, "routed": _routed, "depthwise": _depthwise}[op](case, device)
+    call, tensors, names = MAKERS[op](case, device)
     low = getattr(torch, dtype)
     # A bias or fill stays float32, as in training; maps have the precision that is asked for.
-    given = [t if t.ndim == 3 and op == "na2d" else t.to(low) for t in tensors]
+    given = [t if t.ndim <= 3 and op in ("na2d", "mix2d") else t.to(low) for t in tensors]
     shape = call("torch", *(t.detach() for t in given)).shape
     grad = torch.randn(shape, device=device).to(low)
     found = _results(call, "triton", given, grad)
@@ -154,6 +163,29 @@ def _depthwise(case: Sequence[Any], device: str) -> tuple[Callable[..., Tensor],
         return dynamic_depthwise_conv2d(*t, impl=impl)
 
     return call, tensors, ["maps", "kernels", "bias"][: len(tensors)]
+
+
+def _mix2d(case: Sequence[Any], device: str) -> tuple[Callable[..., Tensor], list[Tensor], list[str]]:
+    from hybridzoo.kernels import neighborhood_mix2d
+
+    batch, height, width, heads, head_dim, value_dim, kernel, dilation, biases = (_pair(n) for n in case)
+    rows, columns = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    tensors = [torch.randn(batch, height, width, heads, head_dim, device=device)]
+    tensors.append(torch.randn(batch, heads, rows * columns, head_dim, device=device))
+    tensors.append(torch.randn(batch, height, width, heads, value_dim, device=device))
+    names = ["query", "taps", "value"]
+    if biases:
+        tensors.append(torch.randn(heads, rows * columns, device=device))
+        tensors.append(torch.randn(heads, 2 * rows - 1, 2 * columns - 1, device=device))
+        names += ["tap_bias", "rpb"]
+
+    def call(impl: str, *t: Tensor) -> Tensor:
+        return neighborhood_mix2d(*t[:3], kernel, dilation, impl=impl, **dict(zip(names[3:], t[3:], strict=True)))
+
+    return call, tensors, names
+
+
+MAKERS = {"na2d": _na2d, "routed": _routed, "mix2d": _mix2d, "depthwise": _depthwise}
 
 
 def _pair(value: Any) -> Any:
