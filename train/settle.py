@@ -275,12 +275,13 @@ def fit_data(config: Config, images: int | None, *, started: bool) -> None:
     steps = an_epoch * config.train_cfg.max_epochs
     if steps < SHORTEST_SCHEDULE and not any(key.startswith("param_scheduler") for key in given):
         config.param_scheduler = []
-    for place, schedule in _schedules(config):  # a warm-up of less than one iteration is none
+    least = 2.5 / an_epoch  # two iterations once rounded down: a warm-up of one stays at its start factor for good
+    for place, schedule in _schedules(config):
         whole = not schedule.get("convert_to_iter_based") or f"{place}.end" in given
-        if not whole and schedule.get("end", 0) * an_epoch < 1:
-            schedule["end"] = 1 / an_epoch
-        if 0 < schedule.get("begin", 0) * an_epoch < 1 and f"{place}.begin" not in given:
-            schedule["begin"] = 1 / an_epoch
+        if not whole and schedule.get("end", 0) * an_epoch < 2:
+            schedule["end"] = least
+        if 0 < schedule.get("begin", 0) * an_epoch < 2 and f"{place}.begin" not in given:
+            schedule["begin"] = least
     custom = config.get("custom_hooks") or "custom_hooks" in given
     if steps >= LONG_RUN and not custom and not config.get("fsdp"):
         config.custom_hooks = [{"type": "TimmEMAHook", "decay": min(0.9998, 1 - 20 / steps), "use_warmup": True}]

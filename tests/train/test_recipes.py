@@ -230,6 +230,9 @@ def test_what_follows_from_the_number_of_images():
     assert (own.train_cfg.max_epochs, own.train_dataloader.batch_size) == (3, 7)
     assert own.optim_wrapper.optimizer.lr == 1e-5
     assert settled(4, epochs=1).param_scheduler == []
+    for epochs in (5, 6, 9):  # of four iterations: mmengine's warm-up of a single one would never end
+        warmup, cosine = settled(32, epochs=epochs, batch_size=8).param_scheduler
+        assert int(warmup.end * 4) == int(cosine.begin * 4) == 2
 
 
 def test_freeze_leaves_the_classifiers_stages_as_they_are():
