@@ -46,13 +46,13 @@ types: setup  ## mypy; it sees the mapped folders through links
 	@for file in __init__.py __main__.py py.typed; do ln -sf ../../hybridzoo/$$file .links/hybridzoo/$$file; done
 	$(BIN)/mypy
 
-bench: setup  ## speed tables, ours beside what one would run otherwise
-	$(BIN)/python benchmarks/routed_attention.py --out benchmarks/routed_attention_cpu.md
-	$(BIN)/python benchmarks/neighborhood_attention.py --out benchmarks/neighborhood_attention_cpu.md
-	$(BIN)/python benchmarks/deformable_attention.py --out benchmarks/deformable_attention_cpu.md
-	$(BIN)/python benchmarks/window_families.py --out benchmarks/window_families_cpu.md
-	$(BIN)/python benchmarks/convolutional_families.py --threads 2 --out benchmarks/convolutional_families_cpu.md
-	$(BIN)/python benchmarks/linear_attention_families.py --threads 2 --out benchmarks/linear_attention_families_cpu.md
+bench: setup  ## the speed tables of README and benchmarks/ (a quarter of an hour on two quiet cores)
+	$(BIN)/python -m benchmarks.compare
+	$(BIN)/hybridzoo bench ops --device cpu --threads 2 --json benchmarks/results/operators_cpu.json
+	$(BIN)/hybridzoo bench ops na2d routed dat --device cpu --threads 2 --img-size 800x1344 --batch-size 1 --repeats 3 \
+	  --json benchmarks/results/operators_800x1344_cpu.json
+	$(BIN)/python -m benchmarks.input_pipeline
+	$(BIN)/python -m benchmarks.tables
 
 one-line: setup  ## the three one-line commands with a network of each family: tables and pictures (an hour on two cores)
 	$(BIN)/python benchmarks/one_line.py photographs --out docs/one_line.md

@@ -1,6 +1,6 @@
 """How long images take to be read and augmented, beside how long a network trains on them: CPU seconds an image.
 
-    python benchmarks/input_pipeline.py --out benchmarks/input_pipeline_cpu.md
+    python -m benchmarks.input_pipeline
 
 CPU time is counted rather than time, so that other work on the machine matters little. The images are photographs that
 come with scikit-image, as JPEG with a shorter side of 375 pixels, which is about ImageNet's size.
@@ -8,7 +8,6 @@ come with scikit-image, as JPEG with a shorter side of 375 pixels, which is abou
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,12 +19,13 @@ from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from hybridzoo.train import engine
+from hybridzoo.train.bench import rows
 from hybridzoo.train.config import load_config
 from hybridzoo.train.networks import create
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg")
 NETWORKS = ("efficientvit_msra_m0", "efficientvit_mit_b0", "dinat_mini", "maxvit_tiny")
-CORES = 2
+OUT = Path(__file__).parent / "results" / "input_pipeline_cpu.json"
 
 
 def photographs(root: Path) -> None:
@@ -66,22 +66,16 @@ def training(name: str, batch: int = 4) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder))
-        rows = [("reading and augmenting (finetune)", reading(Path(folder)))]
-    rows += [(f"training {name}", training(name)) for name in NETWORKS]
-    lines = [f"| 224 px, one thread | CPU ms an image | images/s on {CORES} cores |", "|---|---|---|"]
-    lines += [f"| {what} | {1000 * seconds:.1f} | {CORES / seconds:.0f} |" for what, seconds in rows]
-    table = "\n".join(lines)
-    print(table)
-    if args.out:
-        args.out.write_text(
-            f"# The input pipeline beside the network\n\nMade by `benchmarks/input_pipeline.py`.\n\n{table}\n"
-        )
+        found = [("reading and augmenting (finetune)", reading(Path(folder)))]
+    found += [(f"training {name}", training(name)) for name in NETWORKS]
+    common: rows.Row = dict(part="input pipeline", shape=dict(height=224, width=224), dtype="float32")
+    common |= rows.machine("cpu", 1)
+    rows.write(OUT, [common | dict(op=what, cpu_us=round(seconds * 1e6, 1)) for what, seconds in found])
+    for what, seconds in found:
+        print(f"{what}: {1000 * seconds:.1f} CPU ms an image")
 
 
 if __name__ == "__main__":

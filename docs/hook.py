@@ -69,7 +69,7 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
     return LINK.sub(lambda found: _link(found, here), markdown)
 
 
-LATER = {"bench.md", "export.md", "show.md", "with_other_libraries.md"}
+LATER = {"export.md", "show.md", "with_other_libraries.md"}
 
 
 def _present(nav: Any, docs: Path) -> Any:

@@ -73,7 +73,7 @@ class ContextMixing(nn.Module):
     def forward(self, x: Tensor, context: Tensor, value: Tensor) -> Tensor:
         """`(B, dim, H, W)`, `(B, context_dim, H, W)` and `(B, dim, H, W)` -> `(B, dim, H, W)`."""
         size = (x.shape[2], x.shape[3])
-        enlarged = _at_least(size, self.kernels[1])
+        enlarged = at_least(size, self.kernels[1])
         if enlarged != size:
             x, context, value = (resize_map(t, enlarged) for t in (x, context, value))
         query = self.query(x).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, -1))
@@ -103,7 +103,7 @@ class ContextMixing(nn.Module):
         return f"num_heads={self.num_heads}, kernels={self.kernels}, regions={self.regions}"
 
 
-def _at_least(size: tuple[int, int], side: int) -> tuple[int, int]:
+def at_least(size: tuple[int, int], side: int) -> tuple[int, int]:
     """`size` enlarged, about in proportion, until no side is below `side`; rounded as published, in floating point."""
     height, width = size
     if min(size) >= side:

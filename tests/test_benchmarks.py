@@ -1,76 +1,112 @@
-"""The benchmarks import and say what they take; their plain networks are the same networks."""
+"""The comparisons' plain networks are the same networks, and every committed table is what its data makes."""
 
 from __future__ import annotations
 
-import copy
 import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from networks import few_blocks
 
-import hybridzoo  # noqa: F401  (registers the models)
+from hybridzoo.train.bench import rows
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-COMMANDS = sorted(file.name for file in BENCHMARKS.glob("*.py") if "--out " in file.read_text())
-
-HELP = """
-import runpy, sys
-sys.path.insert(0, ".")
-for file in sys.argv[1:]:
-    sys.argv[:] = [file, "--help"]
-    try:
-        runpy.run_path(file, run_name="__main__")
-    except SystemExit as end:
-        assert end.code == 0, file
-"""
+ROOT = Path(__file__).parent.parent
 
 
-def test_every_command_starts():
-    """All in one other process: some register models with timm, which tests that list models would find."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    assert len(COMMANDS) >= 5
-    run = subprocess.run(
-        [sys.executable, "-c", HELP, *COMMANDS], cwd=BENCHMARKS, capture_output=True, text=True
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("usage: ") == len(COMMANDS)
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
 
 
-def test_readmes_table_of_inference_is_what_was_measured(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    inference = importlib.import_module("inference")
-    data = BENCHMARKS / "results" / "inference_cpu.json"
-    rows = json.loads(data.read_text())
-    assert {row["model"] for row in rows} <= set(inference.MODELS)
-    written = (BENCHMARKS.parent / "README.md").read_text()
-    assert inference.table(rows) in written, f"python benchmarks/inference.py --table {data}"
+compared = {
+    "agent_cswin_tiny": 224, "agent_deit_tiny": 224, "agent_pvt_tiny": 224, "agent_swin_tiny": 224,
+    "inline_cswin_tiny": 224, "inline_deit_tiny": 224, "inline_pvt_tiny": 224, "inline_swin_tiny": 224,
+    "biformer_tiny": 224, "dat_plus_tiny": 64, "dat_tiny": 64, "dinat_mini": 224, "fastervit_0": 224,
+    "litv2_small": 64, "overlock_xtiny": 64, "patnet_t0": 64, "ravlt_tiny": 64,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("host", ["deit", "pvt", "swin", "cswin"])
-@pytest.mark.parametrize("family", ["agent", "inline"])
-def test_plain_transcriptions_are_the_same_networks(family, host, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    plain = importlib.import_module("linear_attention_families").plain
-    depths = dict() if host == "deit" else dict(depths=(2, 2, 2, 2))
-    ours = timm.create_model(f"{family}_{host}_tiny", num_classes=10, **depths).double().eval()
-    other = plain(ours)
-    x = torch.randn(1, 3, 224, 224, dtype=torch.double)
+def shallow(name: str) -> dict:
+    """Networks whose plain form is made for one depth are as deep as they are."""
+    return {} if name.startswith(("patnet", "overlock")) else few_blocks(name)
+
+
+@pytest.mark.parametrize("name", compared)
+def test_plain_transcriptions_are_the_same_networks(name):
+    """In evaluation, and in training: `dat_tiny` where the maps are as large as its windows."""
+    comparison = importlib.import_module("benchmarks.compare").Comparison
+    made = comparison(name, batch=1, size=compared[name], turns=1, seconds=0.0, **shallow(name))
+    others = [form for form in made.models if not form.startswith(("ours", "timm"))]
+    assert others
+    ours, plain = (made.models[form].double().eval() for form in ("ours", others[0]))
+    kinds = [{type(module) for module in model.modules()} for model in (ours, plain)]
+    assert kinds[0] != kinds[1], "something is written otherwise"
+    x = torch.randn(1, 3, compared[name], compared[name], dtype=torch.double)
     with torch.no_grad():
-        torch.testing.assert_close(other(x), ours(x))
+        torch.testing.assert_close(plain(x), ours(x))
 
 
-@pytest.mark.parametrize("name", ["dat_tiny", "dat_plus_tiny"])
-def test_plain_deformable_attention_is_the_same(name, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    make_plain = importlib.import_module("deformable_attention").make_plain
-    ours = timm.create_model(name, num_classes=10, depths=(1, 1, 2, 1)).double().eval()
-    other = make_plain(copy.deepcopy(ours))
-    assert sum(type(module).__name__ == "PlainDeformableAttention" for module in other.modules()) >= 2
-    x = torch.randn(1, 3, 64, 96, dtype=torch.double)
-    with torch.no_grad():
-        torch.testing.assert_close(other(x), ours(x))
+def test_a_comparison_measures_every_form_in_every_way():
+    comparison = importlib.import_module("benchmarks.compare").Comparison
+    made = comparison("efficientvit_msra_m0", batch=2, size=64, turns=1, seconds=0.0)
+    found = made.measure()
+    timms = ["timm: efficientvit_m0", "timm: efficientvit_m0, channels last"]
+    assert [(row["way"], row["form"]) for row in found] == [
+        *((way, form) for way in ("inference", "latency") for form in ("ours", *timms, "fused")),
+        *(("training", form) for form in ("ours", *timms)),
+    ]
+    assert all(row["median_us"] > 0 and row["peak_mib"] >= 0 for row in found)
+
+
+def test_forms_that_differ_are_no_comparison():
+    comparison = importlib.import_module("benchmarks.compare").Comparison
+    made = comparison("ravlt_tiny", batch=1, size=32, turns=1, seconds=0.0, **few_blocks("ravlt_tiny"))
+    torch.nn.init.normal_(made.models["plain"].head.fc.weight)
+    made.models["ours"].eval(), made.models["plain"].eval()
+    with pytest.raises(ValueError, match="plain differs from ours"):
+        made.check(made.models)
+
+
+def test_every_network_that_is_compared_is_tested():
+    compare = importlib.import_module("benchmarks.compare")
+    alone = {"ascan_tiny"}  # nobody else has it, and PyTorch's own layers make it up
+    timms = {"maxvit_tiny", "efficientvit_msra_m0", "efficientvit_mit_b0"}
+    assert set(compare.COMPARISONS) == {*compared, *alone, *timms}
+
+
+@pytest.fixture
+def tables():
+    return importlib.import_module("benchmarks.tables")
+
+
+@pytest.mark.parametrize("name", ["README.md", "networks_cpu.md", "operators_cpu.md", "input_pipeline_cpu.md"])
+def test_committed_tables_are_what_their_data_make(tables, name):
+    (file,) = [file for file in tables.FILES if file.name == name]
+    assert file.read_text() == tables.text(file), "run: python -m benchmarks.tables"
+
+
+def test_every_table_stands_somewhere_and_every_file_of_results_is_read(tables):
+    marks = [mark[2] for file in tables.FILES for mark in tables.MARKED.finditer(file.read_text())]
+    assert sorted(marks) == sorted(tables.TABLES)
+    source = (ROOT / "benchmarks" / "tables.py").read_text() + (ROOT / "docs" / "linear_cost.py").read_text()
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert file.stem in source, f"{file.name}: no table is made of it"
+        assert rows.read(file)
+
+
+def test_tables_follow_their_data(tables, tmp_path, monkeypatch):
+    """Memory, quartiles and reasons too, of rows as the verbs write them."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    where = dict(device="a CPU", threads=2, torch="2", at="2026-01-02 03:04:05", runs=5)
+    row = dict(op="na2d", shape=dict(height=7, width=7, heads=2, dilation=1), batch=2, peak_mib=3.0, **where)
+    times = {("ours", "forward"): 1e3, ("ours", "both"): 2e3, ("gather", "forward"): 5e3}
+    found = [row | dict(form=form, way=way, median_us=us, q1_us=us, q3_us=2 * us) for (form, way), us in times.items()]
+    rows.write(tmp_path / "operators_cpu.json", [*found, row | dict(form="gather", way="both", median_us=8e3)])
+    assert "| 7x7, 2 heads, dilation 1 | 5.0x | 4.0x | 3 / 3 |" in tables.TABLES["na2d"]()
+    assert "Batch 2. a CPU, 2 threads, PyTorch 2, float32, 2026-01-02. Medians of 5" in tables.TABLES["na2d"]()
+    rows.write(
+        tmp_path / "operators_cpu.json", [*found, row | dict(form="gather", way="both", error="would need 9 GiB")]
+    )
+    full = tables.TABLES["operators"]()
+    assert "| gather | 2 | 5 | 5-10 | 5.00x | would need 9 GiB |" in full

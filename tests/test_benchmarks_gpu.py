@@ -221,8 +221,10 @@ def test_reports_are_what_their_rows_say(folder):
 
 
 def test_the_training_extras_are_not_needed():
-    code = "import sys; sys.modules.update(dict.fromkeys(('mmengine', 'mmcv', 'mmdet', 'mmseg', 'wandb', 'typer')))\n"
+    extras = ("mmengine", "mmcv", "mmdet", "mmseg", "wandb", "typer", "rich")
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
     code += "import benchmarks.gpu.importable as i; i.make_importable()\n"
     code += "import benchmarks.gpu.parts, benchmarks.gpu.report, benchmarks.gpu.worker, hybridzoo.kernels\n"
-    code += "import neighborhood_attention, biformer_plain"
+    code += "import benchmarks.gpu.cases, benchmarks.gpu.networks, hybridzoo.train.bench.routed_forms\n"
+    code += "from benchmarks.plain import biformer, hosts, neighborhood"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

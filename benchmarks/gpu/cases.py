@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 HEAD_DIM = 32
@@ -90,115 +89,53 @@ def make(op: str, shape: dict[str, int], batch: int, dry: bool, seed: int = 0) -
 
 
 def _na2d(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> Case:
-    import neighborhood_attention as plain
-
     from hybridzoo.kernels import na2d
+    from hybridzoo.train.bench import forms
 
-    kernel = 3 if dry else plain.KERNEL
+    kernel = 3 if dry else 7
     table = 2 * kernel - 1
     rpb = torch.randn(shape["heads"], table, table, device=packed.device, dtype=packed.dtype).requires_grad_()
-    where = plain.Shape(shape["side"], shape["side"], shape["heads"], shape["dilation"])
+    size, dilation = (shape["side"], shape["side"]), shape["dilation"]
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
-        return na2d(q, k, v, kernel, shape["dilation"], rpb=rpb, impl="triton")
+    def by(impl: str) -> Function:
+        return lambda q, k, v, rpb: na2d(q, k, v, kernel, dilation, rpb=rpb, impl=impl)
 
-    forms: dict[str, Any] = {"ours": lambda: ours}
+    found: dict[str, Any] = {"ours": lambda: by("triton")}
     if not dry:
-        forms["torch"] = lambda: plain.ours(where, "torch")
-        forms["gather"] = lambda: plain.gather(where, packed.device)
-        forms["sdpa, same mask and bias"] = lambda: plain.dense(where, packed.device)
-        forms["flex"] = lambda: _flex_na2d(where, kernel, packed.device)
-    return Case("na2d", shape, [packed, rpb], lambda f: f(*packed.unbind(3), rpb), grad, forms)
+        found["torch"] = lambda: by("torch")
+        found["gather"] = lambda: forms.na2d_gather(size, kernel, dilation, packed.device)
+        found["sdpa, same mask and bias"] = lambda: forms.na2d_dense(size, kernel, dilation, packed.device)
+        found["flex"] = lambda: forms.na2d_flex(size, kernel, dilation, packed.device)
+    return Case("na2d", shape, [packed, rpb], lambda f: f(*packed.unbind(3), rpb), grad, found)
 
 
 def _routed(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> Case:
-    import biformer_plain
-
     from hybridzoo.kernels import routed_attention2d
     from hybridzoo.kernels.routed.grid import Grid
+    from hybridzoo.train.bench import forms, routed_forms
 
     regions = 2 if dry else 7
     grid = Grid.of(grad, regions, regions)
     scale = (shape["heads"] * HEAD_DIM) ** -0.5
     routes = torch.rand(len(grad), grid.regions, grid.regions, device=grad.device).topk(shape["topk"]).indices
+    size = (shape["side"], shape["side"])
 
     def ours(impl: str) -> Function:
         return lambda q, k, v: routed_attention2d(q, k, v, routes, regions, scale=scale, impl=impl)
 
     def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return biformer_plain.routed_attention(q, k, v, None, routes, grid, scale)
+        return routed_forms.gather(q, k, v, None, routes, grid, scale)
 
     def dense(mask: Tensor | None) -> Function:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-            return out.transpose(1, 2).unflatten(1, grad.shape[1:3])
+        return lambda q, k, v: forms.dense_attention(q, k, v, mask, scale)
 
-        return attend
-
-    region = _region_of(grid, *grad.shape[1:3], grad.device)
-    seen = torch.zeros(len(grad), grid.regions, grid.regions, dtype=torch.bool, device=grad.device)
-    seen.scatter_(2, routes, True)
-    forms: dict[str, Any] = {"ours": lambda: ours("triton"), "auto": lambda: ours("auto")}
+    region, seen = routed_forms.region_of(grid, *size, grad.device), routed_forms.seen(routes, grid)
+    found: dict[str, Any] = {"ours": lambda: ours("triton"), "auto": lambda: ours("auto")}
     if not dry:
-        forms |= {"gather": lambda: gather, "sdpa, all tokens": lambda: dense(None)}
-        forms["sdpa, same mask"] = lambda: dense(seen[:, None, region[:, None], region[None]])
-        forms["flex"] = lambda: _flex(seen, region, scale, grad.shape[1:3])
-    return Case("routed", shape, [packed], lambda f: f(*packed.unbind(3)), grad, forms)
-
-
-def _region_of(grid: Any, height: int, width: int, device: torch.device) -> Tensor:
-    row = torch.arange(height, device=device) // grid.height
-    return (row[:, None] * grid.columns + torch.arange(width, device=device) // grid.width).flatten()
-
-
-def _flex_na2d(shape: Any, kernel: int, device: torch.device) -> Function:
-    """Of FlexAttention, compiled, with the same mask and bias."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def seen(query: Tensor, key: Tensor, length: int) -> Tensor:
-        residue, members = query % shape.dilation, (length - query % shape.dilation - 1) // shape.dilation + 1
-        start = (query // shape.dilation - kernel // 2).clamp(torch.zeros_like(members), (members - kernel).clamp(0))
-        place = key // shape.dilation
-        return (key % shape.dilation == residue) & (place >= start) & (place < start + kernel)
-
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        rows = seen(i // shape.width, j // shape.width, shape.height)
-        return rows & seen(i % shape.width, j % shape.width, shape.width)
-
-    tokens = shape.height * shape.width
-    block_mask = create_block_mask(mask, None, None, tokens, tokens, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
-        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            steps_h = torch.div(j // shape.width - i // shape.width, shape.dilation, rounding_mode="floor")
-            steps_w = torch.div(j % shape.width - i % shape.width, shape.dilation, rounding_mode="floor")
-            # Masked pairs of a visited block are looked up too, and must stay inside the table.
-            row, column = (s.clamp(1 - kernel, kernel - 1) + kernel - 1 for s in (steps_h, steps_w))
-            return score + rpb[h, row, column]
-
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-        out = compiled(q, k, v, score_mod=add_bias, block_mask=block_mask)
-        return out.transpose(1, 2).unflatten(1, shape[:2])
-
-    return attend
-
-
-def _flex(seen: Tensor, region: Tensor, scale: float, size: Any) -> Function:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return seen[b, region[i], region[j]]
-
-    blocks = create_block_mask(mask, len(seen), None, len(region), len(region), device=str(seen.device), _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-        return compiled(q, k, v, block_mask=blocks, scale=scale).transpose(1, 2).unflatten(1, size)
-
-    return attend
+        found |= {"gather": lambda: gather, "sdpa, all tokens": lambda: dense(None)}
+        found["sdpa, same mask"] = lambda: dense(seen[:, None, region[:, None], region[None]])
+        found["flex"] = lambda: routed_forms.flex(seen, region, scale, size)
+    return Case("routed", shape, [packed], lambda f: f(*packed.unbind(3)), grad, found)
 
 
 def batches(op: str, dry: bool) -> int:

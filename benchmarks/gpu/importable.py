@@ -1,4 +1,4 @@
-"""Makes `import hybridzoo` work in a checkout that is not installed, and the older benchmarks' modules importable."""
+"""Makes `import hybridzoo` work in a checkout that is not installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ ROOMS = ("backbones", "checkpoints", "configs", "kernels", "layers", "train")
 
 def make_importable() -> None:
     """Also for the processes that this one starts."""
-    _first(ROOT / "benchmarks")
     try:
         installed = importlib.util.find_spec("hybridzoo.kernels") is not None
     except (ImportError, AttributeError):

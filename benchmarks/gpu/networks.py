@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.gpu import operators, timing
 from benchmarks.gpu.importable import ROOT
@@ -71,40 +71,16 @@ def create(name: str, **arguments: Any) -> nn.Module:
     name = name.removeprefix("plain ")
     model = timm.create_model(name, **arguments)
     if name.startswith("biformer"):
-        import biformer_plain
+        from benchmarks.plain import biformer
 
-        return biformer_plain.make_plain(model)
+        return biformer.make_plain(model)
     if name.startswith(("agent_", "inline_")):
-        import linear_attention_families
+        from benchmarks.plain import hosts
 
-        return linear_attention_families.plain(model)
-    for module in model.modules():
-        if type(module).__name__ == "NeighborhoodAttention2d":
-            module.__class__ = _plain_neighborhood()
-            module.attends = {}
-    return model
+        return hosts.plain(model)
+    from benchmarks.plain import neighborhood
 
-
-def _plain_neighborhood() -> type:
-    import neighborhood_attention as plain
-
-    from hybridzoo.layers import NeighborhoodAttention2d
-
-    class PlainNeighborhoodAttention2d(NeighborhoodAttention2d):
-        """Every query's neighbours gathered; the tables of their places are made once for a size."""
-
-        attends: dict[Any, Any]
-
-        def forward(self, x: Tensor) -> Tensor:
-            height, width = x.shape[1:3]
-            query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-            attend = self.attends.get((height, width))
-            if attend is None:
-                shape = plain.Shape(height, width, self.num_heads, self.dilation[0])
-                attend = self.attends[height, width] = plain.gather(shape, x.device)
-            return self.proj(attend(query, key, value, self.rpb.to(query.dtype)).flatten(3))
-
-    return PlainNeighborhoodAttention2d
+    return neighborhood.make_plain(model)
 
 
 def step_of(name: str, way: str, dry: bool, compiled: bool) -> tuple[Callable[[], object], nn.Module]:

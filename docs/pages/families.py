@@ -12,6 +12,7 @@ import yaml
 from hybridzoo.checkpoints import Card, cards
 from hybridzoo.checkpoints.markdown import readme_table
 from hybridzoo.train import names
+from hybridzoo.train.bench import rows as results
 from pages.pictures import PICTURES, chain
 from pages.tables import link, score, size, table
 
@@ -174,20 +175,23 @@ def _speed(models: list[str]) -> str:
 
 
 def _cpu_speed(models: list[str]) -> str:
-    file = SPEED / "inference_cpu.json"
-    rows = [row for row in json.loads(file.read_text(encoding="utf-8")) if row["model"] in models]
+    rows = [row for row in results.read(SPEED / "networks_cpu.json") if row["op"] in models]
     if not rows:
         return ""
-    rates: dict[tuple[str, int], dict[str, str]] = {}
+    rates: dict[tuple[str, str, int], dict[str, str]] = {}
     for row in rows:
-        rates.setdefault((row["model"], row["batch"]), {})[row["form"]] = f"{1000 * row['batch'] / row['ms']:.1f}"
+        key = (row["op"], "training" if row["way"] == "training" else "inference", row["batch"])
+        rates.setdefault(key, {})[row["form"]] = f"{row['batch'] / row['median_us'] * 1e6:.1f}"
     forms = list(dict.fromkeys(row["form"] for row in rows))
     shown = {"ours": "as created", "fused": "after `fuse()`", "plain": "plain transcription"}
-    lines = [(f"`{model}`", str(batch), *(of.get(form, "-") for form in forms)) for (model, batch), of in rates.items()]
+    lines = [
+        (f"`{model}`", way, str(batch), *(of.get(form, "-") for form in forms))
+        for (model, way, batch), of in rates.items()
+    ]
     first = rows[0]
     return (
         f"Images a second on a CPU, {first['threads']} threads, 224 x 224, float32, PyTorch {first['torch']}:\n\n"
-        + table(("model", "batch", *(shown.get(form, form) for form in forms)), lines)
+        + table(("model", "way", "batch", *(shown.get(form, form) for form in forms)), lines)
     )
 
 

@@ -16,8 +16,7 @@ from hybridzoo.layers.inference.fusing import Fixed, swaps
 from hybridzoo.layers.inline_attention import InLineAttention, deviation, scaled_covariance
 from hybridzoo.layers.linear_attention import MultiScaleLinearAttention, relu_linear_attention
 
-# Where queries and keys need not be formed, in the work that it spares; measured on a CPU, see
-# benchmarks/linear_attention_families.py.
+# Where queries and keys need not be formed, in the work that it spares; measured on a CPU by benchmarks/compare.py.
 AGENT_UNPROJECTED_BELOW = 1.0  # of the work that it replaces
 INLINE_UNPROJECTED_ABOVE = 1.0  # tokens a channel
 

@@ -136,9 +136,9 @@ def as_csv(found: Sequence[Row]) -> str:
     return file.getvalue()
 
 
-def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, numbers stand to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]], text: int = 1) -> str:
+    """A table; the first `text` columns hold words, numbers stand to the right."""
+    lines = [head, ["---"] * text + ["---:"] * (len(head) - text), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

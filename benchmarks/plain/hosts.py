@@ -1,45 +1,21 @@
-"""Agent attention and InLine attention: every host's smallest network beside a plain transcription of its paper.
-
-    python benchmarks/linear_attention_families.py [--models NAME ...] [--batch N] [--repeats 15] [--threads N]
-        [--no-training] [--out FILE.md]
-
-The plain network is ours, weights and all, with everything that is ours in it (attentions, MLPs, stems, merging of
-patches) swapped for modules that say what the papers say, line by line, over PyTorch's own layers. Both must agree
-before anything is timed. Inference as created, then a training step (forward and backward).
-
-Medians of interleaved runs on the CPU (batch 8, float32), in one process a network; for a GPU see `python -m
-benchmarks.gpu`. Absolute times of a shared machine prove nothing: read the ratios.
-"""
+"""Agent and InLine attention and their hosts: what the papers say, line by line, over PyTorch's own layers."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import multiprocessing
-import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import measuring
-import timm
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
-import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.backbones.hosts.cswin import Merge, StripeAttention
 from hybridzoo.backbones.hosts.cswin import Stem as CSwinStem
 from hybridzoo.backbones.hosts.pvt import PatchEmbed as PVTEmbed
 from hybridzoo.backbones.hosts.swin import PatchEmbed as SwinEmbed
 from hybridzoo.backbones.hosts.swin import PatchMerging, ShiftedWindowAttention
 from hybridzoo.layers import AgentAttention, InLineAttention
-
-MODELS = [f"{family}_{host}_tiny" for family in ("agent", "inline") for host in ("deit", "pvt", "swin", "cswin")]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -211,107 +187,3 @@ def plain(model: nn.Module) -> nn.Module:
         if type(module) in PLAIN:
             model.set_submodule(name, PLAIN[type(module)](module))
     return model
-
-
-def measure_host(name: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of both networks, forward and forward + backward, every run; checks that they agree."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    ours = timm.create_model(name).eval()
-    pair = {"plain": plain(ours), "ours": ours}
-    x = torch.randn(2, 3, 224, 224)
-    with torch.no_grad():
-        expected, out = pair["plain"](x), pair["ours"](x)
-    error = ((out - expected).abs().max() / expected.std()).item()
-    assert error < 1e-4, f"{name}: the outputs differ by {error:.1e} of their deviation"
-    x = torch.randn(args.batch, 3, 224, 224)
-    times: dict[str, list[float]] = {}
-
-    def forward(model: Callable[[Tensor], Tensor]) -> None:
-        with torch.no_grad():
-            model(x)
-
-    def both_ways(model: Callable[[Tensor], Tensor]) -> None:
-        model(x).float().square().mean().backward()
-
-    def repeat(way: str, step: Callable[[Callable[[Tensor], Tensor]], None], count: int) -> None:
-        for model in pair.values():
-            model.train(way == "both")
-        for _ in range(count):
-            for key, model in pair.items():
-                seconds = measuring.timed(lambda m=model: step(m), torch.device("cpu"))
-                times.setdefault(f"{key} {way}", []).append(seconds)
-
-    ways = {"forward": (forward, args.repeats), "both": (both_ways, max(2, args.repeats // 2))}
-    if not args.training:
-        del ways["both"]
-    for way, (step, count) in ways.items():
-        repeat(way, step, 2)  # the first ones warm up, malloc's thresholds too
-        for key in pair:
-            del times[f"{key} {way}"]
-        repeat(way, step, count)
-    return times
-
-
-def cells(times: dict[str, list[float]], way: str) -> list[str]:
-    """Medians of both, and of the ratios of runs that followed each other, with their quartiles."""
-    slow, fast = times[f"plain {way}"], times[f"ours {way}"]
-    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    both = [f"{statistics.median(seconds) * 1e3:.3g}" for seconds in (slow, fast)]
-    return [*both, f"{middle:.2f}x ({low:.2f}-{high:.2f})"]
-
-
-def measure_all(args: argparse.Namespace) -> list[dict[str, list[float]]]:
-    """What `measure_host` gives, in a process each: what malloc keeps of one network would speed up the next."""
-    times = []
-    for name in track(args.models, "measuring", console=Console(stderr=True)):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            times.append(alone.submit(measure_host, name, args).result())
-    return times
-
-
-def compare(args: argparse.Namespace, where: str) -> None:
-    columns = ["network", "plain, ms", "ours", "ratio"]
-    columns += ["plain, training step", "ours", "ratio"] if args.training else []
-    ways = ("forward", "both") if args.training else ("forward",)
-    rows = []
-    for name, times in zip(args.models, measure_all(args), strict=True):
-        rows.append([name, *(cell for way in ways for cell in cells(times, way))])
-    title = f"Whole networks at 224 px beside a plain transcription, eager, batch {args.batch}, {where}"
-    report(
-        title,
-        columns,
-        rows,
-        args.out,
-        f"Medians of {args.repeats} interleaved runs; ratios of neighbours, with quartiles.",
-    )
-
-
-def report(title: str, columns: list[str], rows: list[list[str]], out: Path | None, note: str) -> None:
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=200).print(table)
-    if out:
-        lines = ["| " + " | ".join(r) + " |" for r in (columns, ["---"] * len(columns), *rows)]
-        out.write_text(f"# {title}\n\n{note}\n\n" + "\n".join(lines) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS, help="registered names")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=15, help="of inference; half as many of training")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--no-training", dest="training", action="store_false", help="inference only")
-    parser.add_argument("--out", type=Path, help="also write the table as Markdown")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    compare(args, f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,12 @@
-"""PATNet as its papers describe it, one PyTorch call after the other: the rival of our PATNet in the benchmarks.
-
-    python benchmarks/patnet_plain.py        # checks that both compute the same
-
-Registers `plain_patnet_*` and `plain_partialnet_*` with timm, with the published names of parameters, so that
-`hybridzoo.checkpoints.convert` carries their weights over.
-"""
+"""PATNet as its papers describe it, one PyTorch call after the other, under the published names of parameters."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.models import register_model
 from torch import Tensor, nn
 
 from hybridzoo.backbones.patnet import VARIANTS, PATNetConfig
@@ -152,35 +143,8 @@ class PlainPATNet(nn.Module):
         return self.head(self.avgpool_pre_head(self.stages(self.patch_embed(x))).flatten(1))
 
 
-def _entrypoint(name: str) -> Any:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> PlainPATNet:
-        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("pretrained")}
-        kwargs.pop("cache_dir", None)
-        return PlainPATNet(VARIANTS[name], **kwargs)
-
-    entrypoint.__name__ = f"plain_{name}"
-    entrypoint.__module__ = __name__
-    return entrypoint
-
-
-for _name in VARIANTS:
-    register_model(_entrypoint(_name))
-
-
-def main() -> None:
-    """Both networks with the same weights, float64: prints the largest difference of their logits."""
-    torch.manual_seed(0)
-    for name in ("patnet_t0", "patnet_t2", "partialnet_t0"):
-        plain = PlainPATNet(VARIANTS[name]).double().eval()
-        ours = timm.create_model(name).double().eval()
-        ours.load_state_dict(convert(plain.state_dict(), name))
-        image = torch.randn(2, 3, 96, 64, dtype=torch.float64)
-        with torch.no_grad():
-            expected = plain(image)
-            error = (ours(image) - expected).abs().max() / expected.std()
-        print(f"{name}: {error:.1e} of the logits' standard deviation")
-        assert error < 1e-9
-
-
-if __name__ == "__main__":
-    main()
+def beside(ours: nn.Module, name: str) -> PlainPATNet:
+    """The plain network `name`; ours is given its weights."""
+    plain = PlainPATNet(VARIANTS[name])
+    ours.load_state_dict(convert(plain.state_dict(), name))
+    return plain.train(ours.training)

@@ -1,0 +1,185 @@
+"""The tables in README and under `benchmarks/`, made from `benchmarks/results/`.
+
+    python -m benchmarks.tables
+
+Writes each table between its two marks, `<!-- bench: NAME -->` and `<!-- /bench -->`, and keeps what stands around.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from hybridzoo.train.bench import rows as results
+from hybridzoo.train.bench.rows import Row
+from hybridzoo.train.bench.tables import markdown, number, shape
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+FILES = [ROOT / "README.md", HERE / "networks_cpu.md", HERE / "operators_cpu.md", HERE / "input_pipeline_cpu.md"]
+MARKED = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- /bench -->)", re.S)
+OTHERS = {"mix": "gather", "depthwise": "grouped convolution", "merging": "torchvision's deform_conv2d"}
+
+
+def read(name: str) -> list[Row]:
+    path = RESULTS / f"{name}.json"
+    return results.read(path) if path.exists() else []
+
+
+def method(rows: Sequence[Row]) -> str:
+    """One line: where, with what, how often."""
+    turns = sorted({row["runs"] for row in rows if "runs" in row})
+    often = f"{turns[0]} to {turns[-1]}" if len(turns) > 1 else f"{turns[0]}"
+    threads = sorted({row["threads"] for row in rows if "threads" in row})
+    words = [" and ".join(sorted({row["device"] for row in rows}))]
+    words.append(f"{' or '.join(map(str, threads))} thread{'s' * (threads != [1])}")
+    words += [f"PyTorch {' and '.join(sorted({row['torch'] for row in rows}))}", "float32"]
+    days = sorted({row["at"][:10] for row in rows if row.get("at")})
+    words += [" to ".join(dict.fromkeys((days[0], days[-1])))] if days else []
+    return f"{', '.join(words)}. Medians of {often} interleaved turns."
+
+
+def networks() -> str:
+    """README's: how many times as fast as the faster form of the other, in time of the processors."""
+    rows = read("networks_cpu")
+    body = []
+    for name, ways in _by_way(rows).items():
+        for beside in _beside(ways["inference"]):
+            cells = [f"`{name}`", beside]
+            for way in ("inference", "latency"):
+                forms = ways[way]
+                other = _faster(forms, beside)
+                cells += [
+                    "" if other is None else f"{other / forms[form]['cpu_us']:.2f}x" for form in ("ours", "fused")
+                ]
+            cells.append(f"{ways['inference']['ours']['cpu_us'] / ways['inference']['fused']['cpu_us']:.2f}x")
+            forms = ways.get("training", {})
+            other = _faster(forms, beside)
+            cells.append("" if other is None else f"{other / forms['ours']['cpu_us']:.2f}x")
+            body.append(cells)
+    head = ["network", "beside", "as created", "fused", "one image, as created", "fused"]
+    head += ["fused beside as created", "training step"]
+    return f"{method(rows)}\n\n{markdown(head, body, 2)}"
+
+
+def networks_in_full() -> str:
+    rows = read("networks_cpu")
+    head = ["network", "form", "way", "batch", "ms", "quartiles", "CPU ms", "peak MiB"]
+    body = []
+    for row in rows:
+        cells = [f"`{row['op']}`", row["form"], row["way"], str(row["batch"]), number(row["median_us"] / 1e3)]
+        cells += [_quartiles(row), number(row["cpu_us"] / 1e3) if "cpu_us" in row else ""]
+        body.append([*cells, f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""])
+    return f"{method(rows)}\n\n{markdown(head, body, 3)}"
+
+
+def operator(op: str) -> Callable[[], str]:
+    """README's of one operator at 224 px: times of the gathered form over ours, and memory of both."""
+
+    def made() -> str:
+        rows = [row for row in read("operators_cpu") if row["op"] == op]
+        other = OTHERS.get(op, "gather" if op in ("na2d", "routed") else "plain")
+        body = []
+        for size, forms in _by_shape(rows).items():
+            mine, theirs = forms["ours"], forms[other]
+            cells = [f"{theirs[w]['median_us'] / mine[w]['median_us']:.1f}x" for w in ("forward", "both")]
+            memory = [f"{form['both']['peak_mib']:.0f}" for form in (mine, theirs)]
+            body.append([size, *cells, " / ".join(memory)])
+        head = ["map", "forward", "forward + backward", f"peak memory, ours / {other} (MiB)"]
+        batch = ", ".join(sorted({str(row["batch"]) for row in rows}))
+        return f"Batch {batch}. {method(rows)}\n\n{markdown(head, body)}"
+
+    return made
+
+
+def operators(name: str) -> Callable[[], str]:
+    """All rows of a file of `bench ops`."""
+
+    def made() -> str:
+        rows = read(name)
+        body = []
+        for (op, size), forms in _by_op(rows).items():
+            for form, ways in forms.items():
+                cells = [op, size, form, str(next(iter(ways.values()))["batch"])]
+                for way in ("forward", "both"):
+                    row = ways.get(way, {})
+                    if "median_us" not in row:
+                        cells += [row.get("error", ""), "", ""]
+                        continue
+                    ratio = row["median_us"] / forms["ours"][way]["median_us"]
+                    cells += [number(row["median_us"] / 1e3), _quartiles(row), f"{ratio:.2f}x"]
+                memory = ways.get("both", {}).get("peak_mib")
+                body.append([*cells, "" if memory is None else f"{memory:.0f}"])
+        head = ["operator", "map", "form", "batch", "forward ms", "quartiles", "of ours", "both ms", "quartiles"]
+        return f"{method(rows)}\n\n{markdown([*head, 'of ours', 'peak MiB'], body, 3)}"
+
+    return made
+
+
+def input_pipeline() -> str:
+    rows = read("input_pipeline_cpu")
+    head = ["224 px, one thread", "CPU ms an image", "images/s on 2 cores"]
+    body = [[row["op"], f"{row['cpu_us'] / 1e3:.1f}", f"{2e6 / row['cpu_us']:.0f}"] for row in rows]
+    return markdown(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "networks": networks,
+    "networks in full": networks_in_full,
+    "na2d": operator("na2d"),
+    "routed": operator("routed"),
+    "operators": operators("operators_cpu"),
+    "operators at 800x1344": operators("operators_800x1344_cpu"),
+    "input pipeline": input_pipeline,
+}
+
+
+def text(file: Path) -> str:
+    """A document with the tables that its data makes."""
+    return MARKED.sub(lambda mark: f"{mark[1]}{TABLES[mark[2]]()}{mark[3]}", file.read_text())
+
+
+def main() -> None:
+    for file in FILES:
+        file.write_text(text(file))
+        print(file.relative_to(ROOT))
+
+
+def _by_way(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
+    found: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        found.setdefault(row["op"], {}).setdefault(row["way"], {})[row["form"]] = row
+    return found
+
+
+def _by_op(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
+    found: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        found.setdefault((row["op"], shape(row)), {}).setdefault(row["form"], {})[row["way"]] = row
+    return found
+
+
+def _by_shape(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
+    return {size: forms for (_, size), forms in _by_op(rows).items()}
+
+
+def _beside(forms: Iterable[str]) -> list[str]:
+    """What a network is compared with, once for both memory layouts; one empty word where there is nothing."""
+    found = [form.removesuffix(", channels last") for form in forms if form not in ("ours", "fused")]
+    return list(dict.fromkeys(found)) or [""]
+
+
+def _faster(forms: dict[str, Row], beside: str) -> float | None:
+    """Microseconds of the processors by the faster memory layout."""
+    found = [row["cpu_us"] for form, row in forms.items() if form.removesuffix(", channels last") == beside]
+    return min(found, default=None)
+
+
+def _quartiles(row: Row) -> str:
+    return f"{number(row['q1_us'] / 1e3)}-{number(row['q3_us'] / 1e3)}" if "q1_us" in row else ""
+
+
+if __name__ == "__main__":
+    main()
