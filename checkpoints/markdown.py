@@ -34,9 +34,11 @@ def markdown_table() -> str:
     dense = [(f"`{card.name}`", card.task, _where([card]), _licences([card])) for card in others]
     return (
         _table(head, lines)
-        + "\nParity is the difference between our logits and the published network's, in float64 and relative to their\n"
-        "standard deviation. It was measured for the models that have a number.\n\n## Detectors and segmentors\n\n"
-        "A training can start from their backbones: `hybridzoo train CONFIG --weights dinat_mini.upernet_160k_ade20k`.\n\n"
+        + "\nParity is the difference between our logits and the published network's, in float64 and "
+        "relative to their\nstandard deviation. It was measured for the models that have a number.\n\n"
+        "## Detectors and segmentors\n\n"
+        "A training can start from their backbones: "
+        "`hybridzoo train CONFIG --weights dinat_mini.upernet_160k_ade20k`.\n\n"
         + _table(("model and tag", "task", "weights", "licence of the weights"), sorted(dense))
     )
 

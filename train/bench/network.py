@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from hybridzoo.checkpoints import cards
@@ -140,7 +141,7 @@ def fuse(model: nn.Module, size: Sequence[int]) -> nn.Module:
     """For inference: ours by `fuse()`; timm's own have their branches merged where they have any."""
     fused = getattr(model, "fuse", None)
     if fused is None:
-        return timm.utils.reparameterize_model(model.eval())
+        return reparameterize_model(model.eval())
     return fused(tuple(size[1:]))
 
 
