@@ -57,7 +57,7 @@ test_evaluator = val_evaluator
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
-optim_wrapper = dict(optimizer=dict(lr=1e-4))
+optim_wrapper = dict(optimizer=dict(lr=2e-4))
 default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"), visualization=dict(type="DetVisualizationHook"))
 visualizer = dict(type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
 settle = dict(network=True, data=True, images=20_000, scratch=dict(lr=1e-4, longer=3))

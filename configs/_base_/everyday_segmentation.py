@@ -55,7 +55,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
 sync_bn = "torch"  # over GPUs; one process keeps plain BatchNorm
-optim_wrapper = dict(optimizer=dict(lr=1e-4))
+optim_wrapper = dict(optimizer=dict(lr=2e-4))
 default_hooks = dict(checkpoint=dict(save_best="mIoU"), visualization=dict(type="SegVisualizationHook"))
 visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
 settle = dict(network=True, data=True, images=40_000, scratch=dict(lr=2e-4, longer=2))
