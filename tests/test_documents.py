@@ -62,7 +62,8 @@ def test_docstring_examples_run(name):
 def test_readme_names_configs_that_exist():
     from hybridzoo.train.names import list_configs
 
-    own = {"mine", "work_dirs", "RUN"}  # the reader's config, the folder of runs, a run
+    # The reader's config, the folder of runs, a run, a folder for the hub, the hub.
+    own = {"mine", "work_dirs", "RUN", "digits_model", "hf-hub"}
     named = set(re.findall(r"hybridzoo (?:train|test|predict) ([\w-]+)", README)) - own
     assert len(named) >= 4
     assert named <= {*list_configs(), *timm.list_models()}
