@@ -7,6 +7,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.layers.memory import channels_last
+from hybridzoo.layers.open_sizes import surely
 
 
 @register_notrace_module
@@ -21,7 +22,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         below, right = -x.shape[2] % self.patch, -x.shape[3] % self.patch
-        if below or right:
+        if not (surely(below == 0) and surely(right == 0)):
             x = F.pad(x, (0, right, 0, below))
         x = self.conv1(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1))
@@ -43,6 +44,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         below, right = x.shape[1] % 2, x.shape[2] % 2
-        if self.patches and (below or right):
+        if self.patches and not (surely(below == 0) and surely(right == 0)):
             x = F.pad(x, (0, 0, 0, right, 0, below))
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -72,6 +72,12 @@ def gather_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
             raise ValueError(
                 f"window {window} is larger than the table's, {tuple((s + 1) // 2 for s in table.shape[1:])}"
             )
+        if isinstance(side, torch.SymInt):  # a program for any size: `unfold` would bind it to this one
+            offset = torch.arange(side, device=table.device)
+            key_minus_query = offset - offset[:, None] + (side - 1 + spare // 2)
+            table = table.index_select(axis, key_minus_query.flatten()).unflatten(axis, (side, side))
+            table = table.movedim(axis + 1, -1)
+            continue
         table = table.narrow(axis, spare // 2, 2 * side - 1)
         # Sliding a window of `side` offsets over the table: the first position belongs to the last query.
         table = table.unfold(axis, side, 1).flip(axis)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridzoo.layers.open_sizes import surely
 from hybridzoo.layers.precision import without_autocast
 
 
@@ -27,9 +28,9 @@ def resize_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     height, width = x.shape[-2:]
     with without_autocast(x):
-        if height != size[0]:
+        if not surely(height == size[0]):
             x = (x.transpose(-2, -1) @ _linear(height, size[0], x)).transpose(-2, -1)
-        if width != size[1]:
+        if not surely(width == size[1]):
             x = x @ _linear(width, size[1], x)
     return x
 
@@ -41,9 +42,9 @@ def adaptive_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     `ceil((i + 1) * n / g)`, so cells overlap where `g` does not divide `n` and repeat where it exceeds `n`.
     """
     _, height, width, dim = x.shape
-    if height != size[0]:
+    if not surely(height == size[0]):
         x = (_bins(height, size[0], x) @ x.flatten(2)).unflatten(2, (width, dim))
-    if width != size[1]:
+    if not surely(width == size[1]):
         x = _bins(width, size[1], x) @ x
     return x
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
+from hybridzoo.layers.open_sizes import surely
 
 
 def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool = False) -> tuple[int, int]:
@@ -25,6 +26,11 @@ def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool =
     A window is never larger than the map. Dilated windows keep their number (hence their dilation) and lose the tokens
     that would all lie beyond the edge: 15 tokens in windows of at most 7 are three windows of 5.
     """
+    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+        raise ValueError(
+            "windows that fit the map cannot be exported with a dynamic height or width: how many there are, and how"
+            " large, depends on them; only the batch may be dynamic"
+        )
     return _fit(height, window[0], dilated), _fit(width, window[1], dilated)
 
 
@@ -35,7 +41,7 @@ def to_windows(x: Tensor, window: tuple[int, int], dilated: bool = False) -> Ten
     """
     _, height, width, _ = x.shape
     below, right = -height % window[0], -width % window[1]
-    if below or right:
+    if not (surely(below == 0) and surely(right == 0)):
         x = F.pad(x, (0, 0, 0, right, 0, below))
     if dilated:
         return x.unflatten(2, (window[1], -1)).unflatten(1, (window[0], -1)).permute(0, 2, 4, 1, 3, 5)
@@ -55,7 +61,7 @@ def padding_mask(
     height: int, width: int, window: tuple[int, int], dilated: bool = False, device: torch.device | None = None
 ) -> Tensor | None:
     """Which tokens of which window are real: bool `(windows, tokens)`, or `None` if all are."""
-    if height % window[0] == 0 and width % window[1] == 0:
+    if surely(height % window[0] == 0) and surely(width % window[1] == 0):
         return None
     real = torch.ones(1, height, width, 1, dtype=torch.bool, device=device)
     return to_windows(real, window, dilated).flatten(1, 2).flatten(2)[0]

@@ -22,7 +22,6 @@ from hybridzoo.train.export.comparing import compare
 from hybridzoo.train.export.sources import Reader, Source
 
 Limits = tuple[tuple[int, int | None], tuple[int, int | None]]  # least and largest height and width; None: no limit
-NO_LIMITS: Limits = ((1, None), (1, None))
 
 STEP = 32  # a graph for multiples of it is the next best to one for all sizes
 
@@ -87,8 +86,8 @@ def tries(size: tuple[int, int]) -> Tries:
     return Tries(
         trace=(up[0] + STEP, up[1] + 3 * STEP, 2),
         usual=((height, width, 1), (height, width, 3)),
-        odd=((height + 13, width + 39, 2), (up[0] + 33, up[1] + 17, 1)),
-        even=((up[0] + 2 * STEP, up[1] + STEP, 2), (7 * STEP, 12 * STEP, 1), (3 * STEP, 6 * STEP, 1)),
+        odd=((height + 13, width + 39, 2), (up[0] + 33, up[1] + 17, 1), (STEP + 1, 2 * STEP - 7, 1)),
+        even=((up[0] + 2 * STEP, up[1] + STEP, 2), (7 * STEP, 12 * STEP, 1), (3 * STEP, 6 * STEP, 1), (STEP, STEP, 1)),
     )
 
 
@@ -101,14 +100,19 @@ def dynamic(source: Source) -> tuple[ExportedProgram, Sizes, str]:
     Raises:
         Exception: whatever `torch.export` says of a network that it cannot record so.
     """
-    image = source.image(*tries(source.size).trace)
-    program = _export(source, image, {0: Dim("batch", min=1), 2: Dim.AUTO, 3: Dim.AUTO})
-    return program, *settle(source, as_function(program.module()), _limits(program))
+    if True not in source.graphs:
+        image = source.image(*tries(source.size).trace)
+        program = _export(source, image, {0: Dim("batch", min=1), 2: Dim.AUTO, 3: Dim.AUTO})
+        source.graphs[True] = program, *settle(source, as_function(program.module()), _limits(program))
+    return source.graphs[True]
 
 
 def fixed(source: Source) -> tuple[ExportedProgram, Sizes, str]:
     """A graph for images of the usual size, and for any batch."""
-    return _export(source, source.image(*source.size, 2), {0: Dim("batch", min=1)}), only(source.size), ""
+    if False not in source.graphs:
+        program = _export(source, source.image(*source.size, 2), {0: Dim("batch", min=1)})
+        source.graphs[False] = program, only(source.size), ""
+    return source.graphs[False]
 
 
 def settle(source: Source, graph: Reader, limits: Limits) -> tuple[Sizes, str]:
@@ -119,13 +123,19 @@ def settle(source: Source, graph: Reader, limits: Limits) -> tuple[Sizes, str]:
     """
     at = tries(source.size)
     for size in (at.usual[0], *at.even):
-        compare(source, graph, size)
+        if size in at.usual or _within(limits, size):
+            compare(source, graph, size)
     try:
         for size in at.odd:
-            compare(source, graph, size)
+            if _within(limits, size):
+                compare(source, graph, size)
     except Exception as problem:  # a condition of the graph's, or an operator that meets sizes it was not made for
         return Sizes(STEP, *limits), reason(problem)
     return Sizes(1, *limits), ""
+
+
+def _within(limits: Limits, size: tuple[int, int, int]) -> bool:
+    return all(least <= side <= (most or side) for (least, most), side in zip(limits, size[:2], strict=True))
 
 
 def as_function(network: Any) -> Reader:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from hybridzoo.train.export import capture
-from hybridzoo.train.export.capture import Sizes, as_function, quiet
+from hybridzoo.train.export.capture import STEP, Sizes, as_function, quiet
 from hybridzoo.train.export.sources import Reader, Source
 
 OPSET = 20  # of ONNX: ONNX Runtime 1.17 (2024) and everything since read it
@@ -92,7 +92,12 @@ class TorchScript(Format):
             traced = torch.jit.trace(source.network, source.image(*size), check_trace=False)
         if not dynamic:
             return traced, capture.only(source.size), ""
-        return traced, *capture.settle(source, as_function(traced), capture.NO_LIMITS)
+        height, width = source.size
+        try:
+            sizes, why = capture.settle(source, as_function(traced), ((STEP, None), (STEP, None)))
+        except Exception:  # smaller images than the usual ones may take another way
+            sizes, why = capture.settle(source, as_function(traced), ((height, None), (width, None)))
+        return traced, sizes, why
 
     def convert(self, program: ExportedProgram, source: Source) -> Any:
         raise NotImplementedError  # a trace is made of the network itself

@@ -1,10 +1,11 @@
-"""What a run trained, as something to export: the classifier, or the segmentor from image to scores."""
+"""What a run trained, as something to export: a classifier, a segmentor, or a detector of one stage."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine import Config
 from torch import Tensor, nn
 
@@ -24,7 +25,36 @@ class Segmentor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         shape = {"img_shape": image.shape[2:], "pad_shape": image.shape[2:]}
-        return self.model.encode_decode(image, [shape] * image.shape[0])
+        return self.model.encode_decode(image, [shape])  # heads ask the first image of a batch, which are of one size
+
+
+class SingleStage(nn.Module):
+    """All boxes of an mmdet model with anchors (RetinaNet), before any is left out.
+
+    Image (B, 3, H, W) -> boxes (B, N, 4): left, top, right, bottom in pixels of this image, cut at its edges; scores
+    (B, N, classes): 0 to 1, each class for itself. What mmdet's `predict` does after it (the best of them, non-maximum
+    suppression) is the reader's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        head, batch = self.model.bbox_head, image.shape[0]
+        logits, deltas = head(self.model.extract_feat(image))
+        anchors = torch.cat(head.prior_generator.grid_priors([level.shape[2:] for level in logits], logits[0].dtype,
+                                                             device=image.device))  # fmt: skip
+        scores = torch.cat([_by_anchor(level, head.cls_out_channels) for level in logits], 1).sigmoid()
+        moves = torch.cat([_by_anchor(level, 4) for level in deltas], 1)
+        anchors = anchors.expand(batch, -1, -1).flatten(0, 1)
+        boxes = head.bbox_coder.decode(anchors, moves.flatten(0, 1), max_shape=image.shape[2:])
+        return boxes.unflatten(0, (batch, -1)), scores
+
+
+def _by_anchor(level: Tensor, width: int) -> Tensor:
+    """(B, anchors * width, H, W) -> (B, H * W * anchors, width), in the order of the anchors."""
+    return level.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, width))
 
 
 def from_run(config: Config, checkpoint: Path) -> Source:
@@ -37,13 +67,25 @@ def from_run(config: Config, checkpoint: Path) -> Source:
     Raises:
         UserError: a detector that cannot be exported, or a checkpoint that cannot be read.
     """
-    model: Any = build_for_inference(config, checkpoint, "cpu")
+    return from_model(config, build_for_inference(config, checkpoint, "cpu"), checkpoint)
+
+
+def from_model(config: Config, model: Any, checkpoint: Path) -> Source:
+    """As `from_run`, of a model that was built already; the checkpoint's name goes into the metadata."""
     classes = [str(name) for name in model.dataset_meta["classes"]]
     if config.task == "classification":
         return _classifier(config, model, classes, checkpoint)
     if config.task == "segmentation":
         return _dense(config, Segmentor(model), ("logits",), classes, checkpoint)
-    raise UserError(f"{checkpoint}: {type(model).__name__} is a detector, which export does not write yet")
+    if type(model).__name__ != "RetinaNet" or not model.bbox_head.use_sigmoid_cls:
+        raise UserError(
+            f"{checkpoint}: {type(model).__name__} cannot be exported: which regions it looks at, and how many, "
+            "follows from the image; RetinaNet can (hybridzoo train retinanet), and the network alone by its NAME with "
+            "--features"
+        )
+    more = {"boxes": "left, top, right, bottom in pixels of the input, before non-maximum suppression",
+            "iou_threshold": float(model.test_cfg.nms.iou_threshold)}  # fmt: skip
+    return _dense(config, SingleStage(model), ("boxes", "scores"), classes, checkpoint, **more)
 
 
 def _classifier(config: Config, model: Any, classes: list[str], checkpoint: Path) -> Source:

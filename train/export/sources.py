@@ -29,6 +29,7 @@ class Source:
         size: (height, width) of its usual image in pixels.
         channels: of the image.
         metadata: what the file says of itself, JSON's types only; see `docs/export.md`.
+        graphs: what `capture` recorded of it, with sizes open or not, for the next format.
     """
 
     network: nn.Module
@@ -36,6 +37,7 @@ class Source:
     size: tuple[int, int]
     channels: int = 3
     metadata: dict[str, Any] = field(default_factory=dict)
+    graphs: dict[bool, Any] = field(default_factory=dict, repr=False)
 
     def image(self, height: int, width: int, batch: int) -> Tensor:
         """Reproducible noise, as much like a normalised image as networks need."""

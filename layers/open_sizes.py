@@ -1,0 +1,19 @@
+"""Sizes that an exported program leaves open: height and width of its images, and what follows from them."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from hybridzoo.kernels import arguments
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds; while a program is exported, whether it holds for all sizes left open.
+
+    A plain `if` would bind the program to the sizes for which it took the same branch. What the condition only spares
+    (padding by nothing, a table resized to its own size) is done in the program whether it is needed or not.
+    """
+    if arguments.exporting() and isinstance(condition, torch.SymBool):
+        return statically_known_true(condition)
+    return bool(condition)
