@@ -18,8 +18,9 @@ pytest.importorskip("openvino")
 
 from hybridzoo.__main__ import main
 from hybridzoo.train import engine
+from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.export import comparing, exporting, sources
+from hybridzoo.train.export import comparing, exporting, runs, sources
 from hybridzoo.train.export.exporting import read_metadata
 from hybridzoo.train.export.formats import FORMATS, Onnx, Pt2
 
@@ -191,6 +192,62 @@ def test_a_missing_package_names_its_extra(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     code, _, err = call("export", NAME, "--weights", "none")
     assert (code, err) == (2, 'error: this needs onnxscript; type: pip install "hybridzoo[export]"\n')
+
+
+def dense(recipe: str) -> sources.Source:
+    """What a recipe would train, untrained, as something to export."""
+    from mmengine.registry import MODELS, DefaultScope
+
+    config = load_config(recipe, [], model=NAME)
+    engine.prepare(config, ("model",))
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        model = MODELS.build(config.model)
+    model.eval().dataset_meta = {"classes": ("one", "two")}
+    return runs.from_model(config, model, Path("final.pth"))
+
+
+def test_a_segmentor_gives_scores_as_large_as_its_image(tmp_path):
+    pytest.importorskip("mmseg")
+    source = dense("segformer")
+    source.size = (64, 96)
+    done = exporting.export(source, "torchscript", tmp_path / "map.torchscript", dynamic=False)
+    (logits,) = FORMATS["torchscript"].open(done.path)(torch.randn(2, 3, 64, 96))
+    assert logits.shape[0] == 2
+    assert logits.shape[2:] == (64, 96)
+    facts = read_metadata(done.path)
+    assert (facts["task"], facts["classes"]) == ("segmentation", ["one", "two"])
+    assert facts["input"]["mean"] == pytest.approx([0.485, 0.456, 0.406], abs=1e-5)
+
+
+def test_a_detector_gives_the_boxes_that_mmdet_chooses_from(tmp_path):
+    """What mmdet gives after non-maximum suppression is among them, each box with its score for its class."""
+    pytest.importorskip("mmdet")
+    from mmdet.structures import DetDataSample
+
+    torch.manual_seed(0)
+    source = dense("retinanet")
+    source.size = (64, 96)
+    model = source.network.model
+    torch.nn.init.normal_(model.bbox_head.retina_cls.weight, std=0.2)
+    torch.nn.init.normal_(model.bbox_head.retina_reg.weight, std=0.05)
+    done = exporting.export(source, "torchscript", tmp_path / "boxes.torchscript", dynamic=False)
+    image = source.image(64, 96, 1)
+    boxes, scores = (out[0] for out in FORMATS["torchscript"].open(done.path)(image))
+    sample = DetDataSample(metainfo={"img_shape": (64, 96), "scale_factor": (1.0, 1.0)})
+    with torch.no_grad():
+        (found,) = model.predict(image, [sample], rescale=False)
+    chosen = found.pred_instances
+    assert len(chosen) > 5
+    assert read_metadata(done.path)["iou_threshold"] == model.test_cfg.nms.iou_threshold
+    for box, score, label in zip(chosen.bboxes, chosen.scores, chosen.labels, strict=True):
+        away = (boxes - box).abs().amax(1) + (scores[:, label] - score).abs()
+        assert away.min() < 0.01
+
+
+def test_a_detector_of_two_stages_is_refused_with_the_reason():
+    pytest.importorskip("mmdet")
+    with pytest.raises(UserError, match=r"final.pth: MaskRCNN cannot be exported: .* RetinaNet can"):
+        dense("mask-rcnn")
 
 
 @pytest.fixture(scope="module")
