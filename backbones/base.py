@@ -246,12 +246,17 @@ def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, 
 
     Raises:
         DownloadError, CheckpointError: the weights cannot be had, or do not fit.
+        ValueError: an `output_stride` other than 32: attention over windows and regions has no dilated form.
     """
     row = variants[name]
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     kwargs = checkpoints.model_args(name, cfg.tag) | kwargs
     if "img_size" not in {*inspect.signature(family).parameters, *(f.name for f in dataclasses.fields(row))}:
         kwargs.pop("img_size", None)
+    if (stride := kwargs.pop("output_stride", 32)) != 32:
+        raise ValueError(
+            f"output_stride={stride}: {name} has no form with fewer strides; use a decoder that takes strides to 32"
+        )
     overrides = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(row) if f.name in kwargs}
     create: Callable[..., Backbone] = family
     if pretrained and (weights := find_weights(name, cfg, kwargs.get("cache_dir"))):

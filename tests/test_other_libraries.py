@@ -1,0 +1,48 @@
+"""The Python of `docs/with_other_libraries.md` runs, and what a network cannot do is said in its own words."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+PAGE = (Path(__file__).parents[1] / "docs" / "with_other_libraries.md").read_text()
+SECTIONS = {
+    section.partition("\n")[0]: re.findall(r"```python\n(.*?)```", section, re.S) for section in PAGE.split("\n## ")
+}
+NEEDS = {
+    "segmentation_models_pytorch": ["segmentation_models_pytorch"],
+    "transformers": ["transformers"],
+    "peft: LoRA": ["peft"],
+    "Grad-CAM and captum": ["captum", "pytorch_grad_cam"],
+}
+
+
+@pytest.mark.parametrize("title", [title for title, blocks in SECTIONS.items() if blocks])
+def test_the_pages_examples_run(title: str) -> None:
+    for library in NEEDS.get(title, ()):
+        pytest.importorskip(library)
+    (block,) = SECTIONS[title]
+    exec(compile(block, "with_other_libraries.md", "exec"), {"__name__": "example"})
+
+
+def test_no_network_has_an_output_stride() -> None:
+    import hybridzoo  # noqa: F401
+
+    timm.create_model("efficientvit_msra_m0", output_stride=32)
+    with pytest.raises(ValueError, match=r"output_stride=16: biformer_tiny has no form with fewer strides"):
+        timm.create_model("biformer_tiny", output_stride=16, features_only=True)
+
+
+def test_the_line_for_timms_scripts_registers_the_networks(tmp_path: Path) -> None:
+    script = tmp_path / "validate.py"
+    script.write_text("import sys, timm\nassert timm.is_model('biformer_tiny')\nprint(__name__, sys.argv[1:])\n")
+    (line,) = re.findall(r'python -c "(.*?)"', PAGE)
+    done = subprocess.run(
+        [sys.executable, "-c", line, str(script), "DATA"], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.strip() == "__main__ ['DATA']"
