@@ -111,13 +111,18 @@ class State:
             if expected and values and values.keys() != expected.keys():
                 raise self.unfit(f"{where} holds {_list(values)}, the optimizer keeps {_list(expected)}")
             for key, value in values.items():
-                self._check_value(value, parameters[index], f"{where}.{key if isinstance(key, str) else shown(key)}")
+                place = f"{where}.{key if isinstance(key, str) else shown(key)}"
+                like = expected.get(key)
+                counts = isinstance(like, Tensor) and like.ndim == 0 and _is_number(value)  # steps of an older PyTorch
+                if isinstance(like, Tensor) and not (isinstance(value, Tensor) or counts):
+                    raise self.unfit(f"{place} is no tensor")
+                self._check_value(value, parameters[index], place)
         for key in found.keys() - {"state", "param_groups"}:
             if key not in own:  # another precision's scaler
                 del kept[key]
             else:
-                like = self._settings if key == "base_param_settings" else self._like
-                kept[key] = like(own[key], found[key], f"optimizer.{key if isinstance(key, str) else shown(key)}")
+                check = self._settings if key == "base_param_settings" else self._like
+                kept[key] = check(own[key], found[key], f"optimizer.{key if isinstance(key, str) else shown(key)}")
         self.content["optimizer"] = kept
         if schedulers is not None:
             theirs = self.content.get("param_schedulers")
