@@ -39,7 +39,6 @@ PICTURE = re.compile(r"<!-- picture: (\w+) -->")
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lay the rooms out as they are imported, for the API reference, which reads the source and imports nothing."""
     package = ROOT / ".links" / "hybridzoo"
-    config.nav = _present(config.nav, Path(config.docs_dir))
     package.mkdir(parents=True, exist_ok=True)
     front = [ROOT / "hybridzoo" / name for name in ("__init__.py", "__main__.py", "py.typed")]
     sources = [*front, *(ROOT / room for room in ROOMS)]
@@ -67,22 +66,6 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
     here = page.file.src_uri
     markdown = PICTURE.sub(lambda found: PICTURES[found[1]](), markdown)
     return LINK.sub(lambda found: _link(found, here), markdown)
-
-
-LATER = {"export.md", "show.md", "with_other_libraries.md"}
-
-
-def _present(nav: Any, docs: Path) -> Any:
-    """The navigation without the pages that are still to be written."""
-    if isinstance(nav, dict):
-        return {
-            title: _present(below, docs)
-            for title, below in nav.items()
-            if not isinstance(below, str) or below not in LATER or (docs / below).is_file()
-        }
-    if isinstance(nav, list):
-        return [entry for entry in (_present(item, docs) for item in nav) if entry]
-    return nav
 
 
 def _link(found: re.Match[str], here: str) -> str:
