@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
+from photographs import image_folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "with_other_libraries.md").read_text()
 SECTIONS = {
@@ -18,16 +20,33 @@ NEEDS = {
     "segmentation_models_pytorch": ["segmentation_models_pytorch"],
     "transformers": ["transformers"],
     "peft: LoRA": ["peft"],
+    "lightning": ["lightning"],
+    "accelerate": ["accelerate"],
     "Grad-CAM and captum": ["captum", "pytorch_grad_cam"],
 }
 
 
-@pytest.mark.parametrize("title", [title for title, blocks in SECTIONS.items() if blocks])
-def test_the_pages_examples_run(title: str) -> None:
+@pytest.mark.parametrize(
+    ("title", "block"),
+    [
+        pytest.param(title, block, id=f"{title} {i}")
+        for title, blocks in SECTIONS.items()
+        for i, block in enumerate(blocks)
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of the other libraries
+def test_the_pages_examples_run(title: str, block: str) -> None:
     for library in NEEDS.get(title, ()):
         pytest.importorskip(library)
-    (block,) = SECTIONS[title]
     exec(compile(block, "with_other_libraries.md", "exec"), {"__name__": "example"})
+
+
+def test_timms_loader_reads_a_folder_for_a_network(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(SECTIONS["timm: its own transforms and loader"][0], "with_other_libraries.md", "exec"), names)
+    folder = image_folder(tmp_path, side=64, count=2)
+    images, labels = next(iter(names["loader"](folder, batch_size=4)))
+    assert (images.shape, labels.shape) == ((4, 3, 224, 224), (4,))
 
 
 def test_no_network_has_an_output_stride() -> None:
