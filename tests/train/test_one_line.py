@@ -46,7 +46,7 @@ def test_the_tables_say_what_was_measured():
     assert "(docs/digits.md" in readme
     for row in rows.values():
         assert float(row["CPU minutes"]) <= 10
-        assert float(row["top-1"]) > 75  # a tenth by chance
+        assert float(row["top-1"]) > 60  # a tenth by chance
     for network, reached in one_line.LEARNED:
         assert float(rows[network]["top-1"]) >= reached
 
