@@ -36,17 +36,18 @@ LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:|mailto:|#)(?P<target>[^)\s#
 PICTURE = re.compile(r"<!-- picture: (\w+) -->")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the rooms out as they are imported, for the API reference, which reads the source and imports nothing."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Lay the rooms out as they are imported, for the API reference, which reads the source and imports nothing.
+
+    Before the plugins are set up: they look only into folders that are there.
+    """
     package = ROOT / ".links" / "hybridzoo"
     package.mkdir(parents=True, exist_ok=True)
     front = [ROOT / "hybridzoo" / name for name in ("__init__.py", "__main__.py", "py.typed")]
-    sources = [*front, *(ROOT / room for room in ROOMS)]
-    for source in sources:
+    for source in [*front, *(ROOT / room for room in ROOMS)]:
         target = package / source.name
         if not target.is_symlink():
             target.symlink_to(os.path.relpath(source, package))
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,28 @@ def test_imports_follow_the_arrows(room, file):
 
 def test_every_room_has_files():
     assert {room for room, _ in FILES} == set(MAY_IMPORT)
+
+
+IMPORTS = """
+import importlib, os, pkgutil
+import mmengine.hooks, mmengine.runner, mmengine.visualization, timm, torchvision
+import hybridzoo
+
+for room in ("kernels", "layers", "checkpoints", "backbones", "train"):
+    folder = os.path.dirname(importlib.util.find_spec(f"hybridzoo.{room}").origin)
+    for module in pkgutil.walk_packages([folder], f"hybridzoo.{room}."):
+        child = os.fork()
+        if not child:
+            try:
+                importlib.import_module(module.name)
+            except Exception as problem:
+                print(f"{module.name}: {problem}", flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+"""
+
+
+def test_every_module_can_be_imported_first():
+    """No module needs that another one was imported before it; libraries are loaded once, a fork imports each."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+    assert done.stdout == ""

@@ -13,6 +13,7 @@ from mmengine.dist import is_main_process
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+import hybridzoo.train.early_stop  # noqa: F401 - a hook that configs name
 from hybridzoo.train import (
     hooks,
     interruptions,

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from mmengine import Config
 
-import hybridzoo.backbones
-import hybridzoo.train.early_stop  # noqa: F401 - a hook that configs name
+import hybridzoo.backbones  # noqa: F401 - registers the networks with timm
 from hybridzoo.train import config_check, resuming
 from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import UserError
