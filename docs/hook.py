@@ -36,11 +36,8 @@ LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:|mailto:|#)(?P<target>[^)\s#
 PICTURE = re.compile(r"<!-- picture: (\w+) -->")
 
 
-def on_startup(command: str, dirty: bool) -> None:
-    """Lay the rooms out as they are imported, for the API reference, which reads the source and imports nothing.
-
-    Before the plugins are set up: they look only into folders that are there.
-    """
+def _lay_out() -> None:
+    """Links to the rooms as they are imported, for the API reference, which reads the source and imports nothing."""
     package = ROOT / ".links" / "hybridzoo"
     package.mkdir(parents=True, exist_ok=True)
     front = [ROOT / "hybridzoo" / name for name in ("__init__.py", "__main__.py", "py.typed")]
@@ -48,6 +45,9 @@ def on_startup(command: str, dirty: bool) -> None:
         target = package / source.name
         if not target.is_symlink():
             target.symlink_to(os.path.relpath(source, package))
+
+
+_lay_out()  # at once: plugins look only into folders that are there when they are set up
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -57,11 +57,12 @@ def test_a_network_by_name_is_written_and_computes_what_pytorch_computes(call, w
     assert code == 0, err
     path = Path(NAME + FORMATS[to].suffix)
     assert f"written: {path}" in out
-    assert "any batch, any height and width" in out
+    # What AOTInductor (2.15) makes for open sizes computes something else at some of them, which the comparison finds.
+    assert ("any batch, 64 x 64 px only" if to == "aoti" else "any batch, any height and width") in out
     model = timm.create_model(NAME).eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
     run = FORMATS[to].open(path)
-    for shape in ((1, 3, 64, 64), (3, 3, 101, 75)):
+    for shape in ((1, 3, 64, 64), (3, 3, 64, 64) if to == "aoti" else (3, 3, 101, 75)):
         image = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(run(image)[0], model(image), rtol=1e-4, atol=1e-5)
@@ -70,7 +71,7 @@ def test_a_network_by_name_is_written_and_computes_what_pytorch_computes(call, w
     assert (facts["model"], facts["task"], facts["weights"]) == (NAME, "classification", "tiny.pth")
     assert facts["input"]["mean"] == pytest.approx(cfg["mean"])
     assert facts["input"]["size"] == [64, 64]
-    assert facts["sizes"]["multiple"] == 1
+    assert facts["sizes"]["multiple"] == (0 if to == "aoti" else 1)
     assert len(facts["classes"]) == 1000
     assert not list(Path().glob(".*")), "temporary files"
 
