@@ -2,7 +2,7 @@
 # hybridzoo with everything that it needs to train, on a CPU:
 #
 #     docker build -t hybridzoo .
-#     docker run --rm --shm-size 8g -v "$PWD/photographs:/data:ro" -v "$PWD/runs:/work" \
+#     docker run --rm --shm-size 8g -v "$PWD/photographs:/data:ro" -v "$PWD/runs:/workspace" \
 #         hybridzoo train biformer_tiny --data /data
 #
 # The container's user has the number 10001 (USER_ID); the folder `runs` must be writable for it.
@@ -24,8 +24,8 @@ ENV PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1 \
     VIRTUAL_ENV=/opt/venv \
     PATH=/opt/venv/bin:$PATH \
-    TORCH_HOME=/work/.cache/torch \
-    HF_HOME=/work/.cache/huggingface \
+    TORCH_HOME=/workspace/.cache/torch \
+    HF_HOME=/workspace/.cache/huggingface \
     WANDB_MODE=offline
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -35,7 +35,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv "$VIRTUAL_ENV" \
     && useradd --uid "$USER_ID" --create-home --shell /usr/sbin/nologin zoo \
-    && install --directory --owner zoo --group zoo /work
+    && install --directory --owner zoo --group zoo /workspace
 
 WORKDIR /opt/hybridzoo
 
@@ -60,7 +60,7 @@ RUN python -m pip install --constraint constraints.txt --no-build-isolation ".[$
     && hybridzoo --help > /dev/null
 
 USER zoo
-WORKDIR /work
-VOLUME ["/work"]
+WORKDIR /workspace
+VOLUME ["/workspace"]
 ENTRYPOINT ["hybridzoo"]
 CMD ["--help"]

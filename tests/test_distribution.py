@@ -71,8 +71,8 @@ def test_it_runs_as_an_ordinary_user_who_owns_the_working_folder(steps):
     names = [name for name, _ in steps]
     assert names.index("USER") > max(index for index, name in enumerate(names) if name in ("RUN", "COPY"))
     made = next(text for text in of(steps, "RUN") if "useradd" in text)
-    assert "install --directory --owner zoo --group zoo /work" in made
-    assert of(steps, "WORKDIR")[-1] == "/work"
+    assert "install --directory --owner zoo --group zoo /workspace" in made
+    assert of(steps, "WORKDIR")[-1] == "/workspace"
     assert all(folder.startswith("/") for folder in of(steps, "WORKDIR"))
 
 

@@ -44,9 +44,9 @@ def test_the_tables_say_what_was_measured():
         assert (docs / f"{name}.md").read_text() == one_line.table(rows)
         assert set(rows) <= {*names.our_models(), *names.timm_models()}
     assert "(docs/digits.md" in readme
-    for row in rows.values():
+    for network, row in rows.items():
         assert float(row["CPU minutes"]) <= 10
-        assert float(row["top-1"]) > 60  # a tenth by chance
+        assert float(row["top-1"]) > (60 if network == "maxvit_tiny" else 75)  # a tenth by chance
     for network, reached in one_line.LEARNED:
         assert float(rows[network]["top-1"]) >= reached
 
