@@ -5,16 +5,15 @@ import hashlib
 import json
 import math
 import os
-import signal
-import subprocess
+import resource
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Fork, free_port, together
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -49,18 +48,6 @@ def state_equal(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(state_equal(x, y) for x, y in zip(a, b, strict=True))
     return a == b
-
-
-def script(body: str) -> list[str]:
-    start = """
-        import sys, torch
-        torch.set_num_threads(1)
-        from pathlib import Path
-        from hybridzoo.train import engine
-        from hybridzoo.train.config import load_config
-        from hybridzoo.train.errors import UserError
-    """
-    return [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(body)]
 
 
 def test_a_run_leaves_what_inference_and_tests_need(
@@ -136,39 +123,32 @@ def test_a_killed_run_resumes_to_the_same_weights(run_config: Any, image_folder:
     # The uninterrupted run has no loader workers, the other one has: their number must not matter either.
     engine.train(config, work_dir=whole, data=image_folder, wandb=False, seed=3)
 
-    source = tmp_path / "config.py"
     config.train_dataloader.update(num_workers=2, persistent_workers=True)
-    config.dump(source)
-    run = (
-        f"engine.train(load_config({str(source)!r}), work_dir={str(killed)!r}, data={str(image_folder)!r}, wandb=False"
-    )
-    log = (tmp_path / "log").open("w")
-    # Slowed down after two epochs, so that the kill falls inside the third.
-    slow = """
-        import time
-        from mmengine.hooks import Hook
-        from mmengine.registry import HOOKS
+
+    def slow() -> None:
+        """Stopped after two epochs, so that the kill falls inside the third."""
+
         @HOOKS.register_module()
         class SlowHook(Hook):
-            def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            def after_train_iter(
+                self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+            ) -> None:
                 if runner.epoch == 2 and batch_idx == 3:
+                    (tmp_path / "slow").touch()
                     time.sleep(300)
-        config = load_config(SOURCE)
+
         config.custom_hooks.append(dict(type="SlowHook"))
-    """.replace("SOURCE", repr(str(source)))
-    body = textwrap.dedent(slow) + run.replace(f"load_config({str(source)!r})", "config") + ", seed=3)\n"
-    process = subprocess.Popen(script(body), stdout=log, stderr=log, start_new_session=True)
+        engine.train(config, work_dir=killed, data=image_folder, wandb=False, seed=3)
+
+    process = Fork(slow, tmp_path / "log")
     try:
         deadline = time.monotonic() + 120
-        while not (killed / "epoch_2.pth").exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
+        while not (tmp_path / "slow").exists():
+            assert process.poll() is None, process.printed()
+            assert time.monotonic() < deadline, process.printed()
             time.sleep(0.05)
-        time.sleep(1.5)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+        process.kill()
     assert not (killed / "epoch_3.pth").exists()
 
     # What a crash may leave behind must not be picked: a cut checkpoint, a stale pointer, a half-written file.
@@ -176,11 +156,14 @@ def test_a_killed_run_resumes_to_the_same_weights(run_config: Any, image_folder:
     (killed / "epoch_3.pth").write_bytes(good[: len(good) // 3])
     (killed / "last_checkpoint").write_text(str(killed / "epoch_3.pth"))
     (killed / ".epoch_3.pth.123.tmp").write_bytes(good[:100])
-    done = subprocess.run(script(run + ", resume=True)"), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert f"resuming from {killed / 'epoch_2.pth'}" in done.stdout
-    assert "epoch 3/4" in done.stdout
-    assert "epoch 2/4" not in done.stdout
+
+    def resume() -> None:
+        engine.train(config, work_dir=killed, data=image_folder, wandb=False, resume=True)
+
+    (said,) = together(Fork(resume, tmp_path / "log"))
+    assert f"resuming from {killed / 'epoch_2.pth'}" in said
+    assert "epoch 3/4" in said
+    assert "epoch 2/4" not in said
     assert not list(killed.glob(".*.tmp"))
 
     ours, theirs = read_checkpoint(killed / "epoch_4.pth"), read_checkpoint(whole / "epoch_4.pth")
@@ -238,38 +221,28 @@ def test_two_processes_agree_with_one(
     one = engine.train(config, work_dir=tmp_path / "one", data=image_folder, wandb=False)
     said = [line.rsplit("  ", 1)[0] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     config.train_dataloader.batch_size = 6
-    config.dump(tmp_path / "config.py")
-    _resnet(run_config, RANDOM).dump(tmp_path / "noisy.py")  # BatchNorm's statistics have to agree as well
-    body = f"""
-        import torch
-        torch.set_num_threads(1)
-        from hybridzoo.train import engine
-        from hybridzoo.train.config import load_config
-        from mmengine.hooks import Hook
-        from mmengine.registry import HOOKS
-        import os, json
+    noisy = _resnet(run_config, RANDOM)  # BatchNorm's statistics have to agree as well
+
+    def run() -> None:
         @HOOKS.register_module()
         class SaveHook(Hook):
-            def after_train(self, runner):
+            def after_train(self, runner: Any) -> None:
                 torch.save(runner.model.module.state_dict(), runner.work_dir + "/rank" + os.environ["RANK"])
-        config = load_config("{tmp_path}/config.py")
+
         config.custom_hooks = [dict(type="SaveHook")]
-        same = dict(data="{image_folder}", launcher="pytorch")
-        metrics = engine.train(config, work_dir="{tmp_path}/two", wandb=False, **same)
-        noisy = load_config("{tmp_path}/noisy.py")
+        same = dict(data=image_folder, launcher="pytorch")
+        metrics = engine.train(config, work_dir=tmp_path / "two", wandb=False, **same)
         noisy.custom_hooks.append(dict(type="SaveHook"))
-        engine.train(noisy, work_dir="{tmp_path}/noisy", wandb=False, **same)
-        again = engine.test(config, "{tmp_path}/two/final.pth", work_dir="{tmp_path}/test", **same)
-        if os.environ["RANK"] == "0":
-            print(json.dumps([metrics, again]))
-    """
-    (tmp_path / "run.py").write_text(textwrap.dedent(body))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=200, cwd=tmp_path
+        engine.train(noisy, work_dir=tmp_path / "noisy", wandb=False, **same)
+        again = engine.test(config, tmp_path / "two/final.pth", work_dir=tmp_path / "test", **same)
+        print(json.dumps([metrics, again]))
+
+    torchruns = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    first, second = together(
+        *(Fork(run, tmp_path / f"log{i}", cwd=tmp_path, RANK=i, LOCAL_RANK=i, **torchruns) for i in ("0", "1"))
     )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = first.splitlines()
+    assert "epoch" not in second
     seen = [line.rsplit("  ", 1)[0] for line in lines if line.startswith("epoch") and "/2 " in line]
     assert seen == said, "one line an epoch from both processes, with the mean of their losses"
     assert 0 < one["accuracy/top1"] < 100, "the comparison has to see a wrong count"
@@ -352,56 +325,44 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_config: Any, image_folder: 
     assert all(torch.isfinite(value).all() for value in read_state_dict(tmp_path / "epoch_1.pth").values())
 
 
-@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_checkpoint(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     config = run_config("default_hooks.checkpoint.max_keep_ckpts=1", "default_hooks.checkpoint.save_best=None")
-    config.dump(tmp_path / "config.py")
     work = tmp_path / "run"
     config.train_cfg.max_epochs = 1
     engine.train(config, work_dir=work, data=image_folder, wandb=False)
     old = (work / "epoch_1.pth").read_bytes()
-    # The kernel refuses to let a file grow beyond half a checkpoint: write() fails as on a full disk.
-    body = f"""
-        import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({len(old) // 2}, {len(old) // 2}))
+
+    def run() -> None:
+        """The kernel refuses to let a file grow beyond half a checkpoint: write() fails as on a full disk."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, len(old) // 2))
+        config.train_cfg.max_epochs = 2
         try:
-            engine.train(load_config("{tmp_path}/config.py"), work_dir="{work}", data="{image_folder}", wandb=False,
-                         resume=True)
+            engine.train(config, work_dir=work, data=image_folder, wandb=False, resume=True)
         except UserError as error:
             print("error:", error)
             sys.exit(2)
-    """
-    done = subprocess.run(script(body), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+
+    done = Fork(run, tmp_path / "log")
+    assert done.wait() == 2, done.printed()
+    (line,) = [line for line in done.printed().splitlines() if line.startswith("error:")]
     assert f"cannot save checkpoint {work / 'epoch_2.pth'}: File too large" in line
     assert "--resume" in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.printed()
     assert [path.name for path in work.glob("*epoch*")] == ["epoch_1.pth"]
     assert not list(work.glob(".*")), "the temporary file stayed"
     assert hashlib.sha256((work / "epoch_1.pth").read_bytes()).digest() == hashlib.sha256(old).digest()
 
 
-@pytest.mark.slow
 def test_wandb_offline(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     config = run_config("train_cfg.max_epochs=1")
-    config.dump(tmp_path / "config.py")
-    body = f"""
-        engine.train(load_config("{tmp_path}/config.py"), work_dir="{tmp_path}/run", data="{image_folder}")
-    """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment: dict[str, str | None] = {key: None for key in os.environ if key.startswith("WANDB")}
     environment["NETRC"] = str(tmp_path / "none")  # no API key: must neither ask nor wait
-    done = subprocess.run(
-        script(body),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr
+
+    def run() -> None:
+        engine.train(config, work_dir=tmp_path / "run", data=image_folder)
+
+    together(Fork(run, tmp_path / "log", cwd=tmp_path, **environment))
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     (log,) = run.glob("*.wandb")
     assert b"accuracy/top1" in log.read_bytes()

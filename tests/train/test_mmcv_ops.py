@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import subprocess
 import sys
 
 import pytest
@@ -98,15 +97,16 @@ def test_importlib_finds_the_stand_in_and_install_is_idempotent():
     assert "hybridzoo" in ops.get_compiler_version()
 
 
-def test_a_compiled_extension_is_left_alone(tmp_path):
-    """A fresh process in which `mmcv._ext` exists: install() must not replace it."""
+def test_a_compiled_extension_is_left_alone(tmp_path, monkeypatch):
+    """Where `mmcv._ext` exists, install() must not replace it."""
     (tmp_path / "_ext.py").write_text("REAL = True\n")
-    code = (
-        f"import mmcv; mmcv.__path__.append({str(tmp_path)!r})\n"
-        "from hybridzoo.train import mmcv_ops; mmcv_ops.install()\n"
-        "import mmcv._ext; assert mmcv._ext.REAL is True"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    mmcv = sys.modules["mmcv"]
+    monkeypatch.setattr(mmcv, "__path__", [*mmcv.__path__, str(tmp_path)])
+    monkeypatch.setattr(mmcv, "_ext", None)
+    monkeypatch.delitem(sys.modules, "mmcv._ext")
+    mmcv_ops.install()
+    assert sys.modules["mmcv._ext"].REAL is True
+    assert mmcv._ext.REAL is True
 
 
 # ---------------------------------------------------------------- boxes

@@ -2,43 +2,18 @@
 
 import os
 import re
-import socket
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Fork, free_port, together
 
-from hybridzoo.train import engine
+from hybridzoo.train import engine, sharding
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.launching import first_node, from_slurm
 from hybridzoo.train.weights import read_checkpoint
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
-def together(commands: list[list[str]], where: Path, *environments: dict[str, str]) -> list[str]:
-    """What each of some processes prints, which run at the same time and have to end well."""
-    started = []
-    for place, command in enumerate(commands):
-        own = {"OMP_NUM_THREADS": "1", **(environments[place] if environments else {})}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started.append(subprocess.Popen(command, cwd=where, text=True, env={**os.environ, **own}, **pipes))
-    try:
-        printed = [process.communicate(timeout=300)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, text in zip(started, printed, strict=True):
-        assert process.returncode == 0, text
-    return printed
 
 
 @pytest.mark.exhaustive  # two processes by torchrun are in test_engine, and by Slurm's variables here
@@ -49,7 +24,13 @@ def test_two_machines(run_config: Any, image_folder: Path, tmp_path: Path) -> No
     words = ["-m", "hybridzoo", "train", "config.py", "--data", str(image_folder), "--no-wandb", "--work-dir", "run"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meet]
     agents = [[*torchrun, f"--node-rank={rank}", *words, "--launcher", "pytorch"] for rank in (0, 1)]
-    first, second = together(agents, tmp_path)
+    logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
+    first, second = together(
+        *(
+            Fork(lambda agent=agent: os.execv(agent[0], agent), log, cwd=tmp_path)
+            for agent, log in zip(agents, logs, strict=True)
+        )
+    )
     assert ", 2 processes, float32" in first
     assert re.search(r"^run: 1 epochs of \d+ iterations, 8 images each and process, 16 in all$", first, re.MULTILINE)
     assert re.search(r"^epoch 1/1  loss ", first, re.MULTILINE)
@@ -57,35 +38,25 @@ def test_two_machines(run_config: Any, image_folder: Path, tmp_path: Path) -> No
     assert (tmp_path / "run" / "final.pth").is_file()
 
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from hybridzoo.train import engine, sharding
-from hybridzoo.train.config import load_config
-sharding.SMALLEST = 10_000  # the network is small
-same = dict(data=sys.argv[1], launcher="slurm", fsdp=True, wandb=False)
-config = load_config("two.py")
-config.train_cfg.max_epochs = 1
-engine.train(config, work_dir="two", **same)
-config.train_cfg.max_epochs = 2
-metrics = engine.train(config, work_dir="two", resume=True, **same)
-print("metrics", metrics["accuracy/top1"])
-"""
-
-
-@pytest.mark.slow
 def test_divided_weights_under_slurm(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     """Two processes that srun seems to have started, and resumes: the same as one process with twice the batch."""
     options = ("optim_wrapper.optimizer.eps=1e-3", "optim_wrapper.clip_grad={'max_norm': 1.0}")
     one = run_config("train_dataloader.batch_size=12", *options)
     two = run_config("train_dataloader.batch_size=6", *options)
-    two.dump(tmp_path / "two.py")
-    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+
+    def run() -> None:
+        sharding.SMALLEST = 10_000  # the network is small
+        same = dict(data=image_folder, launcher="slurm", fsdp=True, wandb=False)
+        two.train_cfg.max_epochs = 1
+        engine.train(two, work_dir="two", **same)
+        two.train_cfg.max_epochs = 2
+        metrics = engine.train(two, work_dir="two", resume=True, **same)
+        print("metrics", metrics["accuracy/top1"])
+
     slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
     slurm["MASTER_PORT"] = str(free_port())
     ranks = [{**slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
-    command = [sys.executable, "script.py", str(image_folder)]
-    printed = together([command, command], tmp_path, *ranks)
+    printed = together(*(Fork(run, tmp_path / f"log{i}", cwd=tmp_path, **rank) for i, rank in enumerate(ranks)))
     assert "resuming from two/epoch_1.pth" in printed[0]
 
     metrics = engine.train(one, work_dir=tmp_path / "one", data=image_folder, wandb=False)

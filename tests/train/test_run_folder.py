@@ -7,14 +7,13 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Fork
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -80,45 +79,39 @@ def test_a_fresh_run_wants_a_fresh_folder(run_config: Any, image_folder: Path, t
 
 # One at a time --------------------------------------------------------------------------------------------------------
 
-HOLD = """
-    import sys, time, os
-    from pathlib import Path
-    from hybridzoo.train.run_folder import RunFolder
-    with RunFolder(Path(sys.argv[1])) as place:
-        place.claim()
-        place.begin("theirs")
-        if sys.argv[2] == "fork" and os.fork() == 0:
-            time.sleep(60)  # as a data loader's worker would
-        print("held", flush=True)
-        time.sleep(60)
-"""
-
-
-def holder(folder: Path, how: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(folder), how]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
 
 @pytest.mark.parametrize("how", ["alone", "fork"])
 def test_the_second_run_stops_until_the_first_is_dead(
     run_config: Any, image_folder: Path, tmp_path: Path, how: str
 ) -> None:
     """Killed, and while a worker that it left behind still lives."""
-    half = tmp_path / ".epoch_1.pth.1.tmp"
+    work, log = tmp_path / "work", tmp_path / "log"
+    work.mkdir()
+    half = work / ".epoch_1.pth.1.tmp"
     half.touch()
-    process = holder(tmp_path, how)
+
+    def hold() -> None:
+        with RunFolder(work) as place:
+            place.claim()
+            place.begin("theirs")
+            if how == "fork" and os.fork() == 0:
+                time.sleep(60)  # as a data loader's worker would
+            print("held")
+            time.sleep(60)
+
+    process = Fork(hold, log)
     try:
+        while not process.printed():
+            assert process.poll() is None
+            time.sleep(0.02)
         for resume in (False, True):
             with pytest.raises(UserError, match=r"work_dir .*: another run is training in it"):
-                engine.train(run_config(*ONE), work_dir=tmp_path, data=image_folder, wandb=False, resume=resume)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [half.name, run_folder.NAME]
-        assert run_folder.run_of(tmp_path) == "theirs"
-        process.kill()
+                engine.train(run_config(*ONE), work_dir=work, data=image_folder, wandb=False, resume=resume)
+        assert sorted(path.name for path in work.iterdir()) == [half.name, run_folder.NAME]
+        assert run_folder.run_of(work) == "theirs"
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        with RunFolder(tmp_path) as place:
+        with RunFolder(work) as place:
             place.claim()
     finally:
         with contextlib.suppress(ProcessLookupError):
