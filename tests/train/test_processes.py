@@ -32,7 +32,7 @@ def test_two_machines(run_config: Any, image_folder: Path, tmp_path: Path) -> No
         )
     )
     assert ", 2 processes, float32" in first
-    assert re.search(r"^run: 1 epochs of \d+ iterations, 8 images each and process, 16 in all$", first, re.MULTILINE)
+    assert re.search(r"^run: 1 epoch of \d+ iterations, 8 images each and process, 16 in all$", first, re.MULTILINE)
     assert re.search(r"^epoch 1/1  loss ", first, re.MULTILINE)
     assert "epoch" not in second
     assert (tmp_path / "run" / "final.pth").is_file()
