@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from hybridzoo.train import cli, measures, results, tables
 from hybridzoo.train.errors import UserError
 
 
 def test_scores_are_those_of_scikit_learn():
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # 2 CPU seconds
+
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 4, 200), rng.integers(0, 4, 200)
     details = measures.classification(true.tolist(), predicted.tolist(), "abcd")
