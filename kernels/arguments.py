@@ -145,9 +145,14 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+def open_map(query: Tensor) -> bool:
+    """Whether a program is exported that leaves the height or width of its map open."""
+    return any(isinstance(side, torch.SymInt) for side in query.shape[1:3])
+
+
 def fixed_map(operator: str, query: Tensor) -> None:
     """A map whose height and width are known while a program is exported: how it is cut depends on them."""
-    if any(isinstance(side, torch.SymInt) for side in query.shape[1:3]):
+    if open_map(query):
         raise ValueError(
             f"{operator} cannot be exported with a dynamic height or width: how it cuts the map depends on them;"
             " only the batch may be dynamic"

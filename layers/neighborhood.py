@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, na2d
 from hybridzoo.layers.init import trunc_normal_
+from hybridzoo.layers.open_sizes import larger, smaller, surely
 from hybridzoo.layers.relative_position import resize_table
 
 Padding = Literal["bias", "mask"]
@@ -85,8 +86,8 @@ class NeighborhoodAttention2d(nn.Module):
         dilation = self.dilation or (fitting_dilation(height, width, self.kernel_size),) * 2
         heads = (3, self.num_heads, dim // self.num_heads)
         pad_token = None
-        beyond = any(n < k * d for n, k, d in zip((height, width), self.kernel_size, dilation, strict=True))
-        if beyond and self.padding == "bias":  # the paper's: zeros before the projection
+        whole = [surely(n >= k * d) for n, k, d in zip((height, width), self.kernel_size, dilation, strict=True)]
+        if not all(whole) and self.padding == "bias":  # the paper's: zeros before the projection
             pad_token = self.qkv(x.new_zeros(1, dim)).view(heads)[1:]
         query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
         return self.proj(na2d(query, key, value, self.kernel_size, dilation, rpb=self.rpb, fill=pad_token).flatten(3))
@@ -124,4 +125,4 @@ def fitting_dilation(height: int, width: int, kernel_size: int | tuple[int, int]
     published models' largest ones.
     """
     rows, columns = arguments.pair("kernel_size", kernel_size)
-    return max(1, min(height // rows, width // columns))
+    return larger(1, smaller(height // rows, width // columns))

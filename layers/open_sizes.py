@@ -17,3 +17,17 @@ def surely(condition: bool | torch.SymBool) -> bool:
     if arguments.exporting() and isinstance(condition, torch.SymBool):
         return statically_known_true(condition)
     return bool(condition)
+
+
+def smaller(first: int, second: int) -> int:
+    """The smaller one of two sizes; `min` would decide between sizes left open."""
+    return torch.sym_min(first, second) if _open(first, second) else min(first, second)
+
+
+def larger(first: int, second: int) -> int:
+    """The larger one of two sizes; `max` would decide between sizes left open."""
+    return torch.sym_max(first, second) if _open(first, second) else max(first, second)
+
+
+def _open(*sizes: int) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in sizes)

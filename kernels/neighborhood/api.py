@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
-from hybridzoo.kernels.neighborhood import beyond, operators, torch_impl
+from hybridzoo.kernels.neighborhood import any_size, beyond, operators, torch_impl
 from hybridzoo.kernels.operators_common import full_precision
 
 TRITON_KERNELS = (3, 13)  # smallest and largest window that the Triton kernels can hold
@@ -46,7 +46,7 @@ def na2d(
 
     Args:
         query, key, value: `(batch, height, width, heads, head_dim)`, one dtype and device, any height and width; the
-            batch may be empty. In an exported program only the batch may be dynamic.
+            batch may be empty. In an exported program batch, height and width may be dynamic.
         kernel_size: window in tokens, `(rows, columns)` or one number for both; odd.
         dilation: step between the window's tokens, `(rows, columns)` or one number for both; 1 is none.
         rpb: relative position bias `(heads, 2 * rows - 1, 2 * columns - 1)`, any floating dtype, indexed by key minus
@@ -91,9 +91,11 @@ def na2d(
     fits = all(smallest <= k <= largest for k in kernel)
     limit = None if fits else f"kernel_size {kernel} does not lie between {smallest} and {largest}"
     impl = arguments.implementation(impl, query, limit)
+    if arguments.exporting() and arguments.open_map(query):
+        with full_precision(query):
+            return any_size.forward(query, key, value, rpb, fill, kernel, steps, scale)
     extends = fill is not None and beyond.reaches((query.shape[1], query.shape[2]), kernel, steps)
     if arguments.exporting():
-        arguments.fixed_map("na2d", query)
         with full_precision(query):
             out, lse = torch_impl.exportable_forward(query, key, value, rpb, kernel, steps, scale, extends)
     else:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.kernels import arguments, na2d
-from hybridzoo.kernels.neighborhood import operators, reference, torch_impl
+from hybridzoo.kernels.neighborhood import any_size, operators, reference, torch_impl
 
 INDEX = goldens.manifest("ops", "na2d")
 CASES = [name for name, case in INDEX["cases"].items() if case["kind"] == "op"]
@@ -93,6 +93,11 @@ def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, h
     graph = result_and_gradients(through(lambda *args: torch_impl.exportable_forward(*args)[0]), leaves, grad)
     torch.testing.assert_close(graph, expected, rtol=1e-9, atol=1e-9)
 
+    def of_any_size(q, k, v, rpb=None):
+        return any_size.forward(q, k, v, rpb, None, *where)
+
+    torch.testing.assert_close(result_and_gradients(of_any_size, leaves, grad), expected, rtol=1e-9, atol=1e-9)
+
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -114,8 +119,12 @@ def test_fill_equals_a_map_that_has_these_tokens(size, kernel, dilation, biased,
         # Where nothing lies beyond, nothing reaches the fill.
         return na2d(q, k, v, kernel, dilation, rpb=rpb, fill=fill, scale=0.7) + 0 * fill.sum()
 
+    def of_any_size(q, k, v, *rest):
+        return any_size.forward(q, k, v, *(None, *rest)[-2:], kernel, dilation, 0.7) + 0 * rest[-1].sum()
+
     expected = result_and_gradients(lambda *args: definition(*args) + 0 * args[-1].sum(), leaves, grad)
     torch.testing.assert_close(result_and_gradients(ours, leaves, grad), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result_and_gradients(of_any_size, leaves, grad), expected, rtol=1e-9, atol=1e-9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "exporting", lambda: True)
         torch.testing.assert_close(result_and_gradients(ours, leaves, grad), expected, rtol=1e-9, atol=1e-9)
@@ -413,11 +422,20 @@ def test_exports_without_our_operator_for_any_batch(dilation):
     torch.testing.assert_close(program.module()(more), module(more))
 
 
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_exports_for_any_height_and_width(dilation):
+    torch.manual_seed(0)
+    module, qkv = _Attend(dilation).eval(), torch.randn(2, 20, 31, 3, 2, 8)
+    sides = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+    program = torch.export.export(module, (qkv,), dynamic_shapes=(sides,))
+    assert not [n for n in program.graph.nodes if "hybridzoo" in str(n.target)]
+    for size in ((5, 20, 31), (1, 50, 9), (2, 4, 70)):
+        other = torch.randn(*size, 3, 2, 8)
+        torch.testing.assert_close(program.module()(other), module(other))
+
+
 def test_what_export_cannot_do_is_said():
     module, qkv = _Attend(1).eval(), torch.randn(2, 20, 31, 3, 2, 8)
-    height = torch.export.Dim("height", min=14, max=64)
-    with pytest.raises(ValueError, match="na2d cannot be exported with a dynamic height or width"):
-        torch.export.export(module, (qkv,), dynamic_shapes=({1: height},))
     module.impl = "triton"
     with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: .*(exported|not installed)"):
         torch.export.export(module, (qkv,))

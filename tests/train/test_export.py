@@ -122,6 +122,22 @@ def test_what_a_file_promises_was_tried(tmp_path, to, multiple, taken):
         comparing.compare(source, run, size)
 
 
+class Quotient(nn.Module):
+    """Nothing divided by nothing and a little more, as linear attention does where no key counts."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        nothing = torch.relu(-image.abs()).mean((2, 3))
+        return nothing / (nothing + 1e-15)
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_small_summand_is_kept(tmp_path, to):
+    """onnxscript's optimizer takes what is below 1e-8 for zero."""
+    done = exporting.export(source_of(Quotient()), to, tmp_path / f"network{FORMATS[to].suffix}")
+    (out,) = FORMATS[to].open(done.path)(torch.randn(1, 3, 64, 64))
+    assert torch.equal(out, torch.zeros(1, 3))
+
+
 class Wrong(Pt2):
     def open(self, path):
         run = super().open(path)

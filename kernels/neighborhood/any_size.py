@@ -1,0 +1,121 @@
+"""Neighborhood attention as a graph for maps of any size: for exported programs whose height and width are open.
+
+`tiles` lists what a map of one size is cut into. Here nothing is decided by the size: per axis, every dilation group is
+cut into tiles of `kernel` queries, and the tile's keys are the `2 * kernel - 1` members of the group from its first
+window on. Where tokens lie is computed in the graph, and what a query does not see is minus infinity in its bias. That
+costs more than `tiles`: keys are copied about four times, and every tile has a bias of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """One axis of a map, cut into tiles, those of the first dilation group first.
+
+    Attributes:
+        queries: `(tiles, kernel)`, positions of the queries; of places that no token has, those of other tokens.
+        keys: `(tiles, 2 * kernel - 1)`, positions of the keys, which may lie beyond the map.
+        entries: `(tiles, kernel, 2 * kernel - 1)`, index into rpb; `2 * kernel - 1` for a key that is not seen.
+        tile, place: `(length,)`, in which tile a token is a query, and which one of it.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    entries: Tensor
+    tile: Tensor
+    place: Tensor
+
+
+def cut(length: int, kernel: int, dilation: int, extends: bool, device: torch.device) -> Axis:
+    """`extends`: the axis goes on to `kernel * dilation` tokens where it has fewer. Sizes may be symbolic."""
+    whole = torch.sym_max(length, kernel * dilation) if extends else length
+    # Tiles of a group; two at least, since PyTorch binds a program to sizes of one.
+    count = torch.sym_max(2, (length + dilation * kernel - 1) // (dilation * kernel))
+    group = torch.arange(dilation, device=device)[:, None, None]
+    members = ((whole - group + dilation - 1) // dilation).clamp(min=1)
+    first = torch.arange(count, device=device)[None, :, None] * kernel
+    query = torch.minimum(first + torch.arange(kernel, device=device), members - 1)
+    window = torch.minimum((query - kernel // 2).clamp(min=0), (members - kernel).clamp(min=0))
+    key = torch.minimum((first - kernel // 2).clamp(min=0), (members - (2 * kernel - 1)).clamp(min=0))
+    key = key + torch.arange(2 * kernel - 1, device=device)
+    query, window, keys = query[..., None], window[..., None], key[:, :, None]
+    seen = (window <= keys) & (keys < window + kernel) & (keys < members[..., None])
+    entries = torch.where(seen, keys - query + kernel - 1, 2 * kernel - 1)
+    token = torch.arange(length, device=device)
+    member = token // dilation
+    return Axis(
+        (group + dilation * query[..., 0]).clamp(max=length - 1).flatten(0, 1),
+        (group + dilation * key).flatten(0, 1),
+        entries.flatten(0, 1),
+        token % dilation * count + member // kernel,
+        member % kernel,
+    )
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    fill: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """See `api.na2d`."""
+    height, width, heads = query.shape[1:4]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    rows, columns = (
+        cut(length, k, d, fill is not None, query.device)
+        for length, k, d in zip((height, width), kernel, dilation, strict=True)
+    )
+    q = _tiles(query.flatten(1, 2).to(dtype), _pairs(rows.queries * width, columns.queries))
+    keys = _pairs(rows.keys.clamp(max=height - 1) * width, columns.keys.clamp(max=width - 1))
+    if fill is not None:  # one token more, which stands for all beyond the map
+        beyond = _pairs((rows.keys >= height).long(), (columns.keys >= width).long()) > 0
+        keys = torch.where(beyond, height * width, keys)
+    k, v = (
+        _tiles((t.flatten(1, 2) if fill is None else _with_token(t, fill[i])).to(dtype), keys)
+        for i, t in enumerate((key, value))
+    )
+    if rpb is None:
+        rpb = query.new_zeros(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    bias = _bias(rows, columns, rpb.to(dtype), heads)
+    out = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
+    out = out.unflatten(1, (-1, heads)).transpose(2, 3).flatten(1, 2)
+    tile = rows.tile[:, None] * columns.queries.shape[0] + columns.tile
+    place = rows.place[:, None] * kernel[1] + columns.place
+    back = (tile * (kernel[0] * kernel[1]) + place).flatten()
+    return out.index_select(1, back).unflatten(1, (height, width)).to(query.dtype)
+
+
+def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
+    """Sums of what `(tiles, size)` rows and columns say, `(tiles, tokens)`, of all pairs of their tiles."""
+    return (rows[:, None, :, None] + columns[:, None]).flatten(2).flatten(0, 1)
+
+
+def _tiles(tokens: Tensor, index: Tensor) -> Tensor:
+    """`(batch, tokens, heads, d)` -> `(batch, tiles * heads, size, d)`, of an index `(tiles, size)`."""
+    taken = tokens.index_select(1, index.flatten()).unflatten(1, (-1, index.shape[1]))
+    return taken.transpose(2, 3).flatten(1, 2)
+
+
+def _with_token(x: Tensor, token: Tensor) -> Tensor:
+    """A map `(batch, height, width, heads, d)` as tokens, and one more `(heads, d)` at their end."""
+    return torch.cat((x.flatten(1, 2), token.to(x.dtype).expand(x.shape[0], 1, -1, -1)), dim=1)
+
+
+def _bias(rows: Axis, columns: Axis, rpb: Tensor, heads: int) -> Tensor:
+    """`(tiles * heads, queries, keys)`, minus infinity where a query does not see a key."""
+    table = F.pad(rpb, (0, 1, 0, 1), value=-math.inf)
+    row, column = rows.entries[:, None, :, None, :, None], columns.entries[:, None, :, None]
+    entries = (row * table.shape[2] + column).flatten(4).flatten(2, 3).flatten(0, 1)
+    bias = table.flatten(1).index_select(1, entries.flatten()).unflatten(1, entries.shape)
+    return bias.transpose(0, 1).expand(-1, heads, -1, -1).flatten(0, 1)
