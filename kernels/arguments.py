@@ -18,6 +18,7 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # does not import it: that would be slow
+PAIRS, WHOLE = (tuple, list), (int, torch.SymInt)  # a union of types would be made anew in every call
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,7 +26,7 @@ def whole(value: Any) -> int | None:
     """`value` as a positive whole number, numpy's and symbolic ones included; None if it is none."""
     if isinstance(value, bool):
         return None
-    if not isinstance(value, int | torch.SymInt):
+    if not isinstance(value, WHOLE):
         try:
             value = operator.index(value)
         except TypeError:
@@ -51,7 +52,7 @@ def odd(name: str, value: Any) -> int:
 
 def pair(name: str, value: Any, axes: str = "rows, columns") -> tuple[int, int]:
     """`value` per axis, checked to be one positive whole number for both, or two in a tuple or list."""
-    first, second = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
+    first, second = value if isinstance(value, PAIRS) and len(value) == 2 else (value, value)
     rows, columns = whole(first), whole(second)
     if rows is None or columns is None:
         raise ValueError(f"{name} must be a positive whole number or a pair ({axes}) of them; got {value!r}")

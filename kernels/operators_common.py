@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,17 +36,20 @@ def differentiable(
     autograd function goes around the operator, which does neither. (Compilers would not take the same tensor as query
     and key through such a function, nor could a `torch.jit.trace` be saved.) For `torch.func`, `differentiate` too must
     compute with differentiable operators.
+
+    There are two of these functions. PyTorch binds the arguments of one that `torch.func` can transform by their names
+    in every call, which takes as long as all the rest of the call; nobody else needs to wait for that.
     """
     torch.library.register_autograd(op, differentiate, setup_context=save, lib=_LIBRARY)
 
     class Function(torch.autograd.Function):
-        generate_vmap_rule = True
-        setup_context = staticmethod(save)
         backward = staticmethod(differentiate)
 
         @staticmethod
-        def forward(*inputs: Any) -> Any:
-            return op(*inputs)
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = op(*inputs)
+            save(ctx, inputs, output)
+            return output
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -55,20 +57,29 @@ def differentiable(
                 f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian); use torch.func.vjp or jacrev"
             )
 
-    # `apply` asks for it in every call; worked out anew it takes as long as all the rest of the call.
-    Function.forward.__signature__ = inspect.signature(Function.forward)  # type: ignore[attr-defined]
+    class Transformed(Function):
+        generate_vmap_rule = True
+        setup_context = staticmethod(save)
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return op(*inputs)
 
     def call(*inputs: Any) -> Any:
-        plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if plain or not (torch.is_grad_enabled() or _has_tangent(inputs)):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return op(*inputs)
-        return Function.apply(*inputs)
+        if torch._C._are_functorch_transforms_active():  # asked by autograd functions too; there is no public question
+            return Transformed.apply(*inputs)
+        return Function.apply(*inputs) if _has_gradient(inputs) else op(*inputs)
 
     return call
 
 
-def _has_tangent(inputs: tuple[Any, ...]) -> bool:
-    tensors = (x for x in inputs if isinstance(x, Tensor))
+def _has_gradient(inputs: tuple[Any, ...]) -> bool:
+    """Whether a derivative is asked for, in reverse mode or in forward mode."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 

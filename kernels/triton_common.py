@@ -7,6 +7,8 @@ compile the very launches that calls make. Imported only when used: Triton is sl
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,46 +20,65 @@ from hybridzoo.kernels.tuning import Config
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)  # the hardware has a fast exp2, no fast exp
+ALIGNMENT = 16  # bytes; Triton compiles other code for tensors that begin elsewhere
 UNSEEN = tl.constexpr(-1.0e30)  # the score of a key that is not attended to: finite, so that no row makes inf - inf
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A launch without its tensors, which are all that changes between calls of a shape, dtype, strides and device."""
+
+    kernel: Any
+    programs: int
+    tensors: tuple[str, ...]  # the kernel's first arguments
+    arguments: dict[str, Any]  # the others, in its order
+    options: dict[str, Any]  # of the compiler
+    compiled: dict[Any, Any] = field(default_factory=dict)  # by what Triton asks of tensors
+
+    @classmethod
+    def of(cls, kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> Recipe:
+        """Of `arguments`, a kernel is passed those it has; the tensors are the rest of what it has."""
+        tensors = tuple(name for name in kernel.arg_names if name not in arguments)
+        rest = kernel.arg_names[len(tensors) :]
+        assert not {*tensors} & {*rest}, f"{kernel} takes a tensor after other arguments"
+        return cls(kernel, programs, tensors, {name: arguments[name] for name in rest}, config.options)
+
+    def launch(self, tensors: dict[str, Tensor]) -> Launch:
+        return Launch(self, tuple([tensors[name] for name in self.tensors]))
 
 
 class Launch(NamedTuple):
     """One call of a kernel."""
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]  # of the compiler
+    recipe: Recipe
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def kernel(self) -> Any:
+        return self.recipe.kernel
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All of them, in the kernel's order."""
+        return dict(zip(self.recipe.tensors, self.tensors, strict=True)) | self.recipe.arguments
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.recipe.options
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+        """Triton looks at every argument in every call, to find what it compiled for such ones.
 
-
-class Recipe(NamedTuple):
-    """A launch without its tensors, which are all that changes between calls of a shape."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    tensors: tuple[str, ...]  # the kernel's other arguments
-    options: dict[str, Any]
-
-    @classmethod
-    def of(cls, kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> Recipe:
-        """Of `arguments`, a kernel is passed those it has; the tensors are the rest of what it has."""
-        known = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-        return cls(kernel, programs, known, tuple(n for n in kernel.arg_names if n not in known), config.options)
-
-    def launch(self, tensors: dict[str, Tensor]) -> Launch:
-        arguments = self.arguments | {name: tensors[name] for name in self.tensors}
-        return Launch(self.kernel, self.programs, arguments, self.options)
-
-
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> Launch:
-    """Of `arguments`, a kernel is passed those it has; their union is simpler to build than each one's own set."""
-    return Launch(
-        kernel, programs, {name: arguments[name] for name in kernel.arg_names if name in arguments}, config.options
-    )
+        All but the tensors are the recipe's own, so what it found is kept for tensors of the same dtypes and alignment,
+        and called at once.
+        """
+        recipe = self.recipe
+        alike = tuple([(t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in self.tensors])
+        compiled = recipe.compiled.get(alike)
+        if compiled is not None and torch.version.hip is None:  # AMD's code depends on the memory's size too
+            compiled[(recipe.programs, 1, 1)](*self.tensors, *recipe.arguments.values())
+        else:  # the interpreter returns nothing
+            recipe.compiled[alike] = recipe.kernel[(recipe.programs,)](*self.arguments.values(), **recipe.options)
 
 
 def unsupported(query: Tensor, widths: tuple[int, int] = (16, 128)) -> str | None:
@@ -68,8 +89,9 @@ def unsupported(query: Tensor, widths: tuple[int, int] = (16, 128)) -> str | Non
         return "Triton's interpreter multiplies bfloat16 matrices as if they were integers"
     if query.ndim == 5 and not widths[0] <= query.shape[4] <= widths[1]:
         return f"head_dim {query.shape[4]} does not lie between {widths[0]} and {widths[1]}"
-    reach = sum((size - 1) * abs(stride) for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
-    if max(reach, query[:1].numel()) >= 2**31:
+    shape = query.shape[1:]
+    reach = sum([(size - 1) * abs(stride) for size, stride in zip(shape, query.stride()[1:], strict=True)])
+    if max(reach, math.prod(shape)) >= 2**31:
         return "an image has more elements than 32-bit offsets reach"
     if query.is_cuda and capability(query.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
@@ -84,16 +106,6 @@ def same_strides(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]
     if not (query.stride() == key.stride() == value.stride() and query.stride(4) == 1):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     return dict(query=query, key=key, value=value)
-
-
-def sizes(query: Tensor) -> dict[str, Any]:
-    """Arguments of all kernels: sizes, strides, and what is fixed when compiling."""
-    _, height, width, heads, head_dim = query.shape
-    strides = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), query.stride(), strict=False))
-    return strides | dict(
-        heads=heads, height=height, width=width,
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PRECISION=precision(query),
-    )  # fmt: skip
 
 
 def precision(query: Tensor) -> str:

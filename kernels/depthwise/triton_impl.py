@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
+from hybridzoo.kernels import tuning
 from hybridzoo.kernels.depthwise import triton_kernels
-from hybridzoo.kernels.triton_common import Launch
+from hybridzoo.kernels.triton_common import Launch, Recipe
+from hybridzoo.kernels.tuning import Config
 
 PIXELS = {"convolve": 32, "backward_kernels": 16}  # of a program's tile
 CHANNELS = 64  # at most
 PROGRAMS = 4096  # of `backward_kernels`, about: images are cut into parts until there are as many
-OPTIONS: dict[str, Any] = dict(num_warps=4, num_stages=1, enable_fp_fusion=True)
+CONFIG = Config(0, 0, warps=4, stages=1)  # blocks are those above
 
 
 def forward(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,33 +46,46 @@ def forward_launch(x: Tensor, kernels: Tensor, bias: Tensor | None, out: Tensor)
 def backward_launches(grad: Tensor, x: Tensor, kernels: Tensor, dx: Tensor) -> tuple[list[Launch], Tensor]:
     """The kernels in any order, and the parts, `(batch, parts, 10, channels)`, of the sums of kernels and bias."""
     grad, x = grad.contiguous(), _dense_channels(x)
-    tiling, groups = _tiling("backward_kernels", x)
-    programs = x.shape[0] * groups * 3
-    parts = min(tiling["tiles"], max(1, PROGRAMS // programs))
-    partial = torch.empty(x.shape[0], parts, 10, x.shape[3], dtype=torch.float32, device=x.device)
-    arguments = dict(grad=grad, x=x, partial=partial, parts=parts) | tiling
-    sums = Launch(triton_kernels.backward_kernels, programs * parts, arguments, OPTIONS)
-    return [_convolve(grad, kernels, None, dx, flip=True), sums], partial
+    sums = _sums(tuple(x.shape), x.stride(), x.device)
+    partial = torch.empty(x.shape[0], sums.arguments["parts"], 10, x.shape[3], dtype=torch.float32, device=x.device)
+    launch = sums.launch(dict(grad=grad, x=x, partial=partial))
+    return [_convolve(grad, kernels, None, dx, flip=True), launch], partial
 
 
 def _convolve(x: Tensor, kernels: Tensor, bias: Tensor | None, out: Tensor, flip: bool) -> Launch:
     x, kernels = _dense_channels(x), kernels.contiguous()
-    tiling, groups = _tiling("convolve", x)
     shift = kernels if bias is None else bias.contiguous()  # a pointer that nobody reads
-    arguments = dict(x=x, kernels=kernels, bias=shift, out=out, BIAS=bias is not None, FLIP=flip) | tiling
-    return Launch(triton_kernels.convolve, x.shape[0] * groups * tiling["tiles"], arguments, OPTIONS)
+    recipe = _convolution(tuple(x.shape), x.stride(), x.device, bias is not None, flip)
+    return recipe.launch(dict(x=x, kernels=kernels, bias=shift, out=out))
 
 
-def _tiling(kernel: str, x: Tensor) -> tuple[dict[str, int], int]:
+@tuning.plan
+def _convolution(
+    shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device, bias: bool, flip: bool
+) -> Recipe:
+    tiling, groups = _tiling("convolve", shape, strides)
+    programs = shape[0] * groups * tiling["tiles"]
+    return Recipe.of(triton_kernels.convolve, programs, tiling | dict(BIAS=bias, FLIP=flip), CONFIG)
+
+
+@tuning.plan
+def _sums(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Recipe:
+    tiling, groups = _tiling("backward_kernels", shape, strides)
+    programs = shape[0] * groups * 3
+    parts = min(tiling["tiles"], max(1, PROGRAMS // programs))
+    return Recipe.of(triton_kernels.backward_kernels, programs * parts, tiling | dict(parts=parts), CONFIG)
+
+
+def _tiling(kernel: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[dict[str, int], int]:
     """Sizes and strides for the kernel; groups of channels."""
-    _, height, width, channels = x.shape
+    _, height, width, channels = shape
     block = min(CHANNELS, triton.next_power_of_2(channels))
     if channels % block and channels % (block // 2) == 0:
         block //= 2  # 96 channels are three blocks of 32, not two of 64
     pixels = PIXELS[kernel] * (CHANNELS // block)
-    strides = dict(zip(("stride_b", "stride_h", "stride_w"), x.stride(), strict=False))
+    steps = dict(zip(("stride_b", "stride_h", "stride_w"), strides, strict=False))
     sizes = dict(height=height, width=width, channels=channels, tiles=triton.cdiv(height * width, pixels))
-    return sizes | strides | dict(PIXELS=pixels, CHANNELS=block), triton.cdiv(channels, block)
+    return sizes | steps | dict(PIXELS=pixels, CHANNELS=block), triton.cdiv(channels, block)
 
 
 def _dense_channels(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_tests import DEVICE, INTERPRETED, assert_as_good, computes, not_interpreted, results, run_interpreted
 
-from hybridzoo.kernels import dynamic_depthwise_conv2d
+from hybridzoo.kernels import dynamic_depthwise_conv2d, tuning
 from hybridzoo.kernels.depthwise import operators, reference, torch_impl
 
 plain = pytest.mark.skipif(INTERPRETED, reason="no Triton in it")
@@ -136,6 +136,7 @@ def test_sums_are_whole_however_images_are_cut(programs, monkeypatch):
     from hybridzoo.kernels.depthwise import triton_impl
 
     monkeypatch.setattr(triton_impl, "PROGRAMS", programs)
+    tuning.forget()
     torch.manual_seed(0)
     assert_as_good_as_the_definition(leaves(2, 13, 11, 32, torch.float32, DEVICE))
 
