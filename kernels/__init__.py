@@ -1,7 +1,14 @@
 """Operators: pure functions on tensors, one folder each: api, implementations in torch and triton, reference."""
 
 from hybridzoo.kernels.depthwise import dynamic_depthwise_conv2d
-from hybridzoo.kernels.neighborhood import na2d, neighborhood_mix2d
+from hybridzoo.kernels.neighborhood import na2d, na2d_packed, neighborhood_mix2d
 from hybridzoo.kernels.routed import bi_level_route, routed_attention2d
 
-__all__ = ["bi_level_route", "dynamic_depthwise_conv2d", "na2d", "neighborhood_mix2d", "routed_attention2d"]
+__all__ = [
+    "bi_level_route",
+    "dynamic_depthwise_conv2d",
+    "na2d",
+    "na2d_packed",
+    "neighborhood_mix2d",
+    "routed_attention2d",
+]

@@ -8,7 +8,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from hybridzoo.kernels import arguments, na2d
+from hybridzoo.kernels import arguments, na2d_packed
 from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.open_sizes import larger, smaller, surely
 from hybridzoo.layers.relative_position import resize_table
@@ -89,8 +89,8 @@ class NeighborhoodAttention2d(nn.Module):
         whole = [surely(n >= k * d) for n, k, d in zip((height, width), self.kernel_size, dilation, strict=True)]
         if not all(whole) and self.padding == "bias":  # the paper's: zeros before the projection
             pad_token = self.qkv(x.new_zeros(1, dim)).view(heads)[1:]
-        query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
-        return self.proj(na2d(query, key, value, self.kernel_size, dilation, rpb=self.rpb, fill=pad_token).flatten(3))
+        qkv = self.qkv(x).unflatten(-1, heads)
+        return self.proj(na2d_packed(qkv, self.kernel_size, dilation, rpb=self.rpb, fill=pad_token).flatten(3))
 
     def extra_repr(self) -> str:
         return (

@@ -16,10 +16,13 @@ position bias of its section 3.3; dilation from arXiv 2209.15001.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
 from hybridzoo.kernels.neighborhood import any_size, beyond, operators, torch_impl
+from hybridzoo.kernels.neighborhood.given import Maps, Window
 from hybridzoo.kernels.operators_common import full_precision
 
 TRITON_KERNELS = (3, 13)  # smallest and largest window that the Triton kernels can hold
@@ -79,6 +82,77 @@ def na2d(
     arguments.token_map("query", query)
     arguments.alike("key", key, query)
     arguments.alike("value", value, query)
+    window = _window(query, kernel_size, dilation, rpb, fill, scale)
+    impl = arguments.implementation(impl, query, limit(window))
+    if arguments.exporting() and arguments.open_map(query):
+        with full_precision(query):
+            return any_size.forward(query, key, value, rpb, fill, *window)
+    extends = fill is not None and beyond.reaches((query.shape[1], query.shape[2]), window)
+    if arguments.exporting():
+        with full_precision(query):
+            out, lse = torch_impl.exportable_forward(Maps(query, key, value), rpb, window, extends)
+    else:
+        out, lse = operators.attend(query, key, value, rpb, *window, impl, extends)
+    if fill is None or lse is None or not extends:
+        return out
+    return beyond.merge(out, lse, query, rpb, fill, window)
+
+
+def na2d_packed(
+    qkv: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    rpb: Tensor | None = None,
+    fill: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`na2d` of query, key and value that one projection made: `na2d(*qkv.unbind(3), ...)`, and cheaper to train.
+
+    The gradient of `qkv` is written where it belongs. Of three tensors, autograd would have to copy three gradients
+    into one: six maps to read and write, where the backward pass itself needs eight.
+
+    Args:
+        qkv: `(batch, height, width, 3, heads, head_dim)`.
+        kernel_size, dilation, rpb, fill, scale, impl: see `na2d`.
+
+    Returns:
+        `(batch, height, width, heads, head_dim)`, contiguous, in the dtype of `qkv`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `na2d`.
+
+    Example:
+        >>> import torch
+        >>> from hybridzoo.kernels import na2d_packed
+        >>> qkv = torch.nn.Linear(64, 3 * 64)(torch.randn(2, 30, 41, 64))
+        >>> na2d_packed(qkv.unflatten(-1, (3, 2, 32)), kernel_size=7).shape
+        torch.Size([2, 30, 41, 2, 32])
+    """
+    arguments.tensor("qkv", qkv)
+    if qkv.ndim != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must have shape (batch, height, width, 3, heads, head_dim); got {tuple(qkv.shape)}")
+    query = qkv.select(3, 0)  # stands for all three: they are alike
+    arguments.token_map("qkv", query)
+    window = _window(query, kernel_size, dilation, rpb, fill, scale)
+    if arguments.exporting() or (fill is not None and beyond.reaches((query.shape[1], query.shape[2]), window)):
+        query, key, value = qkv.unbind(3)
+        rest: dict[str, Any] = dict(rpb=rpb, fill=fill, scale=window.scale, impl=impl)
+        return na2d(query, key, value, window.kernel, window.dilation, **rest)
+    impl = arguments.implementation(impl, query, limit(window))
+    return operators.attend(qkv, None, None, rpb, *window, impl, False)[0]
+
+
+def _window(
+    query: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    rpb: Tensor | None,
+    fill: Tensor | None,
+    scale: float | None,
+) -> Window:
+    """The window that the arguments describe; they and the tables are checked."""
     kernel = arguments.window("kernel_size", kernel_size)
     steps = arguments.pair("dilation", dilation)
     if rpb is not None:
@@ -86,20 +160,12 @@ def na2d(
         arguments.table("rpb", rpb, query, "heads, 2 * rows - 1, 2 * columns - 1", shape)
     if fill is not None:
         arguments.table("fill", fill, query, "2, heads, head_dim", (2, *query.shape[3:]))
-    scale = arguments.factor("scale", scale, query.shape[4] ** -0.5)
+    return Window(kernel, steps, arguments.factor("scale", scale, query.shape[4] ** -0.5))
+
+
+def limit(window: Window) -> str | None:
+    """Why the Triton kernels cannot hold such a window; None if they can."""
     smallest, largest = TRITON_KERNELS
-    fits = all(smallest <= k <= largest for k in kernel)
-    limit = None if fits else f"kernel_size {kernel} does not lie between {smallest} and {largest}"
-    impl = arguments.implementation(impl, query, limit)
-    if arguments.exporting() and arguments.open_map(query):
-        with full_precision(query):
-            return any_size.forward(query, key, value, rpb, fill, kernel, steps, scale)
-    extends = fill is not None and beyond.reaches((query.shape[1], query.shape[2]), kernel, steps)
-    if arguments.exporting():
-        with full_precision(query):
-            out, lse = torch_impl.exportable_forward(query, key, value, rpb, kernel, steps, scale, extends)
-    else:
-        out, lse = operators.attend(query, key, value, rpb, kernel, steps, scale, impl, extends)
-    if fill is None or lse is None or not extends:
-        return out
-    return beyond.merge(out, lse, query, rpb, fill, kernel, steps, scale)
+    if all(smallest <= k <= largest for k in window.kernel):
+        return None
+    return f"kernel_size {window.kernel} does not lie between {smallest} and {largest}"

@@ -18,22 +18,15 @@ import math
 import torch
 from torch import Tensor
 
+from hybridzoo.kernels.neighborhood.given import Window
 
-def reaches(size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int]) -> bool:
+
+def reaches(size: tuple[int, int], window: Window) -> bool:
     """Whether windows reach beyond a map of this size, `(rows, columns)`."""
-    return any(k * d > length for length, k, d in zip(size, kernel, dilation, strict=True))
+    return any(k * d > length for length, k, d in zip(size, window.kernel, window.dilation, strict=True))
 
 
-def merge(
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    rpb: Tensor | None,
-    fill: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Tensor:
+def merge(out: Tensor, lse: Tensor, query: Tensor, rpb: Tensor | None, fill: Tensor, window: Window) -> Tensor:
     """Attention over the map and the tokens beyond it, from that over the map alone.
 
     Args:
@@ -42,35 +35,28 @@ def merge(
         query: like `out`.
         rpb: `(heads, 2 * rows - 1, 2 * columns - 1)` or none.
         fill: `(2, heads, head_dim)`, key and value of the tokens beyond.
-        kernel, dilation, scale: see `api.na2d`.
+        window: see `api.na2d`.
 
     Returns:
         Like `out`; computed in float32 or wider, differentiable in all tensors.
     """
     key, value = fill.to(lse.dtype).unbind(0)
-    bias = log_sum_beyond((out.shape[1], out.shape[2]), rpb, out.shape[3], kernel, dilation, lse)
-    score = scale * (query.to(lse.dtype) * key).sum(-1) + bias
+    bias = log_sum_beyond((out.shape[1], out.shape[2]), rpb, out.shape[3], window, lse)
+    score = window.scale * (query.to(lse.dtype) * key).sum(-1) + bias
     weight = torch.sigmoid(score - lse).unsqueeze(-1)
     wide = out.to(lse.dtype)
     return (wide + weight * (value - wide)).to(out.dtype)
 
 
-def log_sum_beyond(
-    size: tuple[int, int],
-    rpb: Tensor | None,
-    heads: int,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    like: Tensor,
-) -> Tensor:
+def log_sum_beyond(size: tuple[int, int], rpb: Tensor | None, heads: int, window: Window, like: Tensor) -> Tensor:
     """`(height, width, heads)`: log of the sum of exp(rpb) over a query's window beyond the map; -inf where none is."""
     if rpb is None:
-        rpb = like.new_zeros(heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+        rpb = like.new_zeros(heads, *(2 * k - 1 for k in window.kernel))
     table = rpb.to(like.dtype)
     largest = table.detach().amax((1, 2), keepdim=True)
     table = (table - largest).exp()
     (rows_on, rows_off), (columns_on, columns_off) = (
-        _offsets(length, k, d, like) for length, k, d in zip(size, kernel, dilation, strict=True)
+        _offsets(length, k, d, like) for length, k, d in zip(size, window.kernel, window.dilation, strict=True)
     )
 
     def total(table: Tensor) -> Tensor:  # beyond at the bottom, and beside that on the right alone; no differences

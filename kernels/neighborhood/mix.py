@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hybridzoo.kernels import arguments
 from hybridzoo.kernels.neighborhood import mix_operators, mix_torch
-from hybridzoo.kernels.neighborhood.api import TRITON_KERNELS
+from hybridzoo.kernels.neighborhood.api import limit
+from hybridzoo.kernels.neighborhood.given import Mix, Window
 from hybridzoo.kernels.operators_common import full_precision
 
 TRITON_WIDTHS = (1, 32)  # smallest and largest head_dim, of queries and of values
@@ -82,13 +83,13 @@ def neighborhood_mix2d(
     if rpb is not None:
         shape = (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
         arguments.table("rpb", rpb, query, "heads, 2 * rows - 1, 2 * columns - 1", shape)
-    scale = arguments.factor("scale", scale, query.shape[4] ** -0.5)
-    impl = arguments.implementation(impl, query, _limit(query, value, kernel), widths=TRITON_WIDTHS)
+    window = Window(kernel, steps, arguments.factor("scale", scale, query.shape[4] ** -0.5))
+    impl = arguments.implementation(impl, query, limit(window) or _too_wide(value), widths=TRITON_WIDTHS)
     if arguments.exporting():
         arguments.fixed_map("neighborhood_mix2d", query)
         with full_precision(query):
-            return mix_torch.exportable_forward(query, taps, value, tap_bias, rpb, kernel, steps, scale)
-    return mix_operators.mix(query, taps, value, tap_bias, rpb, kernel, steps, scale, impl)[0]
+            return mix_torch.exportable_forward(Mix(query, taps, value, tap_bias, rpb), window)
+    return mix_operators.mix(query, taps, value, tap_bias, rpb, *window, impl)[0]
 
 
 def _shaped(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:
@@ -99,11 +100,8 @@ def _shaped(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int
     arguments.same_kind(name, value, query)
 
 
-def _limit(query: Tensor, value: Tensor, kernel: tuple[int, int]) -> str | None:
-    """Why the Triton kernels cannot take such windows or values; None if they can."""
-    smallest, largest = TRITON_KERNELS
-    if not all(smallest <= k <= largest for k in kernel):
-        return f"kernel_size {kernel} does not lie between {smallest} and {largest}"
+def _too_wide(value: Tensor) -> str | None:
+    """Why the Triton kernels cannot take such values; None if they can."""
     if value.shape[4] > TRITON_WIDTHS[1]:
         return f"value_dim {value.shape[4]} does not lie between {TRITON_WIDTHS[0]} and {TRITON_WIDTHS[1]}"
     return None

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hybridzoo.kernels.neighborhood import mix_torch
+from hybridzoo.kernels.neighborhood.given import Mix, Window
 from hybridzoo.kernels.neighborhood.operators import pairs
 from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision, operator
 
@@ -24,13 +25,13 @@ def neighborhood_mix2d(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The result and, for Triton's backward pass, the log-sum-exp of the scores (B, H, W, heads); else empty."""
-    args = (query, taps, value, tap_bias, rpb, (kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
+    given, window = Mix(query, taps, value, tap_bias, rpb), Window.of(kernel, dilation, scale)
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import mix_triton  # only when used: Triton is slow to import
 
-        return mix_triton.forward(*args)
+        return mix_triton.forward(given, window)
     with full_precision(query):
-        return mix_torch.forward(*args), _log_sum_exp(query, impl)
+        return mix_torch.forward(given, window), _log_sum_exp(query, impl)
 
 
 @operator
@@ -49,17 +50,16 @@ def neighborhood_mix2d_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, taps, value, tap_bias and rpb; empty for a table that is not there."""
-    where = ((kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
+    given, window = Mix(query, taps, value, tap_bias, rpb), Window.of(kernel, dilation, scale)
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import mix_triton
 
-        *grads, dbias, drpb = mix_triton.backward(grad, query, taps, value, tap_bias, rpb, out, lse, *where)
+        grads = mix_triton.backward(grad, given, out, lse, window)
     else:
         with full_precision(query):
-            *grads, dbias, drpb = mix_torch.backward(grad, query, taps, value, tap_bias, rpb, out, *where)
-    dq, dtaps, dv = grads
-    nothing = query.new_empty(0)
-    return dq, dtaps, dv, nothing if dbias is None else dbias, query.new_empty(0) if drpb is None else drpb
+            grads = mix_torch.backward(grad, given, out, window)
+    tables = [query.new_empty(0) if t is None else t for t in grads[3:]]
+    return *grads[:3], tables[0], tables[1]
 
 
 @torch.library.register_fake("hybridzoo::neighborhood_mix2d")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.neighborhood import tiles
+from hybridzoo.kernels.neighborhood.given import Mix, Window
 from hybridzoo.kernels.neighborhood.torch_impl import chunks
 
 # Measured on a CPU. Larger tiles copy fewer keys twice, and multiply with more zeros.
@@ -103,25 +104,17 @@ def _budget(query: Tensor, block: tiles.Block) -> int:
     return query.shape[3] * queries * (places + block.rows.keys * block.columns.keys)
 
 
-def forward(
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Tensor:
+def forward(given: Mix, window: Window) -> Tensor:
     """See `mix.neighborhood_mix2d`."""
-    plan = tiles.plan(query, rpb, kernel, dilation, SHAPE, taps=True)
+    query, taps, value, tap_bias, rpb = given
+    plan = tiles.plan(query, rpb, window.kernel, window.dilation, SHAPE, taps=True)
     result = value.new_empty(value.shape)
     for block in plan.blocks if len(query) else ():
         bias, spread = _bias(block, plan, tap_bias, query.shape[3]), _Spread(block)
         q_all, v_all, out_all = block.queries(query), block.keys(value), block.queries(result)
         for part in chunks(q_all, _budget(query, block), CHUNK):
             q, v = _by_head(q_all[part], plan.dtype), _by_head(v_all[part], plan.dtype)
-            weights = _weights(q, taps[part[0]].flatten(0, 1).to(plan.dtype), bias, scale)
+            weights = _weights(q, taps[part[0]].flatten(0, 1).to(plan.dtype), bias, window.scale)
             dense = spread.to_keys(weights.view(-1, *bias.shape[1:]))
             mixed = dense @ v.reshape(len(dense), -1, v.shape[2])
             into = out_all[part]
@@ -129,20 +122,10 @@ def forward(
     return result
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    out: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `forward` with respect to query, taps, value, tap_bias and rpb, each of its own dtype."""
-    plan = tiles.plan(query, rpb, kernel, dilation, SHAPE, taps=True)
+def backward(grad: Tensor, given: Mix, out: Tensor, window: Window) -> Mix:
+    """Gradients of `forward` with respect to all that is given, each of its own dtype."""
+    query, taps, value, tap_bias, rpb = given
+    plan = tiles.plan(query, rpb, window.kernel, window.dilation, SHAPE, taps=True)
     grad_query = query.new_empty(query.shape)
     grad_value = torch.zeros(value.shape, dtype=plan.dtype, device=value.device)
     grad_taps = torch.zeros(taps.shape, dtype=plan.dtype, device=taps.device)
@@ -157,7 +140,7 @@ def backward(
         for part in chunks(q_all, 2 * _budget(query, block), CHUNK):
             q, v, g, o = (_by_head(t[part], plan.dtype) for t in (q_all, v_all, g_all, o_all))
             matrix = taps[part[0]].flatten(0, 1).to(plan.dtype)
-            weights = _weights(q, matrix, bias, scale)
+            weights = _weights(q, matrix, bias, window.scale)
             dense = spread.to_keys(weights.view(-1, *bias.shape[1:]))
             g_tiles = g.reshape(len(dense), -1, g.shape[2])
             v_tiles = v.reshape(len(dense), -1, v.shape[2])
@@ -169,13 +152,13 @@ def backward(
             scores = scores.sub_((g * o).sum(-1, keepdim=True)).mul_(weights)
             grad_bias += scores.view(-1, bias.shape[0], q.shape[1] // bias.shape[1], *bias.shape[1:]).sum((0, 2))
             into = into_q[part]
-            into.copy_(_like((scores @ matrix).mul_(scale), into))
-            grad_taps[part[0]] += (scores.transpose(1, 2) @ q).mul_(scale).view_as(grad_taps[part[0]])
+            into.copy_(_like((scores @ matrix).mul_(window.scale), into))
+            grad_taps[part[0]] += (scores.transpose(1, 2) @ q).mul_(window.scale).view_as(grad_taps[part[0]])
         if grad_tap_bias is not None:
             grad_tap_bias += grad_bias.sum(1)
         if grad_rpb is not None:
             grad_rpb += block.bias_gradient(plan, grad_bias)
-    return (
+    return Mix(
         grad_query,
         grad_taps.to(taps.dtype),
         grad_value.to(value.dtype),
@@ -184,18 +167,10 @@ def backward(
     )
 
 
-def exportable_forward(
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Tensor:
+def exportable_forward(given: Mix, window: Window) -> Tensor:
     """`forward` for graphs: no writing into views, no chunks, larger tiles; hence few nodes, and any batch size."""
-    plan = tiles.plan(query, rpb, kernel, dilation, EXPORTED, taps=True)
+    query, taps, value, tap_bias, rpb = given
+    plan = tiles.plan(query, rpb, window.kernel, window.dilation, EXPORTED, taps=True)
     batch, _, width, heads, _ = query.shape
     query_map, value_map = (t.flatten(1, 2).transpose(1, 2).to(plan.dtype) for t in (query, value))
     matrix = taps.to(plan.dtype).transpose(2, 3)
@@ -206,7 +181,7 @@ def exportable_forward(
         tokens, others = (torch.tensor(list(itertools.chain(*found)), device=query.device) for found in (queries, keys))
         count, tile, met = len(queries), len(queries[0]), len(keys[0])
         bias = _bias(block, plan, tap_bias, heads)
-        scores = (query_map.index_select(2, tokens) @ matrix).mul(scale).view(batch, heads, count, tile, -1)
+        scores = (query_map.index_select(2, tokens) @ matrix).mul(window.scale).view(batch, heads, count, tile, -1)
         weights = (scores + bias[:, None]).softmax(-1)
         zero = torch.zeros_like(weights[..., :1])
         padded = torch.cat([weights, zero], -1).flatten(3)  # a tile's unseen keys take the zero

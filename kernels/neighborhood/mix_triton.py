@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybridzoo.kernels import tuning
 from hybridzoo.kernels.neighborhood import mix_triton_kernels, triton_configs
+from hybridzoo.kernels.neighborhood.given import Mix, Window
 from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
 from hybridzoo.kernels.neighborhood.triton_impl import multiprocessors
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision
@@ -44,59 +45,36 @@ class _Call(NamedTuple):
     value_strides: tuple[int, ...]
     itemsize: int
     device: torch.device
-    kernel: tuple[int, int]
-    dilation: tuple[int, int]
-    scale: float
+    window: Window
     tap_bias: bool
     bias: bool
     precision: str
 
 
-def forward(
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(given: Mix, window: Window) -> tuple[Tensor, Tensor]:
     """The result, and the log-sum-exp of the scores, `(batch, height, width, heads)` in float32, for `backward`."""
+    query, value = given.query, given.value
     out = value.new_empty(value.shape)
     lse = query.new_empty(query.shape[:4], dtype=torch.float32)
     if query.numel():
         with torch.cuda.device_of(query):
-            forward_launch(query, taps, value, tap_bias, rpb, out, lse, kernel, dilation, scale).run()
+            forward_launch(given, out, lse, window).run()
     return out, lse
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, taps, value, tap_bias and rpb, each in the dtype of its own."""
+def backward(grad: Tensor, given: Mix, out: Tensor, lse: Tensor, window: Window) -> Mix:
+    """Gradients of all that is given, each in the dtype of its own."""
+    query, taps, value, tap_bias, rpb = given
     dquery, dvalue = query.new_empty(query.shape), value.new_empty(value.shape)
     if not query.numel():
-        tables = (None if t is None else torch.zeros_like(t) for t in (tap_bias, rpb))
-        return dquery, torch.zeros_like(taps), dvalue, *tables  # type: ignore[return-value]
+        tables = [None if t is None else torch.zeros_like(t) for t in (tap_bias, rpb)]
+        return Mix(dquery, torch.zeros_like(taps), dvalue, *tables)
     with torch.cuda.device_of(query):
-        launches, sums = backward_launches(
-            grad.contiguous(), query, taps, value, tap_bias, rpb, out, lse, dquery, dvalue, kernel, dilation, scale
-        )
+        launches, sums = backward_launches(grad.contiguous(), given, out, lse, dquery, dvalue, window)
         for one in launches:
             one.run()
     dtaps, dtap_bias, drpb = sums
-    return (
+    return Mix(
         dquery,
         dtaps.sum(1).to(taps.dtype),
         dvalue,
@@ -105,72 +83,40 @@ def backward(
     )
 
 
-def forward_launch(
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Launch:
-    tensors = _tensors(query, taps, value, tap_bias, rpb) | dict(out=out, lse=lse)
-    return _recipes(_call(tensors, kernel, dilation, scale, tap_bias, rpb))[0].launch(tensors)
+def forward_launch(given: Mix, out: Tensor, lse: Tensor, window: Window) -> Launch:
+    tensors = _tensors(given) | dict(out=out, lse=lse)
+    return _recipes(_call(tensors, given, window))[0].launch(tensors)
 
 
 def backward_launches(
-    grad: Tensor,
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dquery: Tensor,
-    dvalue: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
+    grad: Tensor, given: Mix, out: Tensor, lse: Tensor, dquery: Tensor, dvalue: Tensor, window: Window
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The kernels of the backward pass, and the sums that the second leaves, `(slots, ...)` of taps by image."""
-    tensors = _tensors(query, taps, value, tap_bias, rpb)
-    _, *recipes = _recipes(_call(tensors, kernel, dilation, scale, tap_bias, rpb))
-    batch, heads, places, head_dim = taps.shape
+    tensors = _tensors(given)
+    _, *recipes = _recipes(_call(tensors, given, window))
+    batch, heads, places, head_dim = given.taps.shape
     shares = recipes[1].arguments["shares"]
-    entries = math.prod(2 * k - 1 for k in kernel)
-    dtaps = torch.empty(batch, shares, heads, places, head_dim, dtype=torch.float32, device=query.device)
-    dtap_bias = dtaps if tap_bias is None else dtaps.new_empty(batch * shares, heads, places)
-    drpb = dtaps if rpb is None else dtaps.new_empty(batch * shares, heads, math.ceil(places / PART), entries)
+    entries = math.prod(2 * k - 1 for k in window.kernel)
+    dtaps = lse.new_empty(batch, shares, heads, places, head_dim)
+    dtap_bias = dtaps if given.tap_bias is None else lse.new_empty(batch * shares, heads, places)
+    drpb = dtaps if given.rpb is None else lse.new_empty(batch * shares, heads, math.ceil(places / PART), entries)
     tensors |= dict(grad=grad, out=out, lse=lse, dquery=dquery, dvalue=dvalue, delta=torch.empty_like(lse))
     tensors |= dict(dtaps=dtaps, dtap_bias=dtap_bias, drpb=drpb)
     return [recipe.launch(tensors) for recipe in recipes], (dtaps, dtap_bias, drpb)
 
 
-def _tensors(
-    query: Tensor, taps: Tensor, value: Tensor, tap_bias: Tensor | None, rpb: Tensor | None
-) -> dict[str, Tensor]:
-    query, value = (t if t.stride(4) == 1 else t.contiguous() for t in (query, value))
+def _tensors(given: Mix) -> dict[str, Tensor]:
+    query, value = (t if t.stride(4) == 1 else t.contiguous() for t in (given.query, given.value))
     # Without a table, a pointer that nobody reads.
-    tables = {name: query if t is None else t.contiguous() for name, t in (("tap_bias", tap_bias), ("rpb", rpb))}
-    return dict(query=query, taps=taps.contiguous(), value=value, **tables)
+    tap_bias, rpb = (query if t is None else t.contiguous() for t in (given.tap_bias, given.rpb))
+    return dict(query=query, taps=given.taps.contiguous(), value=value, tap_bias=tap_bias, rpb=rpb)
 
 
-def _call(
-    tensors: dict[str, Tensor],
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-) -> _Call:
+def _call(tensors: dict[str, Tensor], given: Mix, window: Window) -> _Call:
     query, value = tensors["query"], tensors["value"]
     return _Call(
         tuple(query.shape), value.shape[4], query.stride(), value.stride(), query.element_size(), query.device,
-        kernel, dilation, scale, tap_bias is not None, rpb is not None, precision(query),
+        window, given.tap_bias is not None, given.rpb is not None, precision(query),
     )  # fmt: skip
 
 
@@ -183,15 +129,16 @@ def _recipes(call: _Call) -> list[Recipe]:
 
 def _recipe(kind: str, call: _Call) -> Recipe:
     batch, height, width, heads, head_dim = call.shape
-    rows, columns = map(Axis.of, (height, width), call.kernel, call.dilation)
+    window = call.window
+    rows, columns = map(Axis.of, (height, width), window.kernel, window.dilation)
     block_d, block_e = (max(16, triton.next_power_of_2(n)) for n in (head_dim, call.value_dim))
-    entries = math.prod(2 * k - 1 for k in call.kernel)
+    entries = math.prod(2 * k - 1 for k in window.kernel)
     table_columns = max(16, min(64, triton.next_power_of_2(entries)))
     cut = _cut(kind, rows, columns, max(block_d, block_e), call)
-    groups = math.prod(min(d, n) for d, n in zip(call.dilation, (height, width), strict=True))
+    groups = math.prod(map(min, window.dilation, (height, width)))
     tiles = groups * math.prod(cut.tiles)
     share, shares, programs = 1, 1, batch * heads * tiles
-    parts = math.ceil(math.prod(call.kernel) / PART)
+    parts = math.ceil(math.prod(window.kernel) / PART)
     if kind == "mix_backward_taps":
         wanted = math.ceil(PROGRAMS * multiprocessors(call.device) / (batch * heads * parts))
         share = math.ceil(tiles / min(tiles, wanted))
@@ -200,12 +147,12 @@ def _recipe(kind: str, call: _Call) -> Recipe:
     strides = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False))
     strides |= dict(zip(("value_b", "value_h", "value_w", "value_n"), call.value_strides, strict=False))
     arguments: dict[str, Any] = strides | dict(
-        scale=call.scale, heads=heads, height=height, width=width, share=share, shares=shares,
-        dilation_h=call.dilation[0], dilation_w=call.dilation[1],
+        scale=window.scale, heads=heads, height=height, width=width, share=share, shares=shares,
+        dilation_h=window.dilation[0], dilation_w=window.dilation[1],
         tile_h=cut.tile[0], tile_w=cut.tile[1], tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
-        KERNEL_H=call.kernel[0], KERNEL_W=call.kernel[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
+        KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
         VALUE_DIM=call.value_dim, BLOCK_E=block_e, QUERIES=cut.config.queries, KEYS=cut.config.keys,
-        TAPS=max(16, triton.next_power_of_2(math.prod(call.kernel))),
+        TAPS=max(16, triton.next_power_of_2(math.prod(window.kernel))),
         PART=PART, COLUMNS=table_columns, ROWS=triton.next_power_of_2(math.ceil(entries / table_columns)),
         TAP_BIAS=call.tap_bias, BIAS=call.bias, PRECISION=call.precision,
     )  # fmt: skip

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hybridzoo.kernels.neighborhood import torch_impl
+from hybridzoo.kernels.neighborhood.given import Maps, Window
 from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision, operator
 
 
 @operator
 def na2d(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     rpb: Tensor | None,
     kernel: list[int],
     dilation: list[int],
@@ -26,24 +27,25 @@ def na2d(
 ) -> tuple[Tensor, Tensor]:
     """The result and the log-sum-exp of the scores, (B, H, W, heads).
 
-    The second is differentiable `with_lse`; without, it is what Triton's backward pass wants, and empty elsewhere.
+    Without key and value, query is all three, (B, H, W, 3, heads, head_dim). The log-sum-exp is differentiable
+    `with_lse`; without, it is what Triton's backward pass wants, and empty elsewhere.
     """
-    args = (query, key, value, rpb, (kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
+    maps, window = Maps.of(query, key, value), Window.of(kernel, dilation, scale)
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import triton_impl  # only when used: Triton is slow to import
 
-        return triton_impl.forward(*args)
+        return triton_impl.forward(maps, rpb, window)
     with full_precision(query):
-        out, lse = torch_impl.forward(*args, with_lse)
-        return out, _log_sum_exp(query, impl, with_lse) if lse is None else lse
+        out, lse = torch_impl.forward(maps, rpb, window, with_lse)
+        return out, _log_sum_exp(out, impl, with_lse) if lse is None else lse
 
 
 @operator
 def na2d_backward(
     grad: Tensor,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -54,33 +56,37 @@ def na2d_backward(
     impl: str,
     want_rpb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and rpb; the last one is empty where it is not wanted."""
-    where = ((kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
+    """Gradients of query, key, value and rpb, each like its own; empty where there is none, or rpb's is not wanted."""
+    maps, window = Maps.of(query, key, value), Window.of(kernel, dilation, scale)
+    dq, dk, dv = (query.new_empty(0 if t is None else t.shape) for t in (query, key, value))
+    into = Maps.of(dq, None if key is None else dk, None if value is None else dv)
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import triton_impl
 
-        dq, dk, dv, drpb = triton_impl.backward(grad, query, key, value, rpb, out, lse, grad_lse, *where, want_rpb)
+        drpb = triton_impl.backward(grad, maps, rpb, out, lse, grad_lse, window, into, want_rpb)
     else:
         with full_precision(query):
-            dq, dk, dv, drpb = torch_impl.backward(grad, query, key, value, rpb, out, grad_lse, *where, want_rpb)
+            drpb = torch_impl.backward(grad, maps, rpb, out, grad_lse, window, into, want_rpb)
     return dq, dk, dv, query.new_empty(0) if drpb is None else drpb
 
 
 @torch.library.register_fake("hybridzoo::na2d")
 def _(query, key, value, rpb, kernel, dilation, scale, impl, with_lse):
-    return query.new_empty(query.shape), _log_sum_exp(query, impl, with_lse)
+    shape = query.shape if key is not None else (*query.shape[:3], *query.shape[4:])
+    out = query.new_empty(shape)
+    return out, _log_sum_exp(out, impl, with_lse)
 
 
 @torch.library.register_fake("hybridzoo::na2d_backward")
 def _(grad, query, key, value, rpb, out, lse, grad_lse, kernel, dilation, scale, impl, want_rpb):
-    dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
+    dq, dk, dv = (query.new_empty(0 if t is None else t.shape) for t in (query, key, value))
     return dq, dk, dv, rpb.new_empty(rpb.shape) if want_rpb else query.new_empty(0)
 
 
-def _log_sum_exp(query: Tensor, impl: str, with_lse: bool) -> Tensor:
+def _log_sum_exp(out: Tensor, impl: str, with_lse: bool) -> Tensor:
     """An empty tensor like the one that `impl` returns."""
-    shape = query.shape[:4] if impl == "triton" or with_lse else (0,)
-    return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    shape = out.shape[:4] if impl == "triton" or with_lse else (0,)
+    return out.new_empty(shape, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
 def _save(ctx, inputs, output):
@@ -91,10 +97,13 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, grad_lse):
+    query, key, value, rpb, *results = ctx.saved_tensors
     want_rpb = ctx.needs_input_grad[3]  # a frozen one must not cost a kernel
     grad_lse = grad_lse if ctx.with_lse else None
-    *grads, drpb = _backward(grad, *ctx.saved_tensors, grad_lse, *ctx.where, want_rpb)
-    return *grads, drpb if want_rpb else None, None, None, None, None, None
+    grads = _backward(grad, query, key, value, rpb, *results, grad_lse, *ctx.where, want_rpb)
+    given = query, key, value, rpb if want_rpb else None
+    found = [None if t is None else g for t, g in zip(given, grads, strict=True)]
+    return *found, None, None, None, None, None
 
 
 _backward = differentiable_once(na2d_backward, "na2d")
@@ -103,17 +112,17 @@ attend = differentiable(na2d, "na2d", _save, _differentiate)
 
 def pairs(query, kernel, dilation) -> int:
     """Of a query and a key it sees: kernel x kernel keys a query, fewer where its dilation group is smaller."""
-    batch, height, width, heads, _ = query
+    batch, height, width = query[:3]
     count = 1
     for length, k, d in zip((height, width), kernel, dilation, strict=True):
         groups = [math.ceil((length - residue) / d) for residue in range(min(d, length))]
         count *= sum(members * min(members, k) for members in groups)
-    return batch * heads * count
+    return batch * query[-2] * count
 
 
 def _multiplications(query, kernel, dilation) -> int:
     """Of q k^T alone."""
-    return pairs(query, kernel, dilation) * query[4]
+    return pairs(query, kernel, dilation) * query[-1]
 
 
 @register_flop_formula(torch.ops.hybridzoo.na2d)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridzoo.kernels.neighborhood import tiles
+from hybridzoo.kernels.neighborhood.given import Maps, Window
 
 # Measured on a CPU. Cutting columns means copying bands; not cutting them means attending to more that is masked.
 FORWARD = tiles.Shape(uncut_rows=2, uncut_columns=4)
@@ -75,18 +76,10 @@ def _tile_rows(block: tiles.Block) -> Iterator[tuple[slice, slice, slice]]:
         )
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-    with_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def forward(maps: Maps, rpb: Tensor | None, window: Window, with_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """See `api.na2d`; the result and, if asked, the scores' log-sum-exp `(batch, height, width, heads)`."""
-    plan = tiles.plan(query, rpb, kernel, dilation, FORWARD)
+    query, key, value = maps
+    plan = tiles.plan(query, rpb, window.kernel, window.dilation, FORWARD)
     result = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:4], dtype=plan.dtype) if with_lse else None
     for block in plan.blocks:
@@ -101,9 +94,9 @@ def forward(
             for rows, queries, keys in _tile_rows(block):
                 tensors = (q[:, :, queries], k[:, :, keys], v[:, :, keys], mask)
                 if lse_all is None:
-                    tile = F.scaled_dot_product_attention(*tensors, scale=scale)
+                    tile = F.scaled_dot_product_attention(*tensors, scale=window.scale)
                 else:
-                    tile, sums = _attend_with_lse(*tensors, scale)
+                    tile, sums = _attend_with_lse(*tensors, window.scale)
                     into = lse_all[part][..., rows, :, :]
                     into.copy_(sums.view(into.shape))
                 into = out[..., rows, :, :]
@@ -119,17 +112,11 @@ def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
 
 
 def exportable_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-    with_lse: bool = False,
+    maps: Maps, rpb: Tensor | None, window: Window, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`forward` for graphs: no writing into views, no chunks, larger tiles; hence few nodes, and any batch size."""
-    plan = tiles.plan(query, rpb, kernel, dilation, EXPORTED)
+    query, key, value = maps
+    plan = tiles.plan(query, rpb, window.kernel, window.dilation, EXPORTED)
     batch, _, width, heads, head_dim = query.shape
     query_map, key_map, value_map = (t.flatten(1, 2).to(plan.dtype) for t in (query, key, value))
     pieces: list[Tensor] = []
@@ -144,10 +131,10 @@ def exportable_forward(
         queries, keys = (block.tokens(*axes, width) for axes in (block.query_axes, block.key_axes))
         q, k, v = gather(query_map, queries), gather(key_map, keys), gather(value_map, keys)
         if with_lse:
-            piece, lse = _attend_with_lse(q, k, v, block.bias(plan), scale)
+            piece, lse = _attend_with_lse(q, k, v, block.bias(plan), window.scale)
             sums.append(lse.transpose(1, 2).reshape(batch, len(queries) * len(queries[0]), heads))
         else:
-            piece = F.scaled_dot_product_attention(q, k, v, block.bias(plan), scale=scale)
+            piece = F.scaled_dot_product_attention(q, k, v, block.bias(plan), scale=window.scale)
         pieces.append(piece.transpose(1, 2).reshape(batch, len(queries) * len(queries[0]), heads, head_dim))
         order += itertools.chain(*queries)
     place = [0] * len(order)
@@ -160,24 +147,25 @@ def exportable_forward(
 
 def backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Maps,
     rpb: Tensor | None,
     out: Tensor,
     grad_lse: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
+    window: Window,
+    into: Maps,
     want_rpb: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `forward` with respect to query, key, value and, where wanted, rpb, each of its own dtype.
+) -> Tensor | None:
+    """Fill `into` with the gradients of `forward` with respect to `maps`, and return that of rpb where it is wanted.
 
     `grad`, `grad_lse` (none where nothing depends on it): of the result and of the log-sum-exp.
     """
-    plan = tiles.plan(query, rpb, kernel, dilation, BACKWARD)
-    grad_q = query.new_empty(query.shape)
-    grad_k, grad_v = (torch.zeros(query.shape, dtype=plan.dtype, device=query.device) for _ in range(2))
+    query, key, value = maps
+    plan = tiles.plan(query, rpb, window.kernel, window.dilation, BACKWARD)
+    # Keys and values are summed over blocks, in float32 or wider.
+    grad_k, grad_v = (
+        t.zero_() if t.dtype == plan.dtype else torch.zeros(t.shape, dtype=plan.dtype, device=t.device)
+        for t in (into.key, into.value)
+    )
     grad_rpb = None
     if rpb is not None and want_rpb:
         grad_rpb = torch.zeros(rpb.shape, dtype=plan.dtype, device=rpb.device)
@@ -187,7 +175,7 @@ def backward(
         band = block._replace(rows=block.rows.as_band())
         all_queries = [band.queries(t) for t in (query, grad, out)]
         all_keys = [band.keys(t) for t in (key, value)]
-        into_q, into_k, into_v = band.queries(grad_q), band.key_pieces(grad_k), band.key_pieces(grad_v)
+        into_q, into_k, into_v = band.queries(into.query), band.key_pieces(grad_k), band.key_pieces(grad_v)
         for part in chunks(all_queries[0], query.shape[3] * bias[0].numel(), CHUNK_BACKWARD):
             q, g, o = (_matrices(t[part], plan.dtype) for t in all_queries)
             k, v = (_matrices(t[part], plan.dtype) for t in all_keys)
@@ -196,16 +184,16 @@ def backward(
                 delta -= _matrices(band.queries(grad_lse.unsqueeze(-1))[part], plan.dtype)
             dk, dv = torch.zeros_like(k), torch.zeros_like(v)
             for rows, queries, keys in _tile_rows(block):
-                weight = _weights(q[:, queries], k[:, keys], bias, scale)
+                weight = _weights(q[:, queries], k[:, keys], bias, window.scale)
                 dv[:, keys] += weight.transpose(1, 2) @ g[:, queries]
                 # d softmax: w * (dw - sum(w * dw)), and the sum is g . o.
                 scores = (g[:, queries] @ v[:, keys].transpose(1, 2)).sub_(delta[:, queries]).mul_(weight)
                 if grad_rpb is not None:
                     grad_bias += scores.view(len(scores) // len(bias), *bias.shape).sum(0)
-                into = into_q[part][..., rows, :, :]
-                into.copy_((scores @ k[:, keys]).mul_(scale).view(into.shape))
+                place = into_q[part][..., rows, :, :]
+                place.copy_((scores @ k[:, keys]).mul_(window.scale).view(place.shape))
                 dk[:, keys] += scores.transpose(1, 2) @ q[:, queries]
-            for pieces, gradient in ((into_k, dk.mul_(scale)), (into_v, dv)):
+            for pieces, gradient in ((into_k, dk.mul_(window.scale)), (into_v, dv)):
                 gradient = gradient.view(
                     *pieces[0][0][part].shape[:6], band.rows.keys, band.columns.keys, query.shape[4]
                 )
@@ -213,5 +201,7 @@ def backward(
                     view[part].add_(gradient[..., rows, columns, :])
         if grad_rpb is not None:
             grad_rpb += block.bias_gradient(plan, grad_bias)
-    grad_k, grad_v = grad_k.to(key.dtype), grad_v.to(value.dtype)
-    return grad_q, grad_k, grad_v, None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
+    if grad_k is not into.key:
+        into.key.copy_(grad_k)
+        into.value.copy_(grad_v)
+    return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)

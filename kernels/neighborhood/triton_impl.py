@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridzoo.kernels import tuning
 from hybridzoo.kernels.neighborhood import triton_configs, triton_kernels
+from hybridzoo.kernels.neighborhood.given import Maps, Window
 from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
 from hybridzoo.kernels.tuning import Config
@@ -25,103 +26,76 @@ START = {"forward_whole": 1.5, "backward_bias": 6.0}  # what a program does once
 ENTRIES = 64  # of the bias table, that a program of `bias_table` sums
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(maps: Maps, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
     """The result, and the log-sum-exp of the scores, `(batch, height, width, heads)` in float32, for `backward`."""
+    query = maps.query
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:4], dtype=torch.float32)
     if query.numel():
         with torch.cuda.device_of(query):
-            forward_launch(query, key, value, rpb, out, lse, kernel, dilation, scale).run()
+            forward_launch(maps, rpb, out, lse, window).run()
     return out, lse
 
 
 def backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Maps,
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
+    window: Window,
+    into: Maps,
     want_rpb: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and rpb, each in the dtype of its own; None for rpb where it is not wanted."""
-    dquery, dkey, dvalue = (query.new_empty(query.shape) for _ in range(3))
-    if not query.numel():
-        return dquery, dkey, dvalue, torch.zeros_like(rpb) if rpb is not None and want_rpb else None
-    with torch.cuda.device_of(query):
+) -> Tensor | None:
+    """Fill `into` with the gradients of `maps`, and return that of rpb, in the dtype of its own, where it is wanted.
+
+    Tokens of all three in `into` follow one another row by row, equally far from each other.
+    """
+    if not grad.numel():
+        return torch.zeros_like(rpb) if rpb is not None and want_rpb else None
+    with torch.cuda.device_of(grad):
         launches, partial = backward_launches(
-            grad.contiguous(), query, key, value, rpb, out, lse, dquery, dkey, dvalue, kernel, dilation, scale,
-            want_rpb=want_rpb, grad_lse=None if grad_lse is None else grad_lse.contiguous(),
+            grad.contiguous(), maps, rpb, out, lse, None if grad_lse is None else grad_lse.contiguous(), window, into,
+            want_rpb,
         )  # fmt: skip
         for one in launches:
             one.run()
-    if rpb is None or partial is None:
-        return dquery, dkey, dvalue, None
-    return dquery, dkey, dvalue, partial.sum(0).view(rpb.shape).to(rpb.dtype)
+    return None if rpb is None or partial is None else partial.sum(0).view(rpb.shape).to(rpb.dtype)
 
 
-def forward_launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Launch:
-    tensors = dict(same_strides(query, key, value), rpb=_table(rpb, query), out=out, lse=lse)
-    call = _call(tensors["query"], kernel, dilation, scale, rpb is not None)
-    return _forward_recipe(call).launch(tensors)
+def forward_launch(maps: Maps, rpb: Tensor | None, out: Tensor, lse: Tensor, window: Window) -> Launch:
+    tensors = dict(same_strides(*maps), rpb=_table(rpb, maps.query), out=out, lse=lse)
+    return _forward_recipe(_call(tensors["query"], window, rpb is not None)).launch(tensors)
 
 
 def backward_launches(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Maps,
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dquery: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
+    grad_lse: Tensor | None,
+    window: Window,
+    into: Maps,
     want_rpb: bool = True,
-    grad_lse: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor | None]:
     """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that one of them fills."""
-    tensors = dict(same_strides(query, key, value), grad=grad, rpb=_table(rpb, query), out=out, lse=lse)
-    call = _call(tensors["query"], kernel, dilation, scale, rpb is not None)
-    recipes = _backward_recipes(call, rpb is not None and want_rpb, grad_lse is not None)
+    tensors = dict(same_strides(*maps), grad=grad, rpb=_table(rpb, maps.query), out=out, lse=lse)
+    call = _call(tensors["query"], window, rpb is not None)
+    recipes = _backward_recipes(call, into.query.stride(2), rpb is not None and want_rpb, grad_lse is not None)
     partial, blocks = None, lse  # a pointer that nobody reads
     if rpb is not None and want_rpb:
-        heads, entries = query.shape[3], (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
+        heads, entries = call.shape[3], math.prod(2 * k - 1 for k in window.kernel)
         last = recipes[-1]
         tables = last.programs
         if last.kernel is triton_kernels.bias_table:
             tables = last.arguments["groups"]
             block = last.arguments["QUERIES"] * last.arguments["KEYS"]
-            blocks = torch.empty(recipes[0].programs, block, dtype=torch.float32, device=query.device)
-        partial = torch.empty(tables // heads, heads, entries, dtype=torch.float32, device=query.device)
+            blocks = lse.new_empty(recipes[0].programs, block)
+        partial = lse.new_empty(tables // heads, heads, entries)
     tensors |= dict(
-        dquery=dquery, dkey=dkey, dvalue=dvalue, grad_lse=lse if grad_lse is None else grad_lse,
+        dquery=into.query, dkey=into.key, dvalue=into.value, grad_lse=lse if grad_lse is None else grad_lse,
         delta=torch.empty_like(lse), blocks=blocks, partial=lse if partial is None else partial,
     )  # fmt: skip
     return [recipe.launch(tensors) for recipe in recipes], partial
@@ -138,26 +112,24 @@ class _Call(NamedTuple):
     strides: tuple[int, ...]
     itemsize: int
     device: torch.device
-    kernel: tuple[int, int]
-    dilation: tuple[int, int]
-    scale: float
+    window: Window
     bias: bool
     precision: str
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
-        rows, columns = map(Axis.of, self.shape[1:3], self.kernel, self.dilation)
+        rows, columns = map(Axis.of, self.shape[1:3], self.window.kernel, self.window.dilation)
         return rows, columns
 
     @property
     def groups(self) -> int:
         """Dilation groups of all heads."""
-        return self.shape[3] * math.prod(min(d, size) for d, size in zip(self.dilation, self.shape[1:3], strict=True))
+        return self.shape[3] * math.prod(map(min, self.window.dilation, self.shape[1:3]))
 
 
-def _call(query: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], scale: float, bias: bool) -> _Call:
+def _call(query: Tensor, window: Window, bias: bool) -> _Call:
     shape, strides = tuple(query.shape), query.stride()
-    return _Call(shape, strides, query.element_size(), query.device, kernel, dilation, scale, bias, precision(query))
+    return _Call(shape, strides, query.element_size(), query.device, window, bias, precision(query))
 
 
 @tuning.plan
@@ -166,14 +138,17 @@ def _forward_recipe(call: _Call) -> Recipe:
 
 
 @tuning.plan
-def _backward_recipes(call: _Call, want_bias: bool, grad_lse: bool) -> list[Recipe]:
-    """The kernels in order; the last one leaves tables of the bias's gradient, where that is wanted."""
-    fixed: dict[str, Any] = dict(GRAD_LSE=grad_lse, WANT_BIAS=want_bias)
+def _backward_recipes(call: _Call, grad_token: int, want_bias: bool, grad_lse: bool) -> list[Recipe]:
+    """The kernels in order; the last one leaves tables of the bias's gradient, where that is wanted.
+
+    `grad_token`: elements from a token's gradient to the next one's.
+    """
+    fixed: dict[str, Any] = dict(grad_token=grad_token, GRAD_LSE=grad_lse, WANT_BIAS=want_bias)
     dense = _whole("backward_dense", call)
     if dense is not None:
         recipes = [_recipe("backward_dense", call, dense, fixed | dict(TOKENS=dense.config.queries))]
     else:
-        recipes = [_fitting("backward_query", call, fixed), _fitting("backward_key", call)]
+        recipes = [_fitting("backward_query", call, fixed), _fitting("backward_key", call, fixed)]
     if want_bias:
         of_query = recipes[0].kernel is triton_kernels.backward_query  # which leaves the bias to another
         recipes.append(_bias_recipe(call) if of_query else _table_recipe(call, recipes[0]))
@@ -181,7 +156,7 @@ def _backward_recipes(call: _Call, want_bias: bool, grad_lse: bool) -> list[Reci
 
 
 def _bias_recipe(call: _Call) -> Recipe:
-    entries = math.prod(2 * k - 1 for k in call.kernel)
+    entries = math.prod(2 * k - 1 for k in call.window.kernel)
     columns = min(64, triton.next_power_of_2(entries))  # the kernel holds its table as a matrix, padded
     rows = triton.next_power_of_2(math.ceil(entries / columns))
     return _recipe("backward_bias", call, _tiled("backward_bias", call), dict(COLUMNS=columns, ROWS=rows))
@@ -196,7 +171,7 @@ def _table_recipe(call: _Call, first: Recipe) -> Recipe:
     groups = call.groups * tiles["tiles_h"] * tiles["tiles_w"]
     arguments = known | tiles
     arguments |= dict(chunks=first.programs // groups, groups=groups, QUERIES=block[0], KEYS=block[1], ENTRIES=ENTRIES)
-    parts = math.ceil(math.prod(2 * k - 1 for k in call.kernel) / ENTRIES)
+    parts = math.ceil(math.prod(2 * k - 1 for k in call.window.kernel) / ENTRIES)
     return Recipe.of(triton_kernels.bias_table, groups * parts, arguments, Config(*block, warps=4, stages=2))
 
 
@@ -221,16 +196,18 @@ def _tiled(kind: str, call: _Call) -> Cut:
 
 def _recipe(kind: str, call: _Call, cut: Cut, more: dict[str, Any] | None = None) -> Recipe:
     batch, height, width, heads, head_dim = call.shape
+    window = call.window
     programs = call.groups * math.prod(cut.tiles)
     images = 1
     if kind in triton_configs.WHOLE or kind == "backward_bias":
         each = triton_configs.at_a_time(kind, cut, triton.next_power_of_2(head_dim), call.itemsize)
         images = _images(programs, batch, START.get(kind, 2.5), multiprocessors(call.device) * each)
     arguments = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False)) | dict(
-        scale=call.scale, batch=batch, heads=heads, height=height, width=width, images=images,
-        dilation_h=call.dilation[0], dilation_w=call.dilation[1],
+        scale=window.scale, batch=batch, heads=heads, height=height, width=width, images=images,
+        dilation_h=window.dilation[0], dilation_w=window.dilation[1],
         tile_h=cut.tile[0], tile_w=cut.tile[1], tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
-        KERNEL_H=call.kernel[0], KERNEL_W=call.kernel[1], HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+        KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1],
+        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
         QUERIES=cut.config.queries, KEYS=cut.config.keys, BIAS=call.bias, PRECISION=call.precision,
     )  # fmt: skip
     kernel = getattr(triton_kernels, kind)

@@ -218,7 +218,7 @@ def forward_whole(
 @triton.jit(do_not_specialize=SIZES)
 def backward_dense(
     grad, grad_lse, query, key, value, rpb, lse, dquery, dkey, dvalue, blocks, scale,
-    batch, heads, height, width, dilation_h, dilation_w, images, stride_b, stride_h, stride_w, stride_n,
+    batch, heads, height, width, dilation_h, dilation_w, images, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr, BIAS: tl.constexpr, WANT_BIAS: tl.constexpr,
     GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -236,10 +236,12 @@ def backward_dense(
     row, column = class_h + h * dilation_h, class_w + w * dilation_w
     offsets = row * stride_h + column * stride_w
     pixels = (row * width + column) * heads + head
+    grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
     dbias = tl.zeros([TOKENS, TOKENS], tl.float32)
     for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
         start = tl.cast(image, tl.int64) * stride_b + head * stride_n
         first_pixel = tl.cast(image, tl.int64) * height * width * heads
+        first_grad = tl.cast(image, tl.int64) * height * width * grad_token
         q = load_tokens(query + start, offsets, HEAD_DIM, BLOCK_D, exists)
         k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D, exists)
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D, exists)
@@ -249,7 +251,7 @@ def backward_dense(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         weights = tl.exp2(scores - norm[:, None])
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
-        store_tokens(dvalue + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dv, HEAD_DIM, BLOCK_D)
+        store_tokens(dvalue + first_grad, grad_offsets, exists, dv, HEAD_DIM, BLOCK_D)
         dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         d = tl.sum(weights * dweights, 1)  # as `delta_of`, without the result: all keys are here
         if GRAD_LSE:
@@ -259,9 +261,9 @@ def backward_dense(
             dbias += dscores
         low = dscores.to(q.dtype)
         dk = tl.dot(tl.trans(low), q, input_precision=PRECISION) * scale
-        store_tokens(dkey + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dk, HEAD_DIM, BLOCK_D)
+        store_tokens(dkey + first_grad, grad_offsets, exists, dk, HEAD_DIM, BLOCK_D)
         dq = tl.dot(low, k, input_precision=PRECISION) * scale
-        store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
+        store_tokens(dquery + first_grad, grad_offsets, exists, dq, HEAD_DIM, BLOCK_D)
     if WANT_BIAS:
         store_block(blocks, dbias)
 
@@ -270,7 +272,7 @@ def backward_dense(
 def backward_query_whole(
     grad, grad_lse, query, key, value, rpb, lse, dquery, delta, blocks, scale,
     batch, heads, height, width, dilation_h, dilation_w, images,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr,
     WANT_BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -296,6 +298,7 @@ def backward_query_whole(
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     query_offsets = row * stride_h + column * stride_w
     pixels = (row * width + column) * heads + head
+    grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
     key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
     dbias = tl.zeros([QUERIES, KEYS], tl.float32)
     # A class may be one member short of its last tile, which then has nothing to do but to write a table of zeros.
@@ -319,7 +322,8 @@ def backward_query_whole(
         if WANT_BIAS:
             dbias += dscores
         dq = tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION) * scale
-        store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq, HEAD_DIM, BLOCK_D)
+        first_grad = tl.cast(image, tl.int64) * height * width * grad_token
+        store_tokens(dquery + first_grad, grad_offsets, exists, dq, HEAD_DIM, BLOCK_D)
     if WANT_BIAS:
         store_block(blocks, dbias)
 
@@ -328,7 +332,7 @@ def backward_query_whole(
 def backward_key_whole(
     grad, query, key, value, rpb, lse, delta, dkey, dvalue, scale,
     batch, heads, height, width, dilation_h, dilation_w, images,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +361,7 @@ def backward_key_whole(
 
     row, column = class_h + key_h * dilation_h, class_w + key_w * dilation_w
     key_offsets = row * stride_h + column * stride_w
-    key_pixels = ((row * width + column) * heads + head) * HEAD_DIM
+    grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     query_offsets = row * stride_h + column * stride_w
     pixels = (row * width + column) * heads + head
@@ -375,8 +379,9 @@ def backward_key_whole(
         dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
         dv = tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
         dk = tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION) * scale
-        store_tokens(dvalue + first_pixel * HEAD_DIM, key_pixels, exists, dv, HEAD_DIM, BLOCK_D)
-        store_tokens(dkey + first_pixel * HEAD_DIM, key_pixels, exists, dk, HEAD_DIM, BLOCK_D)
+        first_grad = tl.cast(image, tl.int64) * height * width * grad_token
+        store_tokens(dvalue + first_grad, grad_offsets, exists, dv, HEAD_DIM, BLOCK_D)
+        store_tokens(dkey + first_grad, grad_offsets, exists, dk, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "chunks", "groups"])
@@ -465,7 +470,7 @@ def forward_tiled(
 @triton.jit(do_not_specialize=SIZES)
 def backward_query(
     grad, grad_lse, query, key, value, rpb, out, lse, dquery, delta, scale, heads, height, width,
-    dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -510,13 +515,15 @@ def backward_query(
         weights = tl.exp2(scores - norm[:, None])
         dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq * scale, HEAD_DIM, BLOCK_D)
+    grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
+    first_grad = tl.cast(image, tl.int64) * height * width * grad_token
+    store_tokens(dquery + first_grad, grad_offsets, exists, dq * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_key(
     grad, query, key, value, rpb, lse, delta, dkey, dvalue, scale, heads, height, width, dilation_h, dilation_w,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -564,9 +571,10 @@ def backward_key(
         dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
         dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
-    pixels = ((row * width + column) * heads + head) * HEAD_DIM
-    store_tokens(dvalue + first_pixel * HEAD_DIM, pixels, exists, dv, HEAD_DIM, BLOCK_D)
-    store_tokens(dkey + first_pixel * HEAD_DIM, pixels, exists, dk * scale, HEAD_DIM, BLOCK_D)
+    grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
+    first_grad = tl.cast(image, tl.int64) * height * width * grad_token
+    store_tokens(dvalue + first_grad, grad_offsets, exists, dv, HEAD_DIM, BLOCK_D)
+    store_tokens(dkey + first_grad, grad_offsets, exists, dk * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)

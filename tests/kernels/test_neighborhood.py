@@ -15,8 +15,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridzoo.kernels import arguments, na2d
+from hybridzoo.kernels import arguments, na2d, na2d_packed
 from hybridzoo.kernels.neighborhood import any_size, operators, reference, torch_impl
+from hybridzoo.kernels.neighborhood.given import Maps, Window
 
 INDEX = goldens.manifest("ops", "na2d")
 CASES = [name for name, case in INDEX["cases"].items() if case["kind"] == "op"]
@@ -90,7 +91,15 @@ def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, h
         patch.setattr(torch_impl, "CHUNK_BACKWARD", chunk)
         ours = result_and_gradients(through(lambda *args: operators.attend(*args, "torch", False)[0]), leaves, grad)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-    graph = result_and_gradients(through(lambda *args: torch_impl.exportable_forward(*args)[0]), leaves, grad)
+        packed = through(
+            lambda q, k, v, *rest: na2d_packed(torch.stack((q, k, v), 3), *rest[1:3], rpb=rest[0], scale=0.7)
+        )
+        torch.testing.assert_close(result_and_gradients(packed, leaves, grad), ours)
+
+    def exportable(q, k, v, rpb, *where):
+        return torch_impl.exportable_forward(Maps(q, k, v), rpb, Window(*where))[0]
+
+    graph = result_and_gradients(through(exportable), leaves, grad)
     torch.testing.assert_close(graph, expected, rtol=1e-9, atol=1e-9)
 
     def of_any_size(q, k, v, rpb=None):
@@ -163,6 +172,53 @@ def test_operators_are_well_formed(biased):
         for want_rpb in {False, biased}:
             args = (grads[0], *tensors, out, lse, grads[1], *where, want_rpb)
             torch.library.opcheck(operators.na2d_backward, args)
+    packed = torch.stack(leaves[:3], 3).detach().requires_grad_(), None, None, leaves[3] if biased else None
+    torch.library.opcheck(operators.na2d, (*packed, *where, False))
+    detached = [None if t is None else t.detach() for t in packed]
+    args = (grads[0], *detached, out, lse, None, *where, biased)
+    torch.library.opcheck(operators.na2d_backward, args)
+
+
+def test_a_packed_projection_s_gradient_is_not_put_together():
+    """Nothing copies three gradients into one; in low precision too, where sums are wider."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = torch.randn(1, 9, 8, 3, 2, 4, dtype=dtype, requires_grad=True)
+        found = []
+        for attend in (lambda t: na2d(*t.unbind(3), 3, rpb=rpb), lambda t: na2d_packed(t, 3, rpb=rpb)):
+            out = attend(qkv)
+            with Names() as mode:
+                found.append(torch.autograd.grad(out.float().sin().sum(), (qkv, rpb)))
+        assert "na2d_backward" in mode.seen
+        assert not mode.seen & {"stack", "cat"}
+        torch.testing.assert_close(*found)
+
+
+def test_a_packed_projection_is_checked_compiled_exported_and_filled():
+    torch.manual_seed(0)
+    qkv, fill = torch.randn(1, 6, 9, 3, 2, 4), torch.randn(2, 2, 4)
+    attend = lambda qkv: na2d_packed(qkv, 3, (2, 1))  # noqa: E731
+    expected = na2d(*qkv.unbind(3), 3, (2, 1))
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(qkv), expected)
+    torch.testing.assert_close(torch.func.vmap(attend)(qkv[:, None])[:, 0], expected)
+    assert torch.equal(na2d_packed(qkv, 7, fill=fill), na2d(*qkv.unbind(3), 7, fill=fill))
+    with pytest.raises(ValueError, match=r"qkv must have shape \(batch, height, width, 3, heads, head_dim\); got"):
+        na2d_packed(qkv[:, :, :, 0], 3)
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        na2d_packed(qkv, 4)
+    with pytest.raises(TypeError, match="qkv must be a tensor"):
+        na2d_packed(None, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -295,10 +351,11 @@ def test_memory_is_linear_in_tokens_and_far_below_gathered_neighborhoods(dilatio
     largest = []
     for side in (56, 112):
         q, k, v, rpb = inputs(1, side, side, 1, 8, (7, 7))
-        where = ((7, 7), (dilation, dilation), 1.0)
+        window = Window((7, 7), (dilation, dilation), 1.0)
         with _Largest() as mode:
-            out, _ = torch_impl.forward(q, k, v, rpb, *where)
-            torch_impl.backward(out, q, k, v, rpb, out, None, *where, True)
+            maps = Maps(q, k, v)
+            out, _ = torch_impl.forward(maps, rpb, window)
+            torch_impl.backward(out, maps, rpb, out, None, window, Maps(*map(torch.empty_like, maps)), True)
         allowed = max(3 * q.untyped_storage().nbytes(), 4 * torch_impl.CHUNK_BACKWARD)
         assert mode.bytes <= allowed  # neighborhoods of the keys alone: 49 times the map
         largest.append(mode.bytes)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.kernels import neighborhood_mix2d
 from hybridzoo.kernels.neighborhood import mix_operators, mix_torch, reference
+from hybridzoo.kernels.neighborhood.given import Mix, Window
 
 CASES = [name for name in goldens.names("ops", numeric=True) if name.startswith("contmix_core_")]
 
@@ -81,7 +82,11 @@ def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, w
         patch.setattr(mix_torch, "CHUNK", chunk)
         ours = result_and_gradients(through(lambda *args: mix_operators.mix(*args, "torch")[0]), leaves, grad)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-    graph = result_and_gradients(through(mix_torch.exportable_forward), leaves, grad)
+
+    def exportable(*args):
+        return mix_torch.exportable_forward(Mix(*args[:5]), Window(*args[5:]))
+
+    graph = result_and_gradients(through(exportable), leaves, grad)
     torch.testing.assert_close(graph, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -177,10 +182,10 @@ class _Largest(TorchDispatchMode):
 
 
 def test_no_tensor_is_as_wide_as_a_window():
-    leaves = inputs(1, 84, 84, 2, 8, 8, (13, 13))
+    leaves, window = inputs(1, 84, 84, 2, 8, 8, (13, 13)), Window((13, 13), (1, 1), 1.0)
     with _Largest() as mode:
-        out = mix_torch.forward(*leaves, (13, 13), (1, 1), 1.0)
-        mix_torch.backward(out, *leaves, out, (13, 13), (1, 1), 1.0)
+        out = mix_torch.forward(Mix(*leaves), window)
+        mix_torch.backward(out, Mix(*leaves), out, window)
     assert mode.bytes <= max(3 * leaves[0].untyped_storage().nbytes(), 8 * mix_torch.CHUNK)
     assert mode.bytes < 169 * leaves[0][..., 0].numel() * 4 / 4  # the scores of all places
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from hybridzoo.kernels import neighborhood_mix2d, triton_common, tuning
 from hybridzoo.kernels.neighborhood import mix, mix_operators, mix_triton, reference
+from hybridzoo.kernels.neighborhood.given import Mix, Window
 
 CASES = {  # batch, height, width, heads, head_dim, value_dim, kernel, dilation, tap bias, position bias
     "a group is a window": (2, 3, 3, 2, 16, 16, (3, 3), (1, 1), True, True),
@@ -126,9 +127,10 @@ def launches(side, heads, width, kernel, dtype, tables=True):
     taps = torch.empty(128, heads, kernel * kernel, width, dtype=dtype, device="meta")
     tap_bias = torch.empty(heads, kernel * kernel, device="meta") if tables else None
     rpb = torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1, device="meta") if tables else None
-    lse, where = torch.empty(shape[:4], device="meta"), ((kernel, kernel), (1, 1), 0.3)
-    forward = mix_triton.forward_launch(query, taps, value, tap_bias, rpb, out, lse, *where)
-    backward, _ = mix_triton.backward_launches(out, query, taps, value, tap_bias, rpb, out, lse, query, out, *where)
+    lse, window = torch.empty(shape[:4], device="meta"), Window((kernel, kernel), (1, 1), 0.3)
+    given = Mix(query, taps, value, tap_bias, rpb)
+    forward = mix_triton.forward_launch(given, out, lse, window)
+    backward, _ = mix_triton.backward_launches(out, given, out, lse, query, out, window)
     return [forward, *backward]
 
 

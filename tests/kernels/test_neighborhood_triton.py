@@ -26,8 +26,9 @@ from triton_tests import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from hybridzoo.kernels import na2d, triton_common, tuning
+from hybridzoo.kernels import na2d, na2d_packed, triton_common, tuning
 from hybridzoo.kernels.neighborhood import operators, reference, triton_configs, triton_impl
+from hybridzoo.kernels.neighborhood.given import Maps, Window
 
 CASES = {  # batch, height, width, heads, head_dim, kernel, dilation, bias
     "a group is a window": (2, 7, 7, 2, 16, (7, 7), (1, 1), True),
@@ -57,9 +58,10 @@ def leaves(batch, height, width, heads, head_dim, kernel, bias, dtype):
     return [*qkv, rpb]
 
 
-def assert_as_good_as_the_definition(tensors, kernel, dilation, scale=0.3):
+def assert_as_good_as_the_definition(tensors, kernel, dilation, scale=0.3, packed=False):
+    attend = (lambda q, k, v, *rest, **more: na2d_packed(torch.stack((q, k, v), 3), *rest, **more)) if packed else na2d
     assert_as_good(
-        lambda *t: na2d(*t[:3], kernel, dilation, rpb=t[3], scale=scale, impl="triton"),
+        lambda *t: attend(*t[:3], kernel, dilation, rpb=t[3], scale=scale, impl="triton"),
         lambda *t: reference.na2d(*t, kernel, dilation, scale),
         tensors,
     )
@@ -76,7 +78,7 @@ def test_values_and_gradients(case, dtype):
     if INTERPRETED and dtype == torch.float16 and "window" not in case:
         pytest.skip("slow to interpret; float32 covers the shape")
     torch.manual_seed(0)
-    assert_as_good_as_the_definition(tensors, kernel, dilation)
+    assert_as_good_as_the_definition(tensors, kernel, dilation, packed=dtype == torch.float16)
 
 
 def smallest_blocks(monkeypatch):
@@ -97,7 +99,7 @@ def test_any_shape(seed, dtype, monkeypatch):
     dilation = draw.choice([1, 1, 2]), draw.choice([1, 2, 3])
     height, width = draw.randint(1, 12), draw.randint(1, 12)
     tensors = leaves(1, height, width, 1, 32, kernel, True, dtype)
-    assert_as_good_as_the_definition(tensors, kernel, dilation)
+    assert_as_good_as_the_definition(tensors, kernel, dilation, packed=seed % 2 == 1)
 
 
 @computes
@@ -180,11 +182,16 @@ def test_operators_are_well_formed(bias):
 def test_a_frozen_bias_costs_no_kernel():
     *inputs, grad = (torch.empty(1, 9, 9, 2, 32, device="meta") for _ in range(5))
     lse, rpb = torch.empty(1, 9, 9, 2, device="meta"), torch.empty(2, 5, 5, device="meta")
-    arguments = (grad, *inputs[:3], rpb, inputs[3], lse, grad, grad, grad, (3, 3), (1, 1), 0.3)
-    frozen, trained = (triton_impl.backward_launches(*arguments, want_rpb)[0] for want_rpb in (False, True))
+    window = Window((3, 3), (1, 1), 0.3)
+
+    def kernels(*maps):
+        grad, query, key, value, out = maps
+        arguments = grad, Maps(query, key, value), rpb, out, lse, None, window, Maps(grad, grad, grad)
+        return (triton_impl.backward_launches(*arguments, want_rpb)[0] for want_rpb in (False, True))
+
+    frozen, trained = kernels(grad, *inputs)
     assert [n.kernel.__name__ for n in trained] == [*(n.kernel.__name__ for n in frozen), "backward_bias"]  # float32
-    half = [t.half() if t.ndim == 5 else t for t in arguments[:10]]
-    frozen, trained = (triton_impl.backward_launches(*half, *arguments[10:], want_rpb)[0] for want_rpb in (False, True))
+    frozen, trained = kernels(*(t.half() for t in (grad, *inputs)))
     assert [n.kernel.__name__ for n in trained] == [*(n.kernel.__name__ for n in frozen), "bias_table"]
     assert [n.arguments["WANT_BIAS"] for n in (frozen[0], trained[0])] == [False, True]
 
@@ -316,14 +323,14 @@ def launches(height, heads, head_dim, kernel, dilation, dtype, bias=True, fill=F
     With a `fill` the log-sum-exp has a gradient.
     """
     shape = (128, height, height, heads, head_dim)
-    query, key, value = torch.empty(*shape[:3], 3, *shape[3:], dtype=dtype, device="meta").unbind(3)
+    maps = Maps(*torch.empty(*shape[:3], 3, *shape[3:], dtype=dtype, device="meta").unbind(3))
     rpb = torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1, device="meta") if bias else None
     out, lse = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(shape[:4], device="meta")
-    where = (kernel, kernel), (dilation, dilation), head_dim**-0.5
-    forward = triton_impl.forward_launch(query, key, value, rpb, out, lse, *where)
-    grad_lse = torch.empty_like(lse) if fill else None
-    tensors = out, query, key, value, rpb, out, lse, out, out, out
-    backward, _ = triton_impl.backward_launches(*tensors, *where, grad_lse=grad_lse)
+    window = Window((kernel, kernel), (dilation, dilation), head_dim**-0.5)
+    forward = triton_impl.forward_launch(maps, rpb, out, lse, window)
+    grad_lse = torch.empty_like(lse) if fill else None  # without a fill the gradients of the three are packed too
+    into = Maps(out, out, out) if fill else maps
+    backward, _ = triton_impl.backward_launches(out, maps, rpb, out, lse, grad_lse, window, into)
     return [forward, *backward]
 
 

@@ -1,0 +1,46 @@
+"""What the operators on neighborhoods are given, as their implementations hand it on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """Which keys a query sees, rows and columns, and the factor on its products with them."""
+
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+    scale: float
+
+    @classmethod
+    def of(cls, kernel: Sequence[int], dilation: Sequence[int], scale: float) -> Window:
+        """From an operator's arguments, which are lists."""
+        return cls((kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
+
+
+class Maps(NamedTuple):
+    """Query, key and value, or their gradients: `(batch, height, width, heads, head_dim)`, any strides."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor | None, value: Tensor | None) -> Maps:
+        """From an operator's arguments: `query` alone is packed, `(batch, height, width, 3, heads, head_dim)`."""
+        if key is None or value is None:
+            return cls(*query.unbind(3))
+        return cls(query, key, value)
+
+
+class Mix(NamedTuple):
+    """What `neighborhood_mix2d` is given, or the gradients of it: see there."""
+
+    query: Tensor
+    taps: Tensor
+    value: Tensor
+    tap_bias: Tensor | None
+    rpb: Tensor | None
