@@ -47,13 +47,15 @@ def test_the_whole_command(tmp_path):
     ]
     assert all(row["dry"] and {"device", "torch", "triton", "version", "at", "task"} <= set(row) for row in rows)
     timed = [row for row in rows if row["part"] in ("operators", "tuned") and not row.get("done")]
-    assert {row["op"] for row in timed} == {"na2d", "routed"}
+    assert {row["op"] for row in timed} == {"na2d", "routed", "mix2d"}
     assert all(row["q1_us"] <= row["median_us"] <= row["q3_us"] and row["bytes"] and row["flops"] for row in timed)
     assert {row["op"] for row in rows if row.get("worst", 2) <= 1} == {"na2d", "routed", "mix2d", "depthwise"}
     (table,) = tmp_path.glob("dry*.json")
     tuning = importlib.import_module("hybridzoo.kernels.tuning")
-    assert {key.operator for key in tuning.read_table(table)} <= {"na2d", "routed"}
-    assert "== Operators (12)" in said
+    tuned = {"na2d", "routed", "neighborhood_mix2d"}
+    assert {key.operator for key in tuning.read_table(table)} <= tuned
+    assert {row["key"][0] for row in rows if row["part"] == "tuning" and "key" in row} == tuned
+    assert "== Operators (15)" in said
 
     command("--minutes", 1, "--workers", 0, "--out", tmp_path, "--parts", "ceilings", "correctness", "networks")
     assert len(rows_of(tmp_path)) == len(rows)
@@ -155,6 +157,11 @@ def test_floors_follow_from_what_must_be_done():
     assert work["both"] == (12 * one, 7 * 2 * 128 * 2 * 32 * 56 * 56 * 49)
     routed = cases.work("routed", dict(side=56, heads=2, topk=4), 128, 2, False)
     assert routed["forward"] == (4 * one, 2 * 2 * 128 * 2 * 32 * 56 * 56 * 4 * 64)
+    shape = dict(side=14, heads=8, head_dim=16, kernel=13)
+    mixed = cases.work("mix2d", shape, 128, 2, False)
+    maps, taps = (128 * 8 * n * 16 * 2 for n in (14 * 14, 13 * 13))
+    products = 2 * 128 * 8 * 14 * 14 * 169 * 16
+    assert mixed == {"forward": (3 * maps + taps, 2 * products), "both": (9 * maps + 3 * taps, 7 * products)}
 
 
 def test_forms_are_compared_by_direction_and_with_what_is_aimed_at():

@@ -63,7 +63,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def tasks(dry: bool, store: Store) -> list[Task]:
     code = operators.CODE | {"depthwise": ("kernels/depthwise", "kernels/triton_common.py")}
-    code["mix2d"] = code["na2d"]
     return [
         Task(f"correctness/{op} {case} {dtype}", "correctness:check", dict(op=op, case=case, dtype=dtype, dry=dry),
              code[op])

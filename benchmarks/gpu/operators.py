@@ -13,15 +13,14 @@ from benchmarks.gpu import cases, timing
 from benchmarks.gpu.rows import Row, Store, Task
 
 CODE = {op: ("kernels/" + folder, "kernels/operators_common.py", "kernels/triton_common.py", "kernels/tuning.py")
-        for op, folder in (("na2d", "neighborhood"), ("routed", "routed"))}  # fmt: skip
+        for op, folder in (("na2d", "neighborhood"), ("routed", "routed"), ("mix2d", "neighborhood"))}  # fmt: skip
 SLOW_TO_START = ("ours", "auto", "flex")
 
 
 def tasks(dry: bool, store: Store) -> list[Task]:
     """A task for every form, so that a slow one costs itself only; ours everywhere first, small maps first."""
-    rank = {form: forms.index(form) for forms in cases.FORMS.values() for form in forms}
     found = [(form, op, shape) for op, shape in cases.small_first(dry) for form in cases.FORMS[op][: 2 if dry else 9]]
-    found.sort(key=lambda one: rank[one[0]])
+    found.sort(key=lambda one: cases.FORMS[one[1]].index(one[0]))
     return [_task("operators", op, shape, dry, form) for form, op, shape in found if not (dry and "sdpa" in form)]
 
 

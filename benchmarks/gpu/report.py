@@ -139,10 +139,10 @@ def verdict(op: str, shape: dict[str, int], way: str, times: dict[str, Row], flo
     if "ours" not in times:
         return ""
     mine, found = times["ours"]["median_us"], []
-    if floor and shape["side"] >= 28 and way in SHARES[op]:
+    if floor and shape["side"] >= 28 and way in SHARES.get(op, {}):
         aim = SHARES[op][way]
         found.append((f"{aim:.0%}", floor / mine >= aim))
-    for form, sides, aim in BESIDE[op]:
+    for form, sides, aim in BESIDE.get(op, []):
         if form in times and shape["side"] in sides and way != "backward":
             found.append((f"{aim}x {form}", times[form]["median_us"] >= aim * mine))
     return "; ".join(f"{words}: {'met' if met else 'MISSED'}" for words, met in found)

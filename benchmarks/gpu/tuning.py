@@ -32,7 +32,7 @@ def compile_tasks(dry: bool, store: Store) -> list[Task]:
                 args = dict(op=op, shape=shape, dry=dry, way=way, part=part, parts=parts)
                 name = f"compile/{cases.label(op, shape)}, {way}, {part + 1} of {parts}"
                 found.append(Task(name, "tuning:compile_candidates", args, operators.CODE[op], untuned(store)))
-    return sorted(found, key=lambda task: task.args["part"])
+    return sorted(found, key=lambda task: (task.args["op"] == "mix2d", task.args["part"]))
 
 
 def tasks(dry: bool, store: Store) -> list[Task]:
@@ -62,7 +62,7 @@ def trials(case: cases.Case, dry: bool) -> list[tuple[str, Any, Any]]:
     """(way, key, configuration) of everything to try beside the defaults."""
     from hybridzoo.kernels import tuning
 
-    folder = {"na2d": "neighborhood", "routed": "routed"}[case.op]
+    folder = "routed" if case.op == "routed" else "neighborhood"
     configs = importlib.import_module(f"hybridzoo.kernels.{folder}.triton_configs")
     found, seen = [], set()
     for way in ("forward", "both"):
