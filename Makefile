@@ -46,7 +46,7 @@ types: setup  ## mypy; it sees the mapped folders through links
 	@for file in __init__.py __main__.py py.typed; do ln -sf ../../hybridzoo/$$file .links/hybridzoo/$$file; done
 	$(BIN)/mypy
 
-bench: setup  ## the speed tables of README and benchmarks/ (a quarter of an hour on two quiet cores)
+bench: setup  ## the speed tables of docs/ and benchmarks/ (a quarter of an hour on two quiet cores)
 	$(BIN)/python -m benchmarks.compare
 	$(BIN)/hybridzoo bench ops --device cpu --threads 2 --json benchmarks/results/operators_cpu.json
 	$(BIN)/hybridzoo bench ops na2d routed dat --device cpu --threads 2 --img-size 800x1344 --batch-size 1 --repeats 3 \
@@ -62,7 +62,7 @@ gpu: setup  ## prove, tune and measure the kernels and networks on this GPU in t
 	$(BIN)/python -m benchmarks.gpu --minutes 9 --out work_dirs/gpu
 	$(BIN)/python -m benchmarks.gpu report work_dirs/gpu
 
-docs/models.md: $(wildcard checkpoints/published/*.json)  ## the tables of models, here and in the README, from the cards
+docs/models.md: $(wildcard checkpoints/published/*.json)  ## the tables of models, from the cards
 	$(BIN)/python -c "from hybridzoo.checkpoints import markdown; markdown.write()"
 
 docs: setup docs/models.md  ## build the documentation site into site/; a broken link or anchor is an error

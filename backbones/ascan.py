@@ -3,18 +3,19 @@
 THIS IS A RECONSTRUCTION. The paper, "AsCAN: Asymmetric Convolution-Attention Networks for Efficient Recognition and
 Generation", Kag et al., NeurIPS 2024, arXiv 2411.04967, has no public code and no public weights, and its tables could
 not be read when this was written. Known: fused MBConv for C, ordinary transformer layers with full attention for T,
-four stages, more C early and more T late. The rest is ours, chosen to meet sizes that are remembered, not verified:
+four stages, more C early and more T late. The rest was chosen here, so that sizes come close to values that are
+remembered but not verified:
 
               stage 1, 2, 3, 4         widths             parameters (wanted)   GMACs at 224 (wanted)
 ascan_tiny    CC/CC/CTTTT/CTTTTT       96 … 768            54.34 M  (55)         7.61  (7.7)
 ascan_base    CC/CC/CCCTTTTTT/CTTT     128 … 1024          98.15 M  (98)        16.87 (16.7)
 ascan_large   CC/CCCC/CCCTTTT/CTTTT    160 … 1280         170.86 M (173)        31.07 (30.7)
 
-Thousands of other patterns meet them as well: agreement says nothing about the paper's layout. Everything unknown is an
-argument, so that the true configuration can be entered once it is known. No accuracy may be expected from the paper.
+Thousands of other patterns come as close, so this is no evidence for the paper's layout. Every unknown detail is an
+argument, so that the true configuration can be set once it is known. Do not expect the paper's accuracies.
 
 image (B, 3, H, W) -> maps (B, dims[i], ceil(H / s), ceil(W / s)), s = 4, 8, 16, 32 -> logits (B, num_classes). Maps are
-NCHW with channels last in memory, which makes tokens of them and maps of tokens without a copy.
+NCHW with channels last in memory, so that maps and tokens are views of each other.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.relative_position import gather_bias, resize_table
 from hybridzoo.layers.windows import attend
 
-TABLE_PIXELS = 224  # image side at which a bias table has an entry for every offset
+TABLE_PIXELS = 224  # image side for which a bias table has an entry for every offset
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
 @dataclasses.dataclass(frozen=True)
 class AsCANConfig:
-    """The arrangement and every choice that the paper's public parts leave open.
+    """The arrangement, and every choice that the public parts of the paper leave open.
 
     Attributes:
         pattern: blocks of every stage, "CC/CC/CTTTT/CTTTTT" or a tuple ("CC", "CC", …).
@@ -69,8 +70,8 @@ class AsCANConfig:
         mlp_ratio: of T's MLP.
         qkv_bias: whether T's projection to queries, keys and values has a bias.
         position: "bias", a learned table over offsets, resized bicubically to other maps; "conv", a depthwise 3x3
-            convolution before every T; "none". Only without a table can attention run as flash attention, and a table's
-            memory grows with the square of the map's area.
+            convolution before every T; "none". Flash attention is only possible without a table, and a table's memory
+            grows with the square of the map's area.
         downsample: of a stage that starts with T: "pool", 2x2 average and 1x1 convolution; "conv", 3x3 with stride 2.
             A stage that starts with C downsamples in it.
     """
@@ -123,7 +124,7 @@ class AsCANConfig:
 
 
 class PositionBias(RelativePositionBias):
-    """A table for square maps of `side` tokens, all of it resized to the map that comes."""
+    """A bias table for square maps of `side` tokens; the whole table is resized for other maps."""
 
     def __init__(self, num_heads: int, side: int) -> None:
         super().__init__(num_heads, (side, side), "bicubic")
@@ -158,7 +159,7 @@ class Transformer(TransformerBlock):
         super().__init__(dim, attn, cfg.mlp_ratio, eps=1e-6, drop_path=drop_path, act_layer=ACTIVATIONS[cfg.act])
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cfg.position == "conv" else None
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a map; the attention is told its size
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a map; the attention gets its size
         size = (x.shape[2], x.shape[3])
         if self.pos_embed is not None:
             x = x + self.pos_embed(x)
@@ -175,8 +176,8 @@ class AsCAN(Backbone):
         num_classes: 0 for pooled features.
         global_pool: `"avg"`, `"max"`, `"avgmax"`, or `""` for the map (then without classes).
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0; 0.1, 0.3, 0.4 would be our guess.
-        depths: keep only the last so many blocks of every stage; all by default.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0; 0.1, 0.3, 0.4 are our guess.
+        depths: keep only this many last blocks of every stage; all by default.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -237,7 +238,7 @@ class AsCAN(Backbone):
 
 
 def _conv_block(cfg: AsCANConfig, in_dim: int, dim: int, stride: int, drop_path: float) -> nn.Module:
-    """C: the branch and its shortcut. Where the map shrinks, the shortcut averages and projects."""
+    """C: the branch and its shortcut. With a stride, the shortcut averages and projects."""
     norm = NORMS[cfg.conv_norm]
     shortcut = nn.Identity() if stride == 1 else PoolShortcut(in_dim, dim, stride, norm_layer=norm, project=True)
     return (FusedMBConv if cfg.fused else MBConv)(

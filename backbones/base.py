@@ -1,7 +1,7 @@
-"""What every backbone shares: timm's contract around a stem, stages, a final norm and a head.
+"""Base of all backbones: timm's interface for a stem, stages, a final norm and a head.
 
-A family assigns `stem`, `stages`, `norm` and `head`, and says which layout its stages work in. From an image
-`(batch, channels, height, width)` the stem makes the first map, each stage the next; outside, maps are NCHW.
+A family assigns `stem`, `stages`, `norm` and `head`, and sets the layout of its stages. The stem computes the first map
+from an image `(batch, channels, height, width)`, and each stage the next one. Returned maps are NCHW.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Backbone(Fusible):
         stages: `nn.Sequential` of modules with a `grad_checkpointing` flag, map -> map.
         norm: final norm, NCHW -> NCHW.
         head: timm classifier head with `reset(num_classes, pool_type)` and `forward(x, pre_logits=...)`.
-        layout: of the maps between stages; channels-last maps are permuted (not copied) on their way out.
-        channels_last: whether the stem reads images with channels last in memory: in families that are NCHW and mostly
-            convolutions, which are fastest that way; all that follows keeps the order, on its way out too.
-        feature_info: one dict a stage, see `set_feature_info`.
+        layout: of the maps between stages; channels-last maps are permuted (not copied) when returned.
+        channels_last: whether the stem converts images to channels last in memory. This is fastest for NCHW families
+            that are mostly convolutions. All later maps keep this order, also the returned ones.
+        feature_info: one dict per stage, see `set_feature_info`.
     """
 
     layout: Literal["NCHW", "NHWC"] = "NCHW"
@@ -48,10 +48,10 @@ class Backbone(Fusible):
     num_features: int
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
-    stem_levels: int = 0  # of `feature_info`'s levels, those inside the stem
-    for_other_sizes: Mapping[str, Any] = {}  # arguments that suit images of another size than the published one
-    image_channels: int = 3  # that a fused network reads; `fuse()` looks at the first convolution
-    optional: tuple[str, ...] = ()  # names of parts that published files hold and that a network has if asked
+    stem_levels: int = 0  # number of `feature_info`'s levels inside the stem
+    for_other_sizes: Mapping[str, Any] = {}  # arguments for images of another size than the published one
+    image_channels: int = 3  # channels that a fused network reads; `fuse()` takes them from the first convolution
+    optional: tuple[str, ...] = ()  # optional parts: published files contain them, a network only on request
 
     def set_feature_info(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
         """Describe the stages' maps: `channels` and input pixels per map pixel (`reductions`), finest first."""
@@ -67,13 +67,13 @@ class Backbone(Fusible):
         self.stem_levels = len(finer)
 
     def stem_maps(self, x: Tensor) -> list[Tensor]:
-        """Image -> the stem's own levels as NCHW maps, finest first (none by default), and its output."""
+        """Image -> the levels inside the stem as NCHW maps, finest first (none by default), and the stem's output."""
         return [self.stem(x)]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As PyTorch's; names of the authors, of timm, of wrappers and of our training are understood as well.
+        """PyTorch's method, which also accepts names of the authors, of timm, of wrappers and of our training.
 
-        That is what timm's `checkpoint_path` calls.
+        timm's `checkpoint_path` calls it.
         """
         model = (getattr(self, "pretrained_cfg", None) or {}).get("architecture")
         if model and state_dict and not state_dict.keys() <= self.state_dict().keys():
@@ -82,13 +82,14 @@ class Backbone(Fusible):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def fit_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A state dict under our names in the form that this network has, where a family has several; as it is."""
+        """Convert a state dict with our names to this network's form, if its family has several; unchanged by
+        default."""
         return state
 
     def example_image(self, size: int | tuple[int, int] | None) -> Tensor:
         """One black image: of `size` pixels, or of the size that the weights were published for."""
         cfg: dict[str, Any] = self.pretrained_cfg  # type: ignore[assignment]  # timm's builder sets it
-        if SWAPPED not in self.forms:  # later the first convolution may be under another name
+        if SWAPPED not in self.forms:  # the first convolution may get another name later
             first: Any = self.get_submodule(cfg["first_conv"])
             self.image_channels = first.weight.shape[1]
         height, width = cfg["input_size"][1:] if size is None else to_2tuple(size)
@@ -97,7 +98,7 @@ class Backbone(Fusible):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay although they have two dimensions or more."""
+        """Names of parameters without weight decay, although they have two or more dimensions."""
         return set()
 
     @torch.jit.ignore
@@ -125,13 +126,14 @@ class Backbone(Fusible):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; 0 classes leave pooled features, `global_pool=""` the map."""
+        """Replace the classifier by a new one; with 0 classes, pooled features are returned, with `global_pool=""` the
+        map."""
         if self.fused:
             raise FusedError("reset_classifier()")
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         like = next(self.stem.parameters())
-        self.head.to(like.device, like.dtype)  # the head itself may have no weights to be asked
+        self.head.to(like.device, like.dtype)  # the head may have no weights
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image -> last map after the final norm, NCHW."""
@@ -159,7 +161,7 @@ class Backbone(Fusible):
             x: images `(batch, channels, height, width)`.
             indices: levels to return (entries of `feature_info`), the last n if an int, all if `None`.
             norm: apply the final norm to the last stage's map.
-            stop_early: do not run stages beyond the last one asked for.
+            stop_early: do not run stages after the last requested one.
             output_fmt: `"NCHW"`.
             intermediates_only: return only the list of maps.
 
@@ -190,7 +192,7 @@ class Backbone(Fusible):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen intermediates do not need; returns their indices."""
+        """Remove parts that the chosen intermediates do not need; returns their indices."""
         if self.fused:
             raise FusedError("prune_intermediate_layers()")
         take, last = feature_take_indices(self.stem_levels + len(self.stages), indices)
@@ -205,47 +207,47 @@ class Backbone(Fusible):
         return channels_last(x) if self.channels_last else x
 
     def _to_nchw(self, x: Any, norm: bool = False) -> Tensor:
-        """What a stage returns, as an NCHW map, after the final norm if asked."""
+        """A stage's result as an NCHW map, with the final norm on request."""
         x = x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
         return self.norm(x) if norm else x
 
     def _offered(self, x: Any, level: int, norm: bool = False) -> Tensor:
-        """What `forward_intermediates` gives of a stage's result; `level` is its place in `feature_info`."""
+        """What `forward_intermediates` returns for a stage's result; `level` is the index in `feature_info`."""
         return self._to_nchw(x, norm)
 
     def _final(self, x: Any) -> Tensor:
-        """What the last stage returns -> what the head reads."""
+        """The last stage's result -> the head's input."""
         return self._to_nchw(x, norm=True)
 
 
 def check_per_stage(stages: int, **arguments: Any) -> None:
-    """Raise `ValueError` where an argument is not a sequence with an entry for each of so many stages."""
+    """Raise `ValueError` unless an argument is a sequence with one entry for each stage."""
     for name, value in arguments.items():
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != stages:
             raise ValueError(f"{name} must have one entry for each of {stages} stages; got {value!r}")
 
 
 def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any) -> Any:
-    """Create the variant `name` through timm, so that pretrained weights and `features_only` work as timm's own.
+    """Create the variant `name` with timm's builder, so that pretrained weights and `features_only` work as in timm.
 
-    Weights published for another resolution or kernel are a tag; what the tag needs of the network
-    (`Card.model_args`) is set before the caller's own arguments, which override it.
+    Weights published for another resolution or kernel have their own tag. The tag's arguments (`Card.model_args`) are
+    set first; the caller's arguments override them.
 
-    timm's `img_size` is accepted by all: families whose weights depend on no image size ignore it. timm's
-    `checkpoint_path` takes files of ours and of the authors; timm reads them, moving averages first, and refuses those
-    that hold more than tensors and options: `pretrained=True, pretrained_cfg_overlay=dict(file=...)` takes these too,
-    and of each what its card names.
+    All families accept timm's `img_size`; families whose weights do not depend on the image size ignore it. timm's
+    `checkpoint_path` takes our files and the authors'. timm reads them, prefers moving averages, and refuses files with
+    other objects than tensors and options. `pretrained=True, pretrained_cfg_overlay=dict(file=...)` takes those too,
+    and uses the entry that the card names.
 
     Args:
         family: the class, called with a variant's row as first argument.
         variants: the family's table, name -> frozen dataclass.
         name: a key of `variants`.
-        pretrained: load the published weights of the model's card through our store, or the caller's own where
-            `pretrained_cfg` or `pretrained_cfg_overlay` name some.
+        pretrained: load the published weights of the model's card through our store, or the weights named by the
+            caller's `pretrained_cfg` or `pretrained_cfg_overlay`.
         **kwargs: the class's own arguments; those that name a field of the row override it.
 
     Raises:
-        DownloadError, CheckpointError: the weights cannot be had, or do not fit.
+        DownloadError, CheckpointError: the weights cannot be downloaded, or do not fit.
         ValueError: an `output_stride` other than 32: attention over windows and regions has no dilated form.
     """
     row = variants[name]

@@ -28,22 +28,22 @@ from hybridzoo.layers.memory import channels_last
 
 STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32  # in routed stages
-LAST_STAGE_HEADS = 8  # whatever the width
+LAST_STAGE_HEADS = 8  # for every width
 REGION_PIXELS = 32  # side of a region in input pixels, at 224 with 7 regions
 
 
 @dataclasses.dataclass(frozen=True)
 class BiFormerConfig:
-    """A row of the paper's Table 1, and what distinguishes the two published code bases."""
+    """A row of the paper's Table 1, and the differences between the two published code bases."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
     mlp_ratio: float = 3.0
     topk: tuple[int, ...] = (1, 4, 16)
     overlapping: bool = True  # 3x3 stem and downsampling with conv position embeddings; else Swin's skeleton (stl)
-    padding: Padding = "bias"  # what stands beyond the edge, see BiLevelRoutingAttention
+    padding: Padding = "bias"  # rule for the padding, see BiLevelRoutingAttention
     last_lepe_of_value: bool = False  # stage 4's LePE reads v in stl_nchw, the attention's input elsewhere
-    init_linear: bool = True  # stl_nchw's projections are convolutions, left at PyTorch's initialisation
+    init_linear: bool = True  # stl_nchw's projections are convolutions, with PyTorch's initialisation
 
 
 @register_notrace_module
@@ -74,7 +74,7 @@ class Block(TransformerBlock):
         super().__init__(dim, attn, mlp_ratio, eps=1e-6, drop_path=drop_path)
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if pos_embed else None
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nothing else for the attention
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no further arguments of the attention
         if self.pos_embed is not None:  # outside of drop path, on the un-normalised stream
             x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return super().forward(x)
@@ -99,7 +99,7 @@ class Stem(nn.Module):
             self.norm1 = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels-last from the first convolution on: every later permutation is then a view.
+        # Channels-last from the first convolution on, so that every later permutation is a view.
         x = self.norm1(self.conv1(channels_last(x)))
         return self.norm2(self.conv2(self.act(x))).permute(0, 2, 3, 1).contiguous()
 

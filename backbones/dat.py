@@ -1,10 +1,10 @@
-"""DAT, DAT+ and DAT++: pyramids whose attention, in every second block, reads the map at places that it chooses itself.
+"""DAT, DAT+ and DAT++: pyramids with deformable attention in every second block.
 
 Papers: "Vision Transformer with Deformable Attention", Xia et al., CVPR 2022, arXiv 2201.00520 (DAT); "DAT++: Spatially
 Dynamic Vision Transformer with Deformable Attention", Xia et al., arXiv 2309.01430 (the others). Published code and
 weights: LeapLabTHU/DAT (Apache-2.0). Written from the papers and from measurements of that code.
 
-Between deformable blocks stand window attention (DAT: Swin's, shifted in the fine stages) or neighborhood attention.
+The other blocks have window attention (DAT: Swin's, shifted in the fine stages) or neighborhood attention.
 DAT++ adds convolutions: in the stem, between stages, before every block and in every MLP; DAT+ (`dat_plain_*`) is DAT++
 without them.
 
@@ -47,12 +47,12 @@ KINDS = "DLNS"  # deformable, local windows, neighborhood, shifted windows
 class DATConfig:
     """A variant of the papers; tuples are by stage.
 
-    `kinds`: what the blocks attend to, a letter each (D deformable, L windows, S shifted windows, N neighborhoods);
-    repeated as often as `depths` asks for, so that a stage ends with the last letter.
+    `kinds`: the blocks' attention, one letter each (D deformable, L windows, S shifted windows, N neighborhoods),
+    repeated to the length in `depths`; a stage ends with the last letter.
     `groups`, `key_strides`, `offset_kernels`, `offset_range`: of D, see `DeformableAttention`.
     `convolutional`: DAT++'s convolutions.
-    `img_size`: the (square) size that D's tables are made for, and of which L's windows have a 32nd; other images are
-    taken all the same, and weights of another size are resized while loading.
+    `img_size`: the (square) image size for D's tables; L's windows have a 32nd of it. Other images work too, and
+    weights of another size are resized while loading.
     """
 
     dims: tuple[int, ...]
@@ -99,9 +99,9 @@ class ConvolutionalBlock(TransformerBlock):
 class DAT(Backbone):
     """DAT, DAT+ and DAT++ for images of any size from 32 x 32 pixels.
 
-    Where the published code has no answer: patches, merged patches and windows that do not divide the image are filled
-    up with zeros at the bottom and right; bias tables stretch with the map; a single key or query of an axis stands in
-    its middle. At the published sizes nothing of this happens.
+    For sizes that the published code does not support: patches, merged patches and windows that do not divide the image
+    are padded with zeros at the bottom and right; bias tables are resized with the map; a single key or query on an
+    axis is in its middle. None of this happens at the published sizes.
 
     Args:
         cfg: the variant; its fields (`depths`, `img_size`, …) are also arguments of `timm.create_model`.
@@ -173,7 +173,8 @@ def _attention(cfg: DATConfig, stage: int, kind: str) -> nn.Module:
 
 
 def _init(module: nn.Module) -> None:
-    """The papers' tables; all else keeps PyTorch's initialisation, as the published code does."""
+    """Initialise the tables as in the papers; all other parameters keep PyTorch's initialisation, as in the published
+    code."""
     if isinstance(module, RelativePositionBias):
         trunc_normal_(module.table, std=0.01)
 

@@ -4,8 +4,8 @@ Papers: "Neighborhood Attention Transformer", Hassani et al., CVPR 2023, arXiv 2
 Attention Transformer", Hassani and Shi, arXiv 2209.15001 (the others). Published code and weights:
 SHI-Labs/Neighborhood-Attention-Transformer (MIT). Written from the papers and from measurements of that code.
 
-One block, two skeletons: overlapping convolutions ("conv": NAT, DiNAT) and Swin's patches ("swin": DiNAT_s). NAT is
-DiNAT with every dilation 1.
+There is one block and two skeletons: overlapping convolutions ("conv": NAT, DiNAT) and Swin's patches ("swin":
+DiNAT_s). NAT is DiNAT with all dilations 1.
 
 image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32 -> logits (B, num_classes); NHWC inside.
 """
@@ -37,8 +37,8 @@ HEAD_DIM = 32
 class DiNATConfig:
     """A row of the papers' tables.
 
-    `dilations`: for each stage the dilations of its blocks, repeated as often as needed; or `"auto"`, which alternates
-    1 and the largest that fits into the map at hand; or the name of a published choice, see `dinat_dilations`.
+    `dilations`: for each stage the dilations of its blocks, repeated as needed; or `"auto"`, which alternates 1 and the
+    largest that fits into the map; or the name of a published choice, see `dinat_dilations`.
     `layer_scale`: initial value, 0 for none.
     """
 
@@ -49,7 +49,7 @@ class DiNATConfig:
     skeleton: Skeleton = "conv"
     layer_scale: float = 0.0
     kernel_size: int = 7
-    padding: Padding = "bias"  # what stands beyond the edge of a small map, see NeighborhoodAttention2d
+    padding: Padding = "bias"  # rule for the padding of small maps, see NeighborhoodAttention2d
 
 
 class ConvStem(nn.Module):
@@ -70,8 +70,8 @@ class ConvStem(nn.Module):
 class DiNAT(Backbone):
     """NAT, DiNAT and DiNAT_s for images of any size from 32 x 32 pixels.
 
-    Maps smaller than a window are treated as the weights were trained, see `NeighborhoodAttention2d`. For images much
-    smaller or larger than the variant's own, choose `dilations` to fit.
+    Maps smaller than a window are padded as in training, see `NeighborhoodAttention2d`. For much smaller or larger
+    images than the variant's size, choose suitable `dilations`.
 
     Args:
         cfg: the variant; its fields (`dilations`, `kernel_size`, `padding`, `layer_scale`, …) are also arguments of
@@ -84,7 +84,7 @@ class DiNAT(Backbone):
             tiny), 0.3 (small), 0.5 (base), 0.35 (large).
 
     Raises:
-        ValueError: `dilations` is neither a known name nor one non-empty sequence of positive numbers a stage.
+        ValueError: `dilations` is neither a known name nor one non-empty sequence of positive numbers for each stage.
     """
 
     layout = "NHWC"

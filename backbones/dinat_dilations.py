@@ -1,7 +1,7 @@
-"""Which dilations DiNAT's blocks have: by image size, or as the authors chose them for a task (their configurations).
+"""Dilations of DiNAT's blocks: by image size, or as in the authors' configurations for a task.
 
-Dilations belong to a variant, a task and a resolution, not to weights: any weights run with any dilations, though they
-give the published accuracy only with those they were trained with.
+Dilations depend on variant, task and resolution, not on the weights: any weights run with any dilations, but they give
+the published accuracy only with the dilations of their training.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Paper: "Dilated Neighborhood Attention Transformer", Hassani and Shi, arXiv 2209.15001. Published code and weights:
 SHI-Labs/Neighborhood-Attention-Transformer (MIT). The blocks are those of `backbones/dinat.py`.
 
-A block counts as a stage, so that maps can be taken after every one, as of timm's vision transformers.
+Each block is a stage, so that maps can be taken after every block, as in timm's vision transformers.
 image (B, 3, H, W) -> twelve maps (B, dim, H/16, W/16) -> logits (B, num_classes); NHWC inside.
 """
 
@@ -41,7 +41,7 @@ class IsotropicConfig:
     mlp_ratio: float = 4.0
     layer_scale: float = 0.0
     kernel_size: int = 7
-    padding: Padding = "bias"  # what stands beyond the edge of a small map, see NeighborhoodAttention2d
+    padding: Padding = "bias"  # rule for the padding of small maps, see NeighborhoodAttention2d
 
 
 class MapBias(RelativePositionBias):

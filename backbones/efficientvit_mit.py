@@ -7,8 +7,8 @@ same name, see `efficientvit_msra`. Written from the paper and from measurements
 image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, sizes rounded up -> logits (B, num_classes). Maps
 are NCHW with channels last in memory; nothing depends on the image's size.
 
-Weights in timm's layout load too, and run here with the authors' numerics: 1e-15 in the attention's quotient, where
-timm's port has 1e-5, and 1e-7 in all norms of L, where it keeps 1e-5 in the head's.
+Weights in timm's layout load too, and use the authors' constants here: 1e-15 in the attention's denominator (timm's
+port: 1e-5), and 1e-7 in all norms of L (timm's port: 1e-5 in the head's).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclasses.dataclass(frozen=True)
 class StageRow:
-    """How the blocks of one stage are made.
+    """The blocks of one stage.
 
     Attributes:
         conv: inverted bottleneck, `MBConv` or `FusedMBConv`.

@@ -1,4 +1,4 @@
-"""FasterViT: convolutions at high resolution, then window attention whose windows talk through carrier tokens.
+"""FasterViT: convolutions at high resolution, then window attention; windows exchange information by carrier tokens.
 
 Paper: "FasterViT: Fast Vision Transformers with Hierarchical Attention", Hatamizadeh et al., ICLR 2024,
 arXiv 2306.06189.
@@ -106,7 +106,7 @@ class AttentionBlock(nn.Module):
     """Attention inside windows; if hierarchical, among carrier tokens first, which then take part in their window.
 
     Windows `(B * rows * columns, window^2, dim)` and carrier tokens `(B, rows * side, columns * side, dim)`, or `None`,
-    in and out. Embeddings are added anew in every block and stay in the residual stream.
+    in and out. Embeddings are added in every block and stay in the residual stream.
     """
 
     def __init__(
@@ -147,11 +147,11 @@ class AttentionBlock(nn.Module):
 
 @register_notrace_module
 class AttentionStage(Stage):
-    """A stage of attention blocks: the map is padded, cut into windows once, and put together at the end. NCHW.
+    """A stage of attention blocks: the map is padded, cut into windows once, and merged at the end. NCHW.
 
-    As published, what is appended at the bottom and right is zero before the first block, is attended to and gets
-    position embeddings. `mask_padding` hides it from the windows' tokens instead. Carrier tokens are pooled over it
-    either way.
+    As published, the padding at the bottom and right is zero before the first block, is attended to and gets position
+    embeddings. With `mask_padding`, the windows' tokens do not attend to it. Carrier tokens are pooled over it in both
+    cases.
     """
 
     def __init__(
@@ -213,10 +213,10 @@ class FasterViT(Backbone):
     """FasterViT for images of any size from 32 x 32 pixels. Published weights are for NON-COMMERCIAL use.
 
     Positions are functions of coordinates, so nothing is interpolated between sizes. At square window grids this is the
-    published any-resolution model. At others that model is broken (it drops the carrier tokens' embedding, lays a
-    square bias over a rectangular grid and hands carrier tokens to the wrong windows); here coordinates simply are
-    rectangular. A map of one window keeps its carrier tokens, where the published code drops them: the same parameters
-    are used at every size.
+    published any-resolution model. At other grids that model has errors: it drops the carrier tokens' embedding, uses a
+    square bias for a rectangular grid, and gives carrier tokens to the wrong windows. Here coordinates are rectangular.
+    A map of one window keeps its carrier tokens, which the published code drops, so that the same parameters are used
+    at every size.
 
     Args:
         cfg: the variant; its fields are also arguments of `timm.create_model`.
@@ -226,7 +226,7 @@ class FasterViT(Backbone):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0. The published runs used 0.2 (0-2),
             0.3 (3-5), 0.5 (6), 0.42 (ImageNet-21k).
-        mask_padding: hide padded tokens from the windows' attention; the published weights were evaluated without.
+        mask_padding: mask padding tokens in the windows' attention; the published weights were evaluated without it.
 
     Raises:
         ValueError: an argument does not fit; the message names it.

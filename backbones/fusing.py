@@ -1,4 +1,4 @@
-"""How the families' own blocks are fused for inference, see `hybridzoo.layers.inference`."""
+"""Rules that fuse the families' own blocks for inference, see `hybridzoo.layers.inference`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ swaps(Rotary2d)(Fixed)
 
 @folds(patnet.Block)
 def _(block: patnet.Block) -> None:
-    """The mixer's norms and the spatial gate's linear maps, into the MLP's convolutions."""
+    """Fold the mixer's norms and the spatial gate's linear maps into the MLP's convolutions."""
     mlp: Any = block.mlp
     if isinstance(block.mixer, PartialChannelAttention):
         block.mixer, mlp.expand.conv = fold_channel_attention(block.mixer, mlp.expand.conv)
@@ -40,7 +40,7 @@ def _(block: patnet.Block) -> None:
 
 @folds(ravlt.Block)
 def _(block: ravlt.Block) -> None:
-    """Layer scales, into the last linear layers of attention and MLP."""
+    """Fold layer scales into the last linear layers of attention and MLP."""
     attn, mlp = cast(Any, block.attn), cast(Any, block.mlp)
     for linear, name in ((attn.proj, "scale1"), (mlp.fc2, "scale2")):
         gamma: Tensor = getattr(block, name).gamma
@@ -51,7 +51,7 @@ def _(block: ravlt.Block) -> None:
 
 @folds(overlock.RepConvBlock)
 def _fold_depthwise(block: Any) -> None:
-    """Branches, norms and identities into the depthwise convolutions that they stand beside."""
+    """Fold branches, norms and identities into the parallel depthwise convolutions."""
     block.large, block.large_norm = fuse_conv_bn_eval(block.large.merge(), block.large_norm), nn.Identity()
     for owner, name in ((block, "dwconv"), (block, "dwconv1"), (block, "dwconv2"), (block.mlp, "local")):
         if hasattr(owner, name):
@@ -68,7 +68,7 @@ def _(block: Any) -> None:
 
 @swaps(cswin.StripeAttention)
 class FusedStripeAttention(nn.Module):
-    """`StripeAttention` that cuts the map before the projection makes three times as much of it to move."""
+    """`StripeAttention` that cuts the map before the projection, whose output is three times as large."""
 
     def __init__(self, layer: cswin.StripeAttention) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class FusedStripeAttention(nn.Module):
         projections: Any = self.qkv[i]
         query, key, value = (projection(tokens) for projection in projections)
         mask = padding_mask(height, width, window, device=x.device)
-        if mask is not None:  # what lies beyond the edge is projected to the bias; a convolution expects zero
+        if mask is not None:  # padding is projected to the bias, but the convolution needs zeros
             value = value * mask.repeat(x.shape[0], 1)[..., None]
         local = self.lepe[i](value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
         out = attend(query, key, value, self.num_heads, mask=mask) + local

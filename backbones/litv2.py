@@ -4,10 +4,11 @@ Paper: "Fast Vision Transformers with HiLo Attention", Pan et al., NeurIPS 2022,
 weights: ziplab/LITv2 (Apache 2.0). Written from the paper and from measurements of that code.
 
 image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4 rounded up, then halved rounding down -> logits
-(B, num_classes); NHWC inside. No position embedding: the zero padding of the MLPs' convolutions tells positions.
+(B, num_classes); NHWC inside. There is no position embedding: the zero padding of the MLPs' convolutions gives
+positions.
 
-Other sizes than 224: by the rule of the published detectors and segmentors. The image is padded with zeros at the
-bottom and right to a multiple of 4 pixels, and so is the map where HiLo's windows do not divide it.
+Other sizes than 224 use the rule of the published detectors and segmentors: the image is padded with zeros at the
+bottom and right to a multiple of 4 pixels, and so is the map if HiLo's windows do not divide it.
 """
 
 from __future__ import annotations

@@ -54,8 +54,7 @@ class MaxViTConfig:
 class PartitionAttention(nn.Module):
     """Attention in windows (`dilated=False`) or on the grid (`True`), then an MLP; `(B, H, W, dim)` in and out.
 
-    Sizes that the window does not divide are padded and masked: what is computed on
-    tokens within the map does not depend on what lies beyond.
+    Sizes that the window does not divide are padded and masked, so that results do not depend on the padding.
     """
 
     def __init__(

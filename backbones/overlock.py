@@ -1,15 +1,15 @@
-"""OverLoCK: a network that looks at the whole image first, then closely, with convolutions that the overview guides.
+"""OverLoCK: a coarse overview of the whole image first, then convolutions whose kernels are computed with it.
 
 Paper: "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", Lou and Yu, CVPR
 2025, arXiv 2502.20087. Published code and weights: LMMMEng/OverLoCK (Apache-2.0). Written from the paper and from
 measurements of that code.
 
 Three parts: the Base-Net (stages 1 to 3), the Overview-Net (a short stage 4, whose map is the *context*), and the
-Focus-Net (stages 3 and 4 once more, with kernels made of the context). As a pyramid of four stages, the Overview-Net
+Focus-Net (stages 3 and 4 again, with kernels computed from the context). As a pyramid of four stages, the Overview-Net
 is one of stage 3's blocks, between the Base-Net's and the Focus-Net's.
 
 image (B, 3, H, W) -> maps (B, width, ceil(H / s), ceil(W / s)), s = 4, 8, 16, 32, with the context's dims[3] // 4
-channels behind those of the last two -> logits (B, num_classes). Maps are NCHW with channels last in memory.
+channels appended to those of the last two -> logits (B, num_classes). Maps are NCHW with channels last in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STRIDES = (4, 8, 16, 32)
 KERNELS = (17, 15, 13, 7)
 HEAD_DIM = 1024  # between the last map and the classifier
 FeatureNorms = Literal["", "segmentation", "detection"]
-# What the Focus-Net passes on: features, running context, the context at their size, at stride 32, Overview-Net's map.
+# State of the Focus-Net: features, running context, the context at their size and at stride 32, Overview-Net's map.
 State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -52,7 +52,7 @@ class OverLoCKConfig:
         depths: blocks of the Base-Net's three stages and of the Overview-Net.
         focus_depths: blocks of the Focus-Net's two stages.
         dims: widths of the four stages.
-        num_heads: groups of channels with kernels of their own in the Focus-Net's two stages.
+        num_heads: groups of channels with their own kernels, in the Focus-Net's two stages.
     """
 
     depths: tuple[int, ...]
@@ -77,7 +77,7 @@ class ScaleShift(nn.Module):
 
     def __init__(self, dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), scale))  # not a vector: the published runs decay it
+        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), scale))  # not 1-D, because the published runs decay it
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class RepConvBlock(nn.Module):
 
 @register_notrace_module
 class Overview(nn.Module):
-    """The Overview-Net: stage 3's map -> all that the Focus-Net begins with."""
+    """The Overview-Net: stage 3's map -> the initial state of the Focus-Net."""
 
     def __init__(self, dim: int, out_dim: int, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class FocusBlock(nn.Module):
         context_dim: channels of the context, `E` below.
         num_heads: of the dynamic convolution.
         kernel_size: its large window, and the static convolution's.
-        first: the block starts with the context as it is.
+        first: the block starts with the unchanged context.
         merged: see `DilatedReparamConv`.
         drop_path: rate of stochastic depth of both branches.
     """
@@ -212,7 +212,7 @@ class FocusBlock(nn.Module):
 
 
 class NormStage(Stage):
-    """A stage whose map is normalised before the next stage and everybody else see it."""
+    """A stage whose map is normalised before it is used, also by the next stage."""
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module, dim: int) -> None:
         super().__init__(blocks, downsample)
@@ -233,11 +233,11 @@ class OverLoCK(Backbone):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0. The published runs used 0.1, 0.15,
             0.4, 0.5 (xtiny, tiny, small, base).
-        merged: build the dilated branches of every large kernel as the one convolution that they are in evaluation, as
-            the published files `*_reparam` are. For inference; training wants the branches. Weights of either form
-            load into both.
-        aux_head: have a second classifier on the Overview-Net's map. A training network then returns two tensors,
-            logits and auxiliary logits, of which the published runs weigh the second's loss by 0.4.
+        merged: build every large kernel with its dilated branches as one convolution, which is equal in evaluation, as
+            in the published files `*_reparam`. For inference; training needs the branches. Weights of both forms load
+            into both.
+        aux_head: add a second classifier on the Overview-Net's map. In training, the network then returns logits and
+            auxiliary logits; the published runs weight the auxiliary loss by 0.4.
         feature_norms: `"segmentation"` or `"detection"`: give `forward_intermediates` (hence `features_only`) the maps
             of the published dense networks, after layer norms of their own, in detection with the Overview-Net's map
             added to the last one. As published, stage 3 reads stage 2's map normalised, so the features differ from
@@ -327,7 +327,7 @@ class OverLoCK(Backbone):
         return self.forward_head(self._final(state)), self.aux_head(state[4])
 
     def fit_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Large kernels in the form that they have here; an auxiliary head only where there is one."""
+        """Convert large kernels to the form of this network; drop an auxiliary head that it does not have."""
         state = dict(state)
         if self.aux_head is None:
             state = {name: value for name, value in state.items() if not name.startswith("aux_head.")}
@@ -345,7 +345,7 @@ class OverLoCK(Backbone):
             self.aux_head.to(next(self.stem.parameters()))
 
     def _to_nchw(self, x: Any, norm: bool = False) -> Tensor:
-        """A map as it is; of the Focus-Net's state, features and context."""
+        """A map unchanged; for the Focus-Net's state, features and context."""
         return torch.cat(x[:2], 1) if isinstance(x, tuple) else x
 
     def _offered(self, x: Any, level: int, norm: bool = False) -> Tensor:

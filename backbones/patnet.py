@@ -1,12 +1,13 @@
-"""PATNet and PartialNet: convolve a quarter of the channels, attend cheaply over the rest.
+"""PATNet and PartialNet: convolve a quarter of the channels, and weight the others with cheap attention.
 
 Papers: "Partial Convolution Meets Visual Attention" (PATNet), arXiv 2503.03148, and "Partial Channel Network: Compute
 Fewer, Perform Better" (PartialNet), arXiv 2502.01303, by the same authors. Code: haiduo/PartialNet (MIT); no weights
 were published. Written from the papers and from measurements of that code.
 
-The code's configurations are not the papers' models. `patnet_*` are the form that meets the papers' parameters and
-FLOPs: a spatial gate in every block, depths 1-2-6-4 of T0 and T1, six heads from T1 on (depths and heads are inferred,
-not read). `partialnet_*` are what the code builds: the spatial gate in T1 only, depths 1-2-8-2, four heads.
+The code's configurations are not the papers' models. `patnet_*` have the papers' parameters and FLOPs: a spatial gate
+in every block, depths 1-2-6-4 of T0 and T1, six heads from T1 on (depths and heads are inferred,
+not read). `partialnet_*` are the networks that the code builds: the spatial gate in T1 only, depths 1-2-8-2, four
+heads.
 
 image (B, 3, H, W) -> maps (B, dim * 2**i, H // s, W // s), s = 4, 8, 16, 32 -> logits (B, num_classes). Maps
 are NCHW with channels last in memory.
@@ -141,7 +142,7 @@ class PATNet(Backbone):
                 return PartialAttention(dim, dim // PARTS, cfg.num_heads, attn_drop_rate, proj_drop_rate)
             return PartialChannelAttention(dim, dim // PARTS)
 
-        # Kernels as large as their stride and no padding: what does not fill a patch is cut off.
+        # Kernels equal their stride, without padding: incomplete patches are cut off.
         self.stem = ConvNormAct(in_chans, dims[0], 4, 4, padding=0)
         stages = []
         for i, (depth, dim) in enumerate(zip(cfg.depths, dims, strict=True)):

@@ -4,7 +4,8 @@ Paper: "Breaking the Low-Rank Dilemma of Linear Attention", Fan et al., CVPR 202
 qhfan/RALA (no licence stated). Written from the paper and from measurements of that code.
 
 image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, sizes rounded up -> logits (B, num_classes); NHWC
-inside. Weights and positions depend on no image size; the last two stages' attention costs the square of the area.
+inside. Weights and positions do not depend on the image size; the cost of the last two stages' attention grows with the
+square of the area.
 """
 
 from __future__ import annotations

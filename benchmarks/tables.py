@@ -1,8 +1,8 @@
-"""The tables in README and under `benchmarks/`, made from `benchmarks/results/`.
+"""The tables in docs/speed.md and under `benchmarks/`, made from `benchmarks/results/`.
 
     python -m benchmarks.tables
 
-Writes each table between its two marks, `<!-- bench: NAME -->` and `<!-- /bench -->`, and keeps what stands around.
+Writes each table between its two marks, `<!-- bench: NAME -->` and `<!-- /bench -->`, and keeps the text around it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from hybridzoo.train.bench.tables import markdown, number, shape
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-FILES = [ROOT / "README.md", HERE / "networks_cpu.md", HERE / "operators_cpu.md", HERE / "input_pipeline_cpu.md"]
+FILES = [
+    ROOT / "docs" / "speed.md",
+    HERE / "networks_cpu.md",
+    HERE / "operators_cpu.md",
+    HERE / "input_pipeline_cpu.md",
+]
 MARKED = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- /bench -->)", re.S)
 OTHERS = {"mix": "gather", "depthwise": "grouped convolution", "merging": "torchvision's deform_conv2d"}
 
@@ -42,7 +47,7 @@ def method(rows: Sequence[Row]) -> str:
 
 
 def networks() -> str:
-    """README's: how many times as fast as the faster form of the other, in time of the processors."""
+    """For docs/speed.md: CPU time of the other implementation, in its faster memory layout, divided by ours."""
     rows = read("networks_cpu")
     body = []
     for name, ways in _by_way(rows).items():
@@ -76,7 +81,7 @@ def networks_in_full() -> str:
 
 
 def operator(op: str) -> Callable[[], str]:
-    """README's of one operator at 224 px: times of the gathered form over ours, and memory of both."""
+    """For docs/speed.md, one operator at 224 px: time of the gathered form divided by ours, and memory of both."""
 
     def made() -> str:
         rows = [row for row in read("operators_cpu") if row["op"] == op]

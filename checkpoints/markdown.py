@@ -1,4 +1,4 @@
-"""The cards as Markdown: every file in docs/models.md, a line per series of models in the README."""
+"""The cards as Markdown, for docs/models.md and the families' pages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from urllib.parse import urlsplit
 from hybridzoo.checkpoints.catalogue import Card, cards
 
 _SERIES = re.compile(r"^(?:biformer|fastervit|efficientvit_\w+?(?=_)|\w+(?=_))")  # a model's name without its size
-_MARKS = ("<!-- models: made from the cards by `make docs/models.md` -->", "<!-- /models -->")
 
 
 def markdown_table() -> str:
-    """All cards as Markdown tables, a line each: the classifiers' files, then those of detectors and segmentors."""
+    """All cards as Markdown tables, one line each: classifiers, then detectors and segmentors."""
     head = ("model and tag", "parameters", "GMACs", "input", "top-1", "weights", "licence of the weights", "parity")
     lines = [
         (
@@ -43,8 +42,8 @@ def markdown_table() -> str:
     )
 
 
-def readme_table() -> str:
-    """A line per series of models: what its sizes span."""
+def series_table() -> str:
+    """One line for each series of models, with the range over its sizes."""
     head = ("models", "parameters", "GMACs", "input", "top-1, as reported", "weights", "licence of the weights")
     lines = []
     for series, group in itertools.groupby(sorted(cards(), key=lambda c: (c.family, _series(c))), key=_series):
@@ -65,16 +64,16 @@ def readme_table() -> str:
 
 
 def write(root: Path = Path()) -> None:
-    """Bring docs/models.md and the README's table up to date."""
-    title = "# Models and published weights\n\nMade from the cards by `make docs/models.md`.\n\n"
-    (root / "docs" / "models.md").write_text(title + markdown_table(), encoding="utf-8")
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition(_MARKS[0])
-    _, _, after = rest.partition(_MARKS[1])
-    if not after:
-        raise ValueError(f"README.md: has no place for the table between {_MARKS[0]} and {_MARKS[1]}")
-    table = f"{_MARKS[0]}\n{readme_table()}{_MARKS[1]}"
-    (root / "README.md").write_text(before + table + after, encoding="utf-8")
+    """Write docs/models.md."""
+    (root / "docs" / "models.md").write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """All of docs/models.md."""
+    return (
+        "# Models and published weights\n\nMade from the cards by `make docs/models.md`.\n\n"
+        f"## Series\n\n{series_table()}\n## Files\n\n{markdown_table()}"
+    )
 
 
 def _series(card: Card) -> str:
@@ -100,7 +99,7 @@ def _millions(found: Iterable[Card]) -> str:
 
 
 def _where(found: Iterable[Card]) -> str:
-    """The hosts of the files; a link that was reported broken, or that nobody could try, says so."""
+    """The hosts of the files, with a remark if the links are dead or untested."""
     hosts = {urlsplit(card.url).hostname or "" for card in found if card.url}
     states = {card.status for card in found if card.url}
     remark = {frozenset({"doubtful"}): " (untested)", frozenset({"dead"}): " (dead)"}.get(frozenset(states), "")

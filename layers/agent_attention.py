@@ -1,11 +1,12 @@
 """Agent attention ("Agent Attention", Han et al., ECCV 2024, arXiv 2312.08874, section 3), as a layer on tokens.
 
-A few agent tokens, pooled from the queries, gather the values by softmax attention and hand them to the queries by a
-second one: two attentions of N x A instead of one of N x N.
+A few agent tokens, pooled from the queries, collect the values by softmax attention. A second softmax attention passes
+them to the queries: two attentions of N x A instead of one of N x N.
 
-No kernel of its own: on an H200 (bf16, 128 images of 224 px, Swin-T's first stage) the two attentions' products take,
-by arithmetic, 3 us, the linear layers around them 30 us and every pass over the map 16 us. Without queries and keys the
-layer makes about 13 such passes, a fused one 5: in all stages together less than a tenth of the network's forward pass.
+There is no Triton kernel for it, because it would save little. On an H200 (bf16, 128 images of 224 px, Swin-T's first
+stage) the two attentions' products take 3 us (calculated), the linear layers 30 us and every pass over the map 16 us.
+Without queries and keys the layer makes about 13 such passes, and a fused kernel 5. Over all stages, this is less than
+a tenth of the network's forward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
 from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.resize import adaptive_pool, resize_map
 
-COARSE = 7  # side of the block biases `an_bias` and `na_bias`, whatever the map
+COARSE = 7  # side of the block biases `an_bias` and `na_bias`, for any map
 
 
 @register_notrace_module
@@ -28,7 +29,8 @@ class AgentAttention(nn.Module):
 
     Works on the tokens of any map, with any grid of agents: the bias tables, trained for one map and one grid, are
     resized bilinearly (as the published detection code does), first over the map, then over the agents. A class token,
-    if there is one, is token 0: a query and a key with biases of its own, but neither pooled into agents nor convolved.
+    if there is one, is token 0. It is a query and a key with its own biases, but it is neither pooled into agents nor
+    convolved.
 
     Args:
         dim: channels, a multiple of `num_heads`.
@@ -119,7 +121,7 @@ class AgentAttention(nn.Module):
         return self.proj(merge_heads(out) + self.local(value, size))
 
     def pool(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The current grid's means of the tokens, `(batch, agents, dim)`; the class token counts in none."""
+        """Means of the tokens in the cells of the current grid, `(batch, agents, dim)`, without the class token."""
         return adaptive_pool(x[:, int(self.class_token) :].unflatten(1, size), self.grid).flatten(1, 2)
 
     def local(self, value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -130,7 +132,7 @@ class AgentAttention(nn.Module):
         return F.pad(local, (0, 0, first, 0)) if first else local
 
     def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """For a map of this size and the current grid, of `agent_attention`: `aggregation_bias` and `broadcast_bias`.
+        """`aggregation_bias` and `broadcast_bias` of `agent_attention`, for this map size and the current grid.
 
         `(heads, agents, tokens)` and `(heads, tokens, agents)`.
         """
@@ -143,7 +145,7 @@ class AgentAttention(nn.Module):
 
     def _table(self, size: tuple[int, int], block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The sum of three tables, each resized to the map, `(heads, agents, tokens)`."""
-        # First the agents, which commutes: the tables are small until they get the map's size.
+        # Resize over the agents first (the order does not matter): the tables stay small until they get the map's size.
         block, rows, columns = (self._regridded(table.flatten(2)) for table in (block, rows, columns))
         # Rows and columns resize each along their own axis: both have length 1 along the other. What is added before
         # the columns are resized, whose weights sum to one, is the same after it.
@@ -164,7 +166,8 @@ def agent_attention(
 ) -> Tensor:
     """The two softmax attentions alone; scores are scaled by `head_dim ** -0.5` before the biases are added.
 
-    Aggregation: agents, as queries, gather the values. Broadcast: queries gather what agents have, as keys.
+    Aggregation: agents are the queries and collect the values. Broadcast: agents are the keys, and queries read from
+    them.
 
     Args:
         query: `(batch, heads, queries, head_dim)`.

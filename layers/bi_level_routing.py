@@ -22,23 +22,23 @@ class BiLevelRoutingAttention(nn.Module):
 
     `(batch, height, width, dim)` in and out, any height and width.
 
-    Where the regions do not divide the map, they reach beyond it, to the right and bottom, over tokens that are
+    If the regions do not divide the map, they extend beyond it, to the right and bottom, over padding tokens that are
 
     * `"bias"`: images of a zero input, so that q, k and v equal the projection's bias. They count in the region means,
       are attended to and seen by LePE. BiFormer's tiny, small, base and stl weights were published with this code.
     * `"zeros"`: zero in q, k and v, left out of the region means but attended to (logit 0, value 0). The published
-      `biformer_stl_nchw`. Here `regions` is only a wish: a region has `side // regions` tokens, and there are as many
-      regions as the map then needs.
+      `biformer_stl_nchw`. Here `regions` is not exact: a region has `side // regions` tokens, and there are as many
+      regions as the map needs.
     * `"mask"`: absent. No published weights; the natural choice when training from scratch at odd sizes.
 
     Args:
         dim: channels, a multiple of `num_heads`.
         num_heads: attention heads; BiFormer uses `dim // 32`.
         topk: regions attended to by each region; at most all of them are.
-        regions: regions per axis, whatever the map's size (cost then grows with the square of the area); or
-        region_size: tokens per region side, the number of regions following the map (cost is linear in the area).
+        regions: regions per axis for any map size (cost then grows with the square of the area); or
+        region_size: tokens per region side; the number of regions follows from the map (cost is linear in the area).
             Exactly one of the two must be given.
-        padding: what stands beyond the map's edge, see above.
+        padding: the padding tokens, see above.
         lepe_kernel: size of the depthwise convolution over v (local position encoding); odd.
 
     Raises:
@@ -91,7 +91,7 @@ class BiLevelRoutingAttention(nn.Module):
         for side, count in zip((height, width), wanted, strict=True):
             size = max(1, side // count) if self.padding == "zeros" else math.ceil(side / count)
             sizes.append(size)
-            # Only the "bias" rule keeps regions that lie wholly beyond the edge.
+            # Only the "bias" rule keeps regions that are entirely padding.
             counts.append(count if self.padding == "bias" else math.ceil(side / size))
         return (counts[0], counts[1]), (sizes[0], sizes[1])
 
@@ -100,7 +100,7 @@ class BiLevelRoutingAttention(nn.Module):
         regions, size = self.region_grid(height, width)
         grid = Grid(*regions, *size)
         heads = (3, self.num_heads, dim // self.num_heads)
-        fill = None  # query, key and value of the tokens beyond the edge
+        fill = None  # query, key and value of the padding tokens
         if any(grid.beyond(x)) and self.padding != "mask":
             fill = self.qkv(x.new_zeros(1, dim)).view(heads) if self.padding == "bias" else x.new_zeros(heads)
         query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
@@ -116,8 +116,8 @@ class BiLevelRoutingAttention(nn.Module):
                 keys, values = grid.extend(key, fill[1]), grid.extend(value, fill[2])
             q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (query, keys, values))
             out = softmax_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(query.shape)
-        if fill is not None and self.padding == "bias":  # the rewrite with "zeros" convolves the map as it is
-            # Only as far as the convolution looks.
+        if fill is not None and self.padding == "bias":  # the code base with "zeros" convolves the unpadded map
+            # Only as much padding as the convolution reads.
             reach = self.lepe.kernel_size[0] // 2
             below, right = (min(n, reach) for n in grid.beyond(x))
             value = Grid(1, 1, height + below, width + right).extend(value, fill[2])

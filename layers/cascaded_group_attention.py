@@ -47,7 +47,7 @@ class AbsoluteOffsetBias(nn.Module):
 
 @register_notrace_module
 class CascadedGroupAttention(nn.Module):
-    """Heads that each see their own share of the channels, plus what the head before them made of its share.
+    """Each head reads its own part of the channels, plus the output of the previous head.
 
     `(B, dim, H, W)` in and out, any height and width. A map that fits into one window is one window. Any other is cut
     into windows of the trained size, with zeros appended at the bottom and right; as in the published code the
@@ -105,14 +105,14 @@ class CascadedGroupAttention(nn.Module):
         window = self.window
         if height <= window and width <= window:
             return self._attend(x)
-        # With channels last a window is a strided view of the map, copied once on the way in and once out.
+        # With channels last, a window is a strided view of the map; it is copied once on input and once on output.
         windows = to_windows(x.permute(0, 2, 3, 1), (window, window))
         grid = windows.shape[1:3]
         out = self._attend(windows.reshape(-1, window, window, dim).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return from_windows(out.unflatten(0, (-1, *grid)), height, width).permute(0, 3, 1, 2)
 
     def _attend(self, x: Tensor) -> Tensor:
-        """One window an image: `(B, dim, h, w)` in and out, channels last in memory, or it is copied."""
+        """One window per image: `(B, dim, h, w)` in and out; copied unless channels are last in memory."""
         size = x.shape[2:]
         bias = self.bias(*size).to(x.dtype)
         shares = x.chunk(self.num_heads, dim=1)

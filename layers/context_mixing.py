@@ -13,19 +13,20 @@ from hybridzoo.layers.resize import adaptive_pool, resize_map
 
 @register_notrace_module
 class ContextMixing(nn.Module):
-    """Every token mixes the values around it with two kernels that it makes of what the whole map's regions hold.
+    """Every token mixes the values around it with two kernels, computed from its similarity to regions of the context.
 
-    The context is averaged in `regions * regions` cells. A token's likeness to every cell, through one matrix that all
-    heads share, gives the scores of a small window, which mixes the first half of the value's channels, and of a large
-    one, which mixes the second; a softmax and a position bias follow. The matrix is applied to the cells, not to the
-    likenesses: that leaves an image and head a small matrix of taps, and nothing as wide as a window is ever made.
+    The context is averaged in `regions * regions` cells. A token's similarities to all cells, multiplied by a matrix
+    that all heads share, are the scores of a small and a large window. After a position bias and a softmax, the small
+    window mixes the first half of the value's channels, and the large one the second half. The matrix is applied to the
+    cells instead of the similarities. This gives a small matrix of taps for each image and head, and no tensor has the
+    size of all windows.
 
     Maps with a side below `kernel_size` are enlarged for it and averaged back, as published.
 
     Args:
         dim: channels of the queries' map and of the values, a multiple of `2 * num_heads`.
         context_dim: channels of the context's map.
-        num_heads: groups of channels with kernels of their own.
+        num_heads: groups of channels, each with its own kernels.
         kernel_size: side of the large window, odd.
         small_kernel: side of the small window, odd, not above `kernel_size`.
         regions: cells along a side of the context.

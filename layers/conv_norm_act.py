@@ -1,4 +1,4 @@
-"""A convolution, its norm and its activation: the brick of every convolutional block."""
+"""A convolution with its norm and activation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timm.layers import create_conv2d
 from torch import Tensor, nn
 
 NormLayer = Callable[[int], nn.Module]
-ActLayer = Any  # Callable[[], nn.Module]: timm's layers ask for a class, and take any factory
+ActLayer = Any  # Callable[[], nn.Module]: timm's layers document a class, but accept any factory
 
 
 class ConvNormAct(nn.Module):
@@ -29,7 +29,7 @@ class ConvNormAct(nn.Module):
             odd zero on the bottom and right.
         norm_layer: makes the norm from its number of channels; `None` for no norm.
         act_layer: makes the activation; `None` for none.
-        bias: of the convolution; by default only where no norm follows.
+        bias: of the convolution; by default only without a norm.
     """
 
     def __init__(

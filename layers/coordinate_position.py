@@ -13,9 +13,10 @@ HIDDEN_DIM = 512
 
 
 class CoordinateEmbedding(nn.Module):
-    """Embedding of every token of a map from its place in it.
+    """Embedding of every token of a map, computed from its position.
 
-    Coordinates are counted from `side // 2` in units of it: from -1 to 1 if the side is odd, a step less if even.
+    Coordinates are relative to `side // 2`, in units of `side // 2`: from -1 to 1 for odd sides, one step less for even
+    ones.
 
     Args:
         dim: channels.
@@ -38,7 +39,7 @@ class CoordinateEmbedding(nn.Module):
 class CoordinateBias(nn.Module):
     """Relative position bias from the offset of query and key, by log-spaced coordinates; between 0 and 16.
 
-    Offsets are taken relative to the largest of the map, so that the bias widens with it.
+    Offsets are divided by the largest offset in the map, so that the bias scales with the map.
 
     Args:
         num_heads: attention heads.
@@ -60,7 +61,7 @@ class CoordinateBias(nn.Module):
         """
         axes = []
         for n in size:
-            # Query minus key, descending: a table's entries stand in the order of key minus query.
+            # Query minus key, descending: a table is ordered by key minus query.
             offset = torch.arange(n - 1, -n, -1, device=self.like.device)
             scaled = 8 * offset / max(n - 1, 1)  # float32 in a float64 model too, as the published tables are
             axes.append(torch.sign(scaled) * torch.log2(scaled.abs() + 1) / 3)  # log2(8) = 3

@@ -1,4 +1,4 @@
-"""Deformable attention: all tokens attend to the same few places of the map, which the image itself chooses.
+"""Deformable attention: all tokens attend to the same few places of the map, which are predicted from the image.
 
 DAT (Xia et al., CVPR 2022, arXiv 2201.00520) and DAT++ (the same authors, arXiv 2309.01430). Places are coordinates
 `(row, column)`, from -1 at the first token of an axis to 1 at its last.
@@ -20,7 +20,7 @@ from hybridzoo.layers.precision import without_autocast
 from hybridzoo.layers.relative_position import resize_table
 from hybridzoo.layers.sampling import sample_differences, sample_map
 
-# Scores of an image that are in memory at once: more rows of queries are attended part by part (32 MB in float32).
+# Largest number of scores of an image in memory (32 MB in float32); further rows of queries are processed in parts.
 SCORES = 2**23
 
 

@@ -1,4 +1,5 @@
-"""Deformable token merging: four tokens become one, and the network chooses which (LIT, arXiv 2105.14217)."""
+"""Deformable token merging: four tokens become one; the network predicts where they are read (LIT, arXiv
+2105.14217)."""
 
 from __future__ import annotations
 
@@ -13,9 +14,8 @@ from hybridzoo.layers.sampling import sample_map
 class DeformableMerging(nn.Module):
     """Deformable 2x2 convolution of stride 2, batch norm, GELU.
 
-    `(batch, height, width, dim)` -> `(batch, height // 2, width // 2, out_dim)`. Where offsets are zero, as they start,
-    the convolution is an ordinary one; on maps of odd size no anchor lies on the last row or column, but offsets reach
-    it.
+    `(batch, height, width, dim)` -> `(batch, height // 2, width // 2, out_dim)`. With zero offsets, as initialised, it
+    is an ordinary convolution. On maps of odd size, no anchor is on the last row or column, but offsets can reach it.
 
     Args:
         dim: channels of the input.
@@ -38,15 +38,15 @@ class DeformableMerging(nn.Module):
 
 
 def deform(x: Tensor, offset: Tensor) -> Tensor:
-    """Move the pixels that a 2x2 convolution of stride 2 reads; that convolution then is a deformable one.
+    """Move the pixels that a 2x2 convolution of stride 2 reads, which makes it a deformable convolution.
 
-    The two together are `torchvision.ops.deform_conv2d`, which tracers and exporters do not know, and which takes 1.5
+    Both together equal `torchvision.ops.deform_conv2d`, which tracers and exporters do not support, and which takes 1.5
     to 2 times as long on a CPU.
 
     Args:
         x: map `(batch, height, width, dim)`, two pixels or more along each axis.
         offset: `(batch, height // 2, width // 2, 8)`: for every patch's upper left, upper right, lower left and lower
-            right pixel how far down, then how far to the right it is read, in pixels. Beyond the map all is zero.
+            right pixel how far down, then how far to the right it is read, in pixels. The map is zero outside.
 
     Returns:
         `(batch, height // 2 * 2, width // 2 * 2, dim)`.

@@ -1,4 +1,4 @@
-"""An MLP that looks at neighbours: a depthwise convolution at its widest point (LITv2, DAT++, RAVLT)."""
+"""An MLP with a depthwise convolution between its linear layers (LITv2, DAT++, RAVLT)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 class DepthwiseMlp(nn.Module):
     """Linear, depthwise 3x3 convolution and GELU, linear; `(batch, height, width, dim)` in and out.
 
-    The convolution pads with zeros, which tells tokens how near the edge they are.
+    The zero padding of the convolution gives tokens information about their position.
 
     Args:
         dim: channels.
         hidden_dim: channels in between.
-        residual: the convolution's result is added to its input, else it takes its place.
-        act_first: GELU comes before the convolution and its residual, else after them.
+        residual: add the convolution's result to its input, instead of replacing it.
+        act_first: GELU before the convolution and its residual, instead of after them.
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, residual: bool = False, act_first: bool = False) -> None:

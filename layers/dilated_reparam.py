@@ -1,4 +1,4 @@
-"""A large depthwise convolution that trains beside smaller dilated ones and becomes one convolution afterwards.
+"""A large depthwise convolution that trains in parallel with smaller dilated ones, and can be merged with them.
 
 UniRepLKNet (Ding et al., CVPR 2024, arXiv 2311.15599), section 3.1: dilated re-parameterisation.
 """
@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 
-# Kernel -> the smaller kernels beside it and their dilations, as published.
+# Kernel -> the kernels of its parallel branches and their dilations, as published.
 BRANCHES = {
     19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
     17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
@@ -36,11 +36,11 @@ class DilatedReparamConv(nn.Module):
     Args:
         dim: channels.
         kernel_size: side of the large kernel, one of `BRANCHES`.
-        merged: be the one convolution, with a bias, that evaluation is equal to.
+        merged: one convolution with a bias, which equals the module in evaluation.
 
     Attributes:
-        conv: the convolution, where `merged`.
-        large, branches: convolutions with their norms, elsewhere.
+        conv: the convolution, if `merged`.
+        large, branches: convolutions with their norms, otherwise.
 
     Raises:
         ValueError: a kernel for which no branches are published.
@@ -70,7 +70,7 @@ class DilatedReparamConv(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Conv2d:
-        """The convolution with a bias that this module is equal to in evaluation, in the weights' precision."""
+        """The convolution with a bias that equals this module in evaluation, in the weights' precision."""
         if self.merged:
             return self.conv
         conv = _folded(self.large)
@@ -86,9 +86,10 @@ class DilatedReparamConv(nn.Module):
 
     @torch.no_grad()
     def fit_state(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """A state dict in which this module, called `prefix`, may be in the other form: in the form that it has here.
+        """Convert a state dict in which this module, named `prefix`, may have the other form, to the form of this
+        module.
 
-        The one convolution becomes a large one whose norm does nothing, beside branches whose norms begin at zero.
+        A merged convolution becomes the large one with an identity norm, and the branches get norms that start at zero.
         """
         state, mine = dict(state), f"{prefix}." if prefix else ""
         if self.merged and f"{mine}large.conv.weight" in state:
@@ -120,7 +121,7 @@ def _folded(block: Any) -> nn.Conv2d:
 
 
 def _spread(weight: Tensor, dilation: int, size: int) -> Tensor:
-    """A dilated kernel as an ordinary one of `size`, zeros between its numbers, in its middle."""
+    """A dilated kernel as a dense one of `size`: with zeros between its values, and centred."""
     reach = dilation * (weight.shape[-1] - 1) + 1
     wide = weight.new_zeros(*weight.shape[:2], reach, reach)
     wide[..., ::dilation, ::dilation] = weight

@@ -1,4 +1,4 @@
-"""A classifier with layers of its own before and after pooling."""
+"""A classifier with further layers before and after pooling."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class PooledHead(nn.Module):
         after: module `(batch, channels)` -> `(batch, hidden_dim)`.
         hidden_dim: width of the vector that the classifier reads.
         num_classes: 0 for no classifier: the head returns that vector.
-        pool_type: timm's name of the pooling; `""` for no head at all: maps pass as they are. Then `before` and `after`
-            are dropped, so that dense models carry no idle weights; a later pooling makes fresh ones.
+        pool_type: timm's name of the pooling; `""` for no head: maps are returned unchanged. Then `before` and `after`
+            are removed, so that dense models have no unused weights; a later pooling creates new ones.
         drop_rate: of the dropout.
 
     Raises:
@@ -42,7 +42,7 @@ class PooledHead(nn.Module):
         self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """A fresh classifier (none for 0 classes), and another pooling if `pool_type` is given."""
+        """Create a new classifier (none for 0 classes), and another pooling if `pool_type` is given."""
         pool_type = self.pool_type if pool_type is None else pool_type
         if num_classes and not pool_type:
             raise ValueError(f"pool_type must name a pooling where there are classes; got num_classes={num_classes}")

@@ -1,4 +1,4 @@
-"""Heads of an attention: apart for the attention, together for the projection."""
+"""Splits and merges the heads of an attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def merge_heads(x: Tensor) -> Tensor:
     """`(batch, heads, tokens, head_dim)` -> `(batch, tokens, dim)`; no copy of what fused attention returns."""
     x = x.transpose(1, 2)
     if arguments.exporting():
-        # ONNX takes fused attention apart, whose result then lies differently in memory: a view recorded here would not
+        # ONNX decomposes fused attention, whose result then has another memory order: a view recorded here would not
         # fit it.
         x = x.clone(memory_format=torch.contiguous_format)
     return x.flatten(2)
@@ -44,8 +44,9 @@ def softmax_attention(
 ) -> Tensor:
     """`softmax(scale * query @ key^T + bias) @ value`, all `(batch, heads, tokens, ...)`; `dropout` of the weights.
 
-    PyTorch's fused attention, but where a GPU trains, without cuDNN's: its backward pass broke off with an illegal
-    memory access on an H100 (PyTorch 2.11, bfloat16, 98 tokens of 32 channels in InLine-CSwin), and with a bias it may
+    PyTorch's fused attention. For training on a GPU, cuDNN's implementation is excluded: its backward pass failed with
+    an illegal memory access on an H100 (PyTorch 2.11, bfloat16, 98 tokens of 32 channels in InLine-CSwin), and with a
+    bias it may
     give NaN there (pytorch/pytorch#196678).
 
     `scale` is `head_dim ** -0.5` by default.
@@ -59,7 +60,7 @@ def _trains_on_cuda(query: Tensor) -> bool:
 
 
 def _without_cudnn() -> contextlib.AbstractContextManager[None]:
-    """Inside, PyTorch has the choice of what it had before (compilers cannot ask: of all), less cuDNN."""
+    """A context in which PyTorch chooses among the enabled implementations (compilers: among all), except cuDNN."""
     if torch.compiler.is_compiling():
         return sdpa_kernel(list(BESIDES_CUDNN))
     rest = [backend for backend, enabled in BESIDES_CUDNN.items() if enabled()]

@@ -14,16 +14,16 @@ from hybridzoo.layers.windows import attend, from_windows, to_windows
 class HiLoAttention(nn.Module):
     """Some heads attend inside windows (Hi-Fi), the others to the means of windows (Lo-Fi).
 
-    `(batch, height, width, dim)` in and out, any height and width: where windows do not divide the map, zeros below and
-    to the right fill them, before all projections. They are keys like others and count in the means, as in the
-    published detectors and segmentors; the published classifiers see no such map.
+    `(batch, height, width, dim)` in and out, any height and width: if windows do not divide the map, it is padded with
+    zeros at the bottom and right, before all projections. The padding is attended to and included in the means, as in
+    the published detectors and segmentors; the published classifiers never have such maps.
 
     Args:
         dim: channels, a multiple of `num_heads`.
-        num_heads: attention heads of both kinds.
-        window: side of a window, in tokens. Windows of one token leave nothing to Hi-Fi: all heads are Lo-Fi, which is
-            then ordinary attention.
-        alpha: share of the Lo-Fi heads, rounded down.
+        num_heads: attention heads, Hi-Fi and Lo-Fi together.
+        window: side of a window, in tokens. With windows of one token, all heads are Lo-Fi, which is then ordinary
+            attention.
+        alpha: fraction of the Lo-Fi heads, rounded down.
 
     Raises:
         ValueError: `dim` is no multiple of `num_heads`, `window` is not positive, or `alpha` is not in 0..1.

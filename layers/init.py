@@ -1,4 +1,4 @@
-"""The initialisation that most of the families share; what it leaves out keeps PyTorch's."""
+"""The initialisation that most families share; other parameters keep PyTorch's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 def trunc_normal_(tensor: Tensor, std: float) -> None:
-    """Normal with deviation `std`, cut at -2 and 2; on the meta device, where values do not exist, nothing.
+    """Normal with deviation `std`, cut at -2 and 2; does nothing on the meta device, which has no values.
 
-    There PyTorch would take longer for the arithmetic than for all else of a network.
+    There PyTorch's version would take longer than everything else in a network.
     """
     if not tensor.is_meta:
         timm.layers.trunc_normal_(tensor, std=std)

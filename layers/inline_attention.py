@@ -59,7 +59,7 @@ class InLineAttention(nn.Module):
         self.num_heads = num_heads
         self.class_token = class_token
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.residual = nn.Sequential(  # token mean -> nine numbers a channel; a head sees its own channels only
+        self.residual = nn.Sequential(  # token mean -> nine numbers per channel; a head reads its own channels only
             nn.Conv1d(dim, dim, 1, groups=num_heads), nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads)
         )
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if static_kernel else None
@@ -109,7 +109,7 @@ class InLineAttention(nn.Module):
 
 
 def deviation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What the attention makes of each query beside the values' mean: `s * q @ Cov(k, v)` with `s = head_dim ** -0.5`.
+    """The attention's result for each query, without the values' mean: `s * q @ Cov(k, v)` with `s = head_dim ** -0.5`.
 
     Args:
         query: `(batch, heads, queries, head_dim)`.
@@ -124,12 +124,12 @@ def deviation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def scaled_covariance(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """`scale * (left - mean(left))^T (right - mean(right))`, means over tokens: `(..., tokens, n)`, `(..., tokens, m)`.
 
-    To centre one side is enough, unless numbers are coarse: in bfloat16 the mean of one side times the rounding error
-    of the other's is as large as the covariance. Into float16 neither does a sum over many tokens fit, nor what one
-    side would be if it took all of the scale, so that each takes half.
+    Centring one side is enough in exact arithmetic. In bfloat16, the mean of one side times the rounding error of the
+    other is as large as the covariance, so both are centred. In float16, a sum over many tokens overflows, and so would
+    one side with the whole scale, so that each side gets half of it.
     """
     left = left - left.mean(-2, keepdim=True)
-    if right.element_size() < 4:  # under autocast too, which has made it
+    if right.element_size() < 4:  # also under autocast, which produced it
         right = right - right.mean(-2, keepdim=True)
     if right.dtype == torch.float16:
         return (left * scale**0.5).transpose(-2, -1) @ (right * scale**0.5)

@@ -18,12 +18,12 @@ EPS = 1e-15  # of the published weights; exists in float32, is 0 in float16
 
 @register_notrace_module
 class MultiScaleLinearAttention(nn.Module):
-    """Global attention whose cost is linear in the map's area, over tokens and over aggregates of their neighbourhoods.
+    """Global attention with cost linear in the map's area, over tokens and over aggregated neighborhoods.
 
-    `(B, dim, H, W)` in and out, any height and width. Every scale adds `dim // head_dim` heads whose queries, keys and
-    values are a depthwise convolution of the plain ones, mixed inside a head.
+    `(B, dim, H, W)` in and out, any height and width. Every scale adds `dim // head_dim` heads. Their queries, keys and
+    values are a depthwise convolution of the original ones, mixed inside a head.
 
-    Sums over the map are in float32 whatever the input and whether or not autocast is on (float64 stays float64): the
+    Sums over the map are in float32 for any input type, also under autocast (float64 stays float64): the
     published code overflows in float16 and loses half of bfloat16's digits there.
 
     Args:

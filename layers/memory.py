@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """An NCHW map with its channels last in memory, which convolutions keep and permutations to NHWC need not copy.
+    """An NCHW map with channels last in memory. Convolutions keep this order, and permuting it to NHWC is a view.
 
-    By permutation, because `torch.func.vmap` knows no memory formats.
+    Uses permutations, because `torch.func.vmap` does not support memory formats.
     """
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

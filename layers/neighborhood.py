@@ -22,11 +22,11 @@ Dilation = int | tuple[int, int] | Literal["auto"]
 class NeighborhoodAttention2d(nn.Module):
     """Every token attends to a window of `kernel_size` tokens around it, `dilation` tokens apart.
 
-    `(batch, height, width, dim)` in and out, any height and width. Which keys a query sees, at borders too, is told by
-    `hybridzoo.kernels.na2d`.
+    `(batch, height, width, dim)` in and out, any height and width. `hybridzoo.kernels.na2d` documents which keys a
+    query sees, also at borders.
 
-    A map with fewer than `kernel_size * dilation` tokens along an axis cannot give every query a whole window. It is
-    then, along that axis, extended to that length at its bottom or right by tokens that are
+    A map with fewer than `kernel_size * dilation` tokens along an axis is too small for a whole window. Along that axis
+    it is padded to that length, at the bottom or right, with tokens that are
 
     * `"bias"`: images of a zero input, so that q, k and v equal the projection's bias. They are attended to. All
       published NAT and DiNAT weights were trained with this rule.
@@ -41,7 +41,7 @@ class NeighborhoodAttention2d(nn.Module):
         dilation: step between the window's tokens, `(rows, columns)` or one number for both; 1 is none. `"auto"`: the
             largest one, equal on both axes, whose window fits into the map, see `fitting_dilation`.
         rel_pos_bias: learn a bias for every head and offset, the parameter `rpb`.
-        padding: what stands beyond the edge of a small map, see above.
+        padding: the padding of small maps, see above.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -72,7 +72,9 @@ class NeighborhoodAttention2d(nn.Module):
             raise ValueError(f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
         self.num_heads = num_heads
         self.kernel_size = arguments.window("kernel_size", kernel_size)
-        self.dilation = None if dilation == "auto" else arguments.pair("dilation", dilation)  # None: by the map's size
+        self.dilation = (
+            None if dilation == "auto" else arguments.pair("dilation", dilation)
+        )  # None: chosen by the map's size
         self.padding = padding
         self.qkv = nn.Linear(dim, 3 * dim)
         self.rpb: nn.Parameter | None = None
@@ -113,7 +115,7 @@ def resize_rpb(rpb: Tensor, kernel_size: int | tuple[int, int]) -> Tensor:
         kernel_size: the new window, `(rows, columns)` or one number for both.
 
     Raises:
-        ValueError: a kernel that is no positive whole number.
+        ValueError: a kernel that is not a positive integer.
     """
     return resize_table(rpb, arguments.pair("kernel_size", kernel_size), "bicubic")
 

@@ -1,4 +1,4 @@
-"""Where resolution is given up for channels: convolutions between NHWC maps, with a norm after them."""
+"""Patch embedding and downsampling: convolutions between NHWC maps, followed by a norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RAVLT's attentions: rank-augmented linear attention, and softmax attention with the same surroundings.
+"""RAVLT's attentions: rank-augmented linear attention, and softmax attention with the same convolution and gate.
 
 "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025, arXiv 2411.07635, sections 3.2 and 3.3.
 """
@@ -19,7 +19,7 @@ EPS = 1e-6  # of the published weights
 
 @register_notrace_module
 class GatedAttention(nn.Module):
-    """Softmax attention with rotary positions; to its result come the values' 5x5 convolution, then a linear gate.
+    """Softmax attention with rotary positions; a 5x5 convolution of the values is added, then a gate multiplies.
 
     `(batch, height, width, dim)` in and out, any height and width.
 
@@ -28,7 +28,7 @@ class GatedAttention(nn.Module):
         num_heads: attention heads.
 
     Raises:
-        ValueError: `dim` or the head's channels are no such multiples.
+        ValueError: `dim` or the head's channels are not such multiples.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class RankAugmentedAttention(GatedAttention):
 
 
 def rank_augmented_attention(query: Tensor, key: Tensor, value: Tensor, rotation: Tensor | None = None) -> Tensor:
-    """Linear attention whose keys are weighted by how much the mean query wants them.
+    """Linear attention whose keys are weighted by their product with the mean query.
 
     With `f(x) = elu(x) + 1`, `q_i = f(query_i)`, `k_j = f(key_j)` and the weights
     `p = softmax over j of (mean_i q_i . k_j) / sqrt(head_dim)`:

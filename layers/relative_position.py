@@ -1,4 +1,4 @@
-"""Relative position bias: a learned number a head for every offset between two tokens of a window."""
+"""Relative position bias: for each head, a learned number for every offset between two tokens of a window."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RelativePositionBias(nn.Module):
     Args:
         num_heads: attention heads.
         window: largest window, `(rows, columns)` in tokens.
-        resize: how a table of another size is brought to this one, see `resize_table`.
+        resize: how tables of another size are resized, see `resize_table`.
 
     Raises:
         ValueError: unknown `resize`.
@@ -61,7 +61,7 @@ class RelativePositionBias(nn.Module):
 def gather_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     """Table `(heads, 2 * rows - 1, 2 * columns - 1)` -> bias `(heads, tokens, tokens)`, query by key.
 
-    A smaller window takes the table's middle: offsets mean the same in a window of any size.
+    A smaller window uses the middle of the table, because offsets mean the same in all windows.
 
     Raises:
         ValueError: `window` is larger than the table's.
@@ -72,7 +72,7 @@ def gather_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
             raise ValueError(
                 f"window {window} is larger than the table's, {tuple((s + 1) // 2 for s in table.shape[1:])}"
             )
-        if isinstance(side, torch.SymInt):  # a program for any size: `unfold` would bind it to this one
+        if isinstance(side, torch.SymInt):  # for a program with open sizes: `unfold` would fix this size
             offset = torch.arange(side, device=table.device)
             key_minus_query = offset - offset[:, None] + (side - 1 + spare // 2)
             table = table.index_select(axis, key_minus_query.flatten()).unflatten(axis, (side, side))
@@ -87,7 +87,7 @@ def gather_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
 def resize_table(table: Tensor, window: tuple[int, int], mode: Resize = "bilinear") -> Tensor:
     """A table `(heads, 2 * rows - 1, 2 * columns - 1)` for another window; itself if it is for that one already.
 
-    * `"bilinear"`, `"bicubic"`: by pixels' centres, each head alone; bilinear is MaxViT's official rule.
+    * `"bilinear"`, `"bicubic"`: with pixel centres, for each head; bilinear is MaxViT's official rule.
     * `"geometric"`: timm's, which keeps short offsets finely resolved; in float32.
     """
     size = (2 * window[0] - 1, 2 * window[1] - 1)

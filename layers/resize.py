@@ -17,7 +17,7 @@ from hybridzoo.layers.precision import without_autocast
 def resize_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of the last two axes (half-pixel centres, no antialiasing), of learned tables of any rank.
 
-    Autocast does not reach it, so that no table is rounded to bfloat16 on its way.
+    Autocast is off inside, so that tables are not rounded to bfloat16.
 
     Args:
         x: `(..., height, width)`.
@@ -50,7 +50,7 @@ def adaptive_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _linear(old: int, new: int, like: Tensor) -> Tensor:
-    """Matrix `(old, new)` of linear interpolation: what it makes of the identity."""
+    """Matrix `(old, new)` of linear interpolation: its result for the identity."""
     identity = torch.eye(old, dtype=like.dtype, device=like.device)
     return F.interpolate(identity[None], size=new, mode="linear")[0]
 

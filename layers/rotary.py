@@ -1,4 +1,4 @@
-"""Rotary position embedding of a map, as RMT and RAVLT have it (RoFormer, arXiv 2104.09864, on two axes)."""
+"""Rotary position embedding of a map, as in RMT and RAVLT (RoFormer, arXiv 2104.09864, on two axes)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor, nn
 class Rotary2d(nn.Module):
     """Cosines and sines of a map's positions, `(2, height * width, head_dim / 2)`, for `rotate`.
 
-    The first half of a head's channels turns with the row, the second with the column, counted in tokens from 0. Along
-    an axis pair t of m = head_dim / 4 turns by 10000 ** (-t / (m - 1)) a token: the first by 1, the last by 1e-4.
-    All is in float32, or wider for a wider `dtype`: half precision would turn far positions by another angle.
+    The first half of a head's channels is rotated by the row, the second by the column, counted in tokens from 0. Along
+    an axis, pair t of m = head_dim / 4 is rotated by 10000 ** (-t / (m - 1)) per token: the first by 1, the last by
+    1e-4. Computed in float32, or wider for a wider `dtype`: in half precision, the angles of distant positions would be
+    wrong.
 
     Args:
         head_dim: channels of a head, a multiple of 4.
 
     Raises:
-        ValueError: `head_dim` is no multiple of 4.
+        ValueError: `head_dim` is not a multiple of 4.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -28,7 +29,7 @@ class Rotary2d(nn.Module):
 
     def forward(self, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)
-        # In float32 as published, also where the network is in float64.
+        # In float32 as published, also in float64 networks.
         turn = 1 / 10000 ** torch.linspace(0, 1, self.pairs, device=device, dtype=torch.float32)
         down = torch.arange(height, device=device, dtype=exact)[:, None] * turn
         right = torch.arange(width, device=device, dtype=exact)[:, None] * turn
@@ -37,9 +38,9 @@ class Rotary2d(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring channels of `(batch, heads, tokens, head_dim)` as pairs, by what `Rotary2d` gives.
+    """Rotate pairs of neighbouring channels of `(batch, heads, tokens, head_dim)` by the result of `Rotary2d`.
 
-    The result lies in memory as `split_heads` leaves its own: compilers expect that of what attention reads.
+    The result has the memory order of `split_heads`, which compilers expect for inputs of attention.
     """
     cos, sin = rotation[:, :, None].to(x.dtype).unbind(0)
     first, second = x.transpose(1, 2).unflatten(-1, (-1, 2)).unbind(-1)

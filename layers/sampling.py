@@ -1,8 +1,8 @@
-"""Reading maps and tables between their entries: bilinear, zeros beyond the last entry, at places given as coordinates.
+"""Bilinear sampling of maps and tables at coordinates, with zeros outside.
 
-Coordinates are `(row, column)`, from -1 at an axis' first entry to 1 at its last; on an axis of one entry any means it.
-PyTorch's `grid_sample` does it. On a GPU it adds up gradients in the order in which threads arrive: there two runs may
-differ in their last bits.
+Coordinates are `(row, column)`, from -1 at an axis' first entry to 1 at its last; on an axis with one entry, every
+coordinate means that entry. PyTorch's `grid_sample` is used. On a GPU it adds gradients in an undefined order, so that
+two runs may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def sample_map(x: Tensor, places: Tensor) -> Tensor:
 
     Args:
         x: `(batch, height, width, dim)`.
-        places: `(batch, groups, keys, 2)`, in float32 or wider: half precision cannot tell a large map's tokens apart.
+        places: `(batch, groups, keys, 2)`, in float32 or wider: half precision is too coarse for large maps.
 
     Returns:
         `(batch, keys, dim)` in the dtype of `x`.
@@ -32,7 +32,7 @@ def sample_map(x: Tensor, places: Tensor) -> Tensor:
 def sample_differences(table: Tensor, rows: Tensor, columns: Tensor, places: Tensor) -> Tensor:
     """Read a table for every query of a map and every key, at half the query's coordinates minus the key's.
 
-    What depends on an axis alone is computed for the axis alone: no coordinates are subtracted pair by pair.
+    Coordinates are computed per row and per column, not for each pair.
 
     Args:
         table: `(heads, height, width)`, two entries or more along each axis.
@@ -48,6 +48,6 @@ def sample_differences(table: Tensor, rows: Tensor, columns: Tensor, places: Ten
     along = (columns[:, None] - places[:, :, None, :, 1]) / 2
     down, along = down.flatten(0, 1)[:, :, None], along.flatten(0, 1)[:, None]
     size = (-1, len(rows), len(columns), -1)
-    # Each coordinate in memory of its own, which is how `grid_sample` is fastest.
+    # Each coordinate contiguous in memory, for which `grid_sample` is fastest.
     grid = torch.stack((along.expand(size), down.expand(size))).permute(1, 2, 3, 4, 0).flatten(1, 2)
     return F.grid_sample(maps, grid, align_corners=True).unflatten(0, (-1, groups)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The block that most of the families are made of, around any attention."""
+"""The transformer block of most families, with any attention."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class TransformerBlock(nn.Module):
         attn: module from normed input, and whatever else `forward` is given, to its update.
         mlp_ratio: hidden width of the MLP in multiples of `dim`.
         eps: of both layer norms.
-        layer_scale: initial value of a learned factor a channel on both updates; 0 or `None` for none.
+        layer_scale: initial value of a learned factor per channel on both updates; 0 or `None` for none.
         drop_path: probability of dropping an update, per image.
         act_layer: makes the MLP's activation, the exact GELU by default.
-        mlp: takes the MLP's place; then `mlp_ratio` and `act_layer` count for nothing.
+        mlp: replaces the MLP; then `mlp_ratio` and `act_layer` have no effect.
     """
 
     def __init__(

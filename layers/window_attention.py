@@ -17,8 +17,8 @@ class WindowAttention(nn.Module):
     Args:
         dim: channels, a multiple of `num_heads`.
         num_heads: attention heads.
-        window: the largest window that will come, `(rows, columns)` in tokens; it sizes the bias table.
-        table_resize: how a loaded table of another size is brought to this one, see `RelativePositionBias`.
+        window: the largest window, `(rows, columns)` in tokens; the bias table has its size.
+        table_resize: how a loaded table of another size is resized, see `RelativePositionBias`.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
@@ -42,17 +42,17 @@ class WindowAttention(nn.Module):
 
 @register_notrace_module
 class ShiftedWindowAttention(WindowAttention):
-    """Softmax attention in windows of a `(B, H, W, dim)` map that is rolled by `shift` tokens up and left before.
+    """Softmax attention in windows of a `(B, H, W, dim)` map, which is first rolled by `shift` tokens up and left.
 
-    Windows that then hold two edges of the map are attended part by part. Where windows do not divide the map it is
-    extended by zeros at the bottom and right; these are projected and attended to (Swin's published rule). A window is
+    In windows with two edges of the map, each part attends to itself only. If windows do not divide the map, it is
+    padded with zeros at the bottom and right; these are projected and attended to (Swin's published rule). A window is
     never larger than the map, and is not shifted along an axis that it covers.
 
     Args:
         dim: channels, a multiple of `num_heads`.
         num_heads: attention heads.
         window: side of the windows in tokens.
-        shift: below `window`; 0 for windows from the map's corner on.
+        shift: less than `window`; 0 for no shift.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0) -> None:
@@ -76,7 +76,7 @@ class ShiftedWindowAttention(WindowAttention):
 
 def _seam_mask(size: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:
     """Which tokens of a window were neighbours before the roll: bool `(windows, tokens, tokens)`."""
-    # True for what came round from the other edge; only the last windows hold both kinds.
+    # True for tokens from the other edge; only the last windows have both.
     wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True)]
     region = (2 * wrapped[0][:, None] + 1 * wrapped[1])[None, :, :, None]
     label = to_windows(region, window).flatten(1, 2).flatten(2)[0]

@@ -5,9 +5,9 @@ Both are one view of the map. Along an axis of `n * w` tokens, `n` windows of `w
     neighbouring:  (n, w), windows outer, tokens inner
     dilated:       (w, n), tokens outer, windows inner: a window's tokens stand `n` apart
 
-so that partition and merging permute dimensions and copy nothing. Where a window does not divide the map, zeros are
-appended at the bottom and right; `padding_mask` tells them apart, and merging crops them away. Windows and maps have
-`(rows, columns)`, in tokens.
+so that partition and merging permute dimensions without a copy. If a window does not divide the map, zeros are appended
+at the bottom and right; `padding_mask` marks them, and merging crops them. Sizes of windows and maps are `(rows,
+columns)`, in tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hybridzoo.layers.open_sizes import surely
 
 
 def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool = False) -> tuple[int, int]:
-    """The smallest window that gives the same attention as `window` with the tokens beyond the map masked.
+    """The smallest window that gives the same attention as `window` with masked padding.
 
-    A window is never larger than the map. Dilated windows keep their number (hence their dilation) and lose the tokens
-    that would all lie beyond the edge: 15 tokens in windows of at most 7 are three windows of 5.
+    A window is never larger than the map. Dilated windows keep their number (hence their dilation) and lose tokens that
+    would be padding in all of them: 15 tokens in windows of at most 7 give three windows of 5.
     """
     if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
         raise ValueError(
@@ -51,7 +51,7 @@ def to_windows(x: Tensor, window: tuple[int, int], dilated: bool = False) -> Ten
 def from_windows(windows: Tensor, height: int, width: int, dilated: bool = False) -> Tensor:
     """Inverse of `to_windows`: `(batch, rows, columns, *window, dim)` -> `(batch, height, width, dim)`, cropped.
 
-    A copy only where the windows do not lie in memory in the map's order.
+    Copies only if the windows do not have the map's memory order.
     """
     x = windows.permute(0, 3, 1, 4, 2, 5) if dilated else windows.permute(0, 1, 3, 2, 4, 5)
     return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]

@@ -1,8 +1,8 @@
-"""Training: one engine for three tasks, and what a config of mmengine, mmdet or mmseg needs to use this package.
+"""Training: one engine for three tasks, and the registrations that configs of mmengine, mmdet and mmseg need.
 
 Importing it (`custom_imports = dict(imports=["hybridzoo.train"])` in a config) registers our backbone, necks, hooks and
-optimizers, puts torchvision's operators in the place of mmcv's compiled ones where those are missing, and lets
-`_base_ = "hybridzoo::mask-rcnn"` name our recipes. A process of our command line does all that when a verb needs it.
+optimizers, replaces mmcv's compiled operators by torchvision's if they are missing, and lets `_base_ =
+"hybridzoo::mask-rcnn"` name our recipes. Our command line does all this only when a verb needs it.
 """
 
 import hybridzoo
@@ -10,6 +10,6 @@ import hybridzoo
 if not hybridzoo.IS_OUR_COMMAND:
     try:
         from hybridzoo.train import registration  # noqa: F401
-    except ModuleNotFoundError as missing:  # without the [train] extra, the modules that do without it work
+    except ModuleNotFoundError as missing:  # modules that do not need the [train] extra work without it
         if (missing.name or "").partition(".")[0] not in ("mmengine", "rich", "wandb"):
             raise

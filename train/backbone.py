@@ -31,14 +31,14 @@ class Level(NamedTuple):
 
 
 def pyramid(feature_info: Sequence[Mapping[str, Any]], strides: Sequence[int]) -> list[Level]:
-    """A level per stride: the model's last one of that stride, or one made from the nearest, see `PyramidBackbone`.
+    """One level for each stride: the model's last one of that stride, or one made from the nearest level.
 
     Args:
         feature_info: the model's, a mapping with `num_chs` and `reduction` per level.
-        strides: powers of two times a stride of the model.
+        strides: each a power of two times a stride of the model.
 
     Raises:
-        UserError: a stride that no level can be brought to.
+        UserError: a stride that cannot be made from any level.
     """
     levels = []
     for stride in strides:
@@ -47,7 +47,7 @@ def pyramid(feature_info: Sequence[Mapping[str, Any]], strides: Sequence[int]) -
         level, doublings = feature_info[nearest], steps[nearest]
         if level["reduction"] * 2.0**doublings != stride:
             raise UserError(
-                f"backbone strides={tuple(strides)}: {stride} is no power of two times {level['reduction']}"
+                f"backbone strides={tuple(strides)}: {stride} is not a power of two times {level['reduction']}"
             )
         width = level["num_chs"] if doublings >= 0 else max(1, level["num_chs"] >> -doublings)
         levels.append(Level(nearest, stride, width, doublings))
@@ -68,22 +68,22 @@ def _rescale(width: int, doublings: int) -> nn.Module:
 
 
 def freeze(model: Any, stages: int, groups: Mapping[str, int] | None = None) -> list[nn.Module]:
-    """Take the gradients of a timm model's stem (0), or of its stem and first k stages (k); -1 freezes nothing.
+    """Freeze a timm model's stem (0), or its stem and first k stages (k); -1 freezes nothing.
 
     Args:
         groups: parameter name -> stage, default the model's `group_matcher(coarse=True)`.
 
     Returns:
-        The modules whose parameters are all frozen, to be kept in evaluation mode.
+        The modules whose parameters are all frozen; the caller keeps them in evaluation mode.
 
     Raises:
-        UserError: the model has no stages to count, or `stages` leaves nothing to train.
+        UserError: the model does not define its stages, or `stages` leaves nothing to train.
     """
     if stages < 0 and groups is None:
         return []
     if groups is None:
         if not hasattr(model, "group_matcher"):
-            raise UserError(f"freeze {stages}: {type(model).__name__} does not say what its stages are")
+            raise UserError(f"freeze {stages}: {type(model).__name__} does not define its stages")
         groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     most = max(groups.values())
     if stages > most:
@@ -101,30 +101,30 @@ def freeze(model: Any, stages: int, groups: Mapping[str, int] | None = None) -> 
 class PyramidBackbone(nn.Module):
     """Feature maps of a timm model: image (B, 3, H, W) -> tuple of maps (B, channels[i], H / s_i, W / s_i).
 
-    Parameters keep timm's names below `model.`, so classification weights load as they are. Maps are always NCHW,
-    whatever the model uses inside. Image sizes are those that the model takes (ours: all from 32 px), and its own
-    rounding decides the size of the maps.
+    Parameters keep timm's names below `model.`, so classification weights load without changes. Maps are always NCHW,
+    whatever the model uses inside. The model decides which image sizes it takes (ours: all from 32 px) and how the
+    sizes of the maps are rounded.
 
     Args:
         name: a model registered with timm, ours or timm's own.
         out_indices: which levels to return, as timm counts them (`feature_info`): four-stage nets usually have levels
             0-3 at strides 4-32, ResNets a level 0 at stride 2 before those. Default 0-3.
-        out_norm: a fresh norm per level, on the output only (the trunk goes on without it): "LN" over channels,
+        out_norm: a new norm for each returned level, not applied inside the trunk: "LN" over channels,
             "BN" BatchNorm, or None; one for all levels, or a sequence with one for each (LITv2's published detectors
             leave the finest map as it is).
-        out_norm_eps: of "LN"; default that of the model's first LayerNorm, which published detectors have too (DiNAT
-            and the Swin hosts 1e-5, BiFormer 1e-6), or 1e-6 where it has none.
-        frozen_stages: no gradient and no changing statistics in the stem (0), the stem and the first k stages (k); -1
-            freezes nothing. Stages are the model's own `group_matcher(coarse=True)`.
+        out_norm_eps: epsilon of "LN"; default that of the model's first LayerNorm, as in the published detectors (DiNAT
+            and the Swin hosts 1e-5, BiFormer 1e-6), or 1e-6 if it has none.
+        frozen_stages: the stem (0), or the stem and the first k stages (k), get no gradient and keep their statistics;
+            -1 freezes nothing. Stages are those of the model's `group_matcher(coarse=True)`.
         norm_eval: keep BatchNorms at their running statistics while training; their weights still learn.
-        strides: instead of `out_indices`, the strides to return, e.g. (4, 8, 16, 32). A stride that the model has no
-            level for is made from the nearest level, as ViTDet does (Li et al., arXiv 2203.16527, section 3): halved
+        strides: instead of `out_indices`, the strides to return, e.g. (4, 8, 16, 32). If the model has no level for a
+            stride, it is made from the nearest level, as ViTDet does (Li et al., arXiv 2203.16527, section 3): halved
             by 2 x 2 transposed convolutions that also halve the width, doubled by 2 x 2 max-pooling.
-        with_cp: recompute activations in backward to save memory, where the model can.
-        weights: checkpoint to start training from (safetensors or .pth): of a classifier, whose head is ignored, or of
-            a detector or segmentor, published or ours, whose backbone and output norms are taken. Read by
-            `init_weights`, so testing and resuming do not need the file. `pretrained=True` takes timm's instead.
-        **model_args: for `timm.create_model`.
+        with_cp: recompute activations in the backward pass to save memory, if the model supports it.
+        weights: checkpoint to start training from (safetensors or .pth). From a classifier, everything but the head is
+            used; from a detector or segmentor, published or ours, the backbone and the output norms. Read by
+            `init_weights`, so testing and resuming do not need the file. `pretrained=True` uses timm's instead.
+        **model_args: passed to `timm.create_model`.
 
     Attributes:
         channels: width of each returned level.
@@ -172,7 +172,7 @@ class PyramidBackbone(nn.Module):
         self.channels = [level.width for level in levels]
         self.strides = [level.stride for level in levels]
         self._groups = {coarse: self._group(coarse) for coarse in (False, True)}
-        # The head and final norm never see a gradient here, and DDP stops at parameters that have none.
+        # The head and the final norm get no gradient here, and DDP raises an error for parameters without one.
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
         if with_cp:
             self.model.set_grad_checkpointing(True)
@@ -181,12 +181,13 @@ class PyramidBackbone(nn.Module):
         kinds = [out_norm] * len(levels) if out_norm is None or isinstance(out_norm, str) else list(out_norm)
         if len(kinds) != len(levels) or any(kind not in norm for kind in kinds):
             raise UserError(
-                f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None, or give {len(levels)} of them, one a level"
+                f"backbone out_norm={out_norm!r}: choose 'LN', 'BN' or None, or a list with one for each of the "
+                f"{len(levels)} levels"
             )
         if any(level.doublings for level in levels):
             scales = [_rescale(info[level.index]["num_chs"], level.doublings) for level in levels]
             self.rescale: nn.ModuleList | None = nn.ModuleList(scales)
-        else:  # the levels are the model's own: nothing to learn, and no names in the state dict
+        else:  # all levels exist in the model: nothing to learn, and no names in the state dict
             self.rescale = None
         self.out_norms = nn.ModuleList(norm[kind](width) for kind, width in zip(kinds, self.channels, strict=True))
         self._freeze(frozen_stages)
@@ -210,10 +211,10 @@ class PyramidBackbone(nn.Module):
             self.load(self.weights)
 
     def load(self, path: str | Path) -> None:
-        """Load a file's backbone, all of it, and its output norms where they fit; say what was loaded and what not.
+        """Load the whole backbone from a file, and its output norms if they fit; print what was loaded.
 
         Raises:
-            UserError: the file cannot be read, or its backbone is of another model; nothing changes.
+            UserError: the file cannot be read, or its backbone is another model's; nothing changes.
         """
         parts = read_parts(path, self.model)
         # A classifier has a head and a final norm, and stages beyond the last level, that this backbone lacks.
@@ -253,10 +254,10 @@ class PyramidBackbone(nn.Module):
         return tuple(norm(level) for norm, level in zip(self.out_norms, maps, strict=True))
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """For timm's layer decay: parameter name -> layer number; the output norms belong to the last layer."""
+        """Parameter name -> layer number, for timm's layer decay; the output norms belong to the last layer."""
         groups, last = self._groups[coarse], max(self._groups[coarse].values())
         return lambda name: groups.get(name.removeprefix("model."), last)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that the model wants left undecayed."""
+        """Names of the parameters that the model excludes from weight decay."""
         return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", tuple)()}

@@ -1,4 +1,4 @@
-"""What is wrong with a batch whose loss is not a number, as far as the batch itself shows it."""
+"""Finds errors in a batch whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_IGNORED = 255  # of a mask: no class
+_IGNORED = 255  # value of a mask without a class
 
 
 def describe(batch: Any, files: Sequence[str] = (), classes: int | None = None) -> str:
-    """One sentence on the first fault of a batch, with the files that have it; empty where the data is sound.
+    """One sentence on the first error in a batch, with the files that have it; empty if the data is correct.
 
     Args:
-        batch: of classification (images, targets), or of mmdet and mmseg (`inputs` and `data_samples`).
-        files: the images' names in the batch's order, where the batch itself has none.
-        classes: how many there are, where known.
+        batch: (images, targets) of classification, or `inputs` and `data_samples` of mmdet and mmseg.
+        files: the images' names in the batch's order, if the batch has none.
+        classes: their number, if known.
     """
     found: dict[str, list[str]] = {}
     for index, (image, sample) in enumerate(_samples(batch)):
@@ -33,22 +33,22 @@ def describe(batch: Any, files: Sequence[str] = (), classes: int | None = None) 
 
 
 def files_of(loader: Any, batch_idx: int) -> list[str]:
-    """The files of an epoch's batch, from the order in which a sampler draws them; empty where nobody can say.
+    """The files of a batch, from the order in which the sampler draws them; empty if the order is unknown.
 
     Args:
-        loader: of training, in the epoch of the batch.
+        loader: the training loader, in the epoch of the batch.
         batch_idx: number of the batch in the epoch.
     """
     names = getattr(loader.dataset, "filenames", None)
     size, sampler = getattr(loader, "batch_size", None), loader.sampler
-    if names is None or not size or hasattr(sampler, "skip"):  # endless, it may have begun elsewhere
+    if names is None or not size or hasattr(sampler, "skip"):  # an endless sampler may have started elsewhere
         return []
     every = names(absolute=True)
     return [every[int(index)] for index in itertools.islice(iter(sampler), batch_idx * size, (batch_idx + 1) * size)]
 
 
 def number_of_classes(model: nn.Module) -> int | None:
-    """How many classes a classifier, detector or segmentor tells apart, as far as it says so."""
+    """Number of classes of a classifier, detector or segmentor, None if unknown."""
     parts = (getattr(model, name, None) for name in ("model", "bbox_head", "decode_head"))
     head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
     for part in (*parts, head[0] if isinstance(head, nn.ModuleList) else head):
@@ -69,7 +69,7 @@ def _samples(batch: Any) -> Iterator[tuple[Tensor, Any]]:
 
 def _faults(image: Any, sample: Any, classes: int | None) -> Iterator[str]:
     if isinstance(image, Tensor) and not _finite(image):
-        yield "pixels that are no finite numbers"
+        yield "pixels that are not finite"
     if isinstance(sample, Tensor):
         labels: Tensor | None = sample
     else:
@@ -77,15 +77,15 @@ def _faults(image: Any, sample: Any, classes: int | None) -> Iterator[str]:
         boxes = getattr(instances, "bboxes", None)
         boxes = getattr(boxes, "tensor", boxes)
         if isinstance(boxes, Tensor) and not _finite(boxes):
-            yield "boxes that are no finite numbers"
+            yield "boxes that are not finite"
         elif isinstance(boxes, Tensor) and boxes.numel() and bool((boxes[:, 2:] < boxes[:, :2]).any()):
-            yield "boxes whose right or lower edge comes first"
+            yield "boxes with right < left or bottom < top"
         labels = getattr(instances, "labels", None)
         mask = getattr(getattr(sample, "gt_sem_seg", None), "data", None)
         if isinstance(mask, Tensor):
             labels = mask[mask != _IGNORED]
     if isinstance(labels, Tensor) and not _finite(labels):
-        yield "targets that are no finite numbers"
+        yield "targets that are not finite"
     elif isinstance(labels, Tensor) and labels.numel() and not labels.is_floating_point() and classes is not None:
         outside = labels[(labels < 0) | (labels >= classes)]
         if outside.numel():

@@ -1,4 +1,4 @@
-"""What a network with BatchNorm needs of a run: no batch of a single image, statistics that belong to its weights."""
+"""Networks with BatchNorm: no batches with a single image, and running statistics that fit the weights."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from hybridzoo.train.weights import tell
 
 
 def learning_norms(model: nn.Module) -> Iterator[_BatchNorm]:
-    """BatchNorms that use the batch's own statistics in training, unlike those that are frozen."""
+    """BatchNorms that use the batch's statistics in training; frozen ones are left out."""
     model.train()
     return (module for module in model.modules() if isinstance(module, _BatchNorm) and module.training)
 
 
 def drop_a_last_one(loader: DataLoader, model: nn.Module) -> None:
-    """Leave an epoch's last batch out if it is a single image and the model has BatchNorm, which learns nothing of one.
+    """Drop an epoch's last batch if it is a single image and the model has BatchNorm, which cannot learn from one.
 
     Args:
-        loader: of training; one without a batch sampler, as streaming datasets have, stays as it is.
-        model: that it feeds.
+        loader: the training loader; one without a batch sampler (streaming datasets) stays unchanged.
+        model: the model that is trained.
     """
     batches: Any = loader.batch_sampler
     sampler: Any = loader.sampler
-    endless = not hasattr(sampler, "__len__") or hasattr(sampler, "skip")  # the sign mmengine goes by
+    endless = not hasattr(sampler, "__len__") or hasattr(sampler, "skip")  # mmengine checks this attribute
     if endless or getattr(batches, "drop_last", True) or batches.batch_size < 2:
         return
     images = len(sampler)
     if images % batches.batch_size == 1 and images > 1 and any(True for _ in learning_norms(model)):
         batches.drop_last = True
-        tell(f"each epoch leaves one of the {images} images out: BatchNorm cannot learn of a last batch of one")
+        tell(f"each epoch leaves one of the {images} images out: BatchNorm cannot learn from a last batch of one image")
 
 
-# What modules raise that cannot be called without memory, or not with an image's maps alone: nothing is known of them.
+# Modules that need real memory, or more than an image, raise these; then nothing is known.
 _UNKNOWN = (RuntimeError, NotImplementedError, AttributeError, TypeError)
 
 
 class _SingleValue(Exception):
-    """A BatchNorm has met one value per channel."""
+    """A BatchNorm got one value per channel."""
 
 
 def single_images(config: Config) -> None:
-    """Refuse batches of one image where they leave a BatchNorm a single value per channel, of which it learns nothing.
+    """Refuse batches of one image if a BatchNorm then gets a single value per channel, from which it cannot learn.
 
-    The model is built and called without memory (on the meta device), and only where the batches are of one image.
+    The model is built and called on the meta device, and only if a batch is one image.
 
     Args:
-        config: of a run, with its data configured.
+        config: of a run, after its data is configured.
 
     Raises:
         UserError: names the BatchNorm, and what to do.
@@ -72,13 +72,13 @@ def single_images(config: Config) -> None:
     found = _single_value(config, side)
     if found:
         raise UserError(
-            f"train_dataloader.batch_size=1: of one image of {side} px the BatchNorm {found} gets a single value per "
-            "channel and learns nothing; use --batch-size 2 or more"
+            f"train_dataloader.batch_size=1: with one image of {side} px the BatchNorm {found} gets a single value per "
+            "channel and cannot learn; use --batch-size 2 or more"
         )
 
 
 def _side(config: Config) -> int:
-    """Of the training images in pixels, as far as a config says it."""
+    """Side of the training images in pixels, None if the config does not say it."""
     if config.task == "classification":
         size = (config.train_dataloader.dataset.get("transform") or {}).get("input_size", 224)
     else:
@@ -87,7 +87,7 @@ def _side(config: Config) -> int:
 
 
 def _single_value(config: Config, side: int) -> str:
-    """Name of the first BatchNorm that gets a single value per channel of one square image; empty where none does."""
+    """Name of the first BatchNorm that gets a single value per channel for one square image; empty if none does."""
 
     def look(module: nn.Module, inputs: Any, name: str) -> None:
         if inputs[0].numel() == inputs[0].shape[1]:
@@ -122,16 +122,16 @@ def _listed(head: Any) -> list[Any]:
 
 @HOOKS.register_module()
 class BatchNormWarmUpHook(Hook):
-    """Let a fresh BatchNorm's running statistics be the mean over its first batches, then the usual moving average.
+    """A new BatchNorm's running statistics are the mean over its first batches, then the usual moving average.
 
-    They start at mean 0 and variance 1, which a moving average of momentum m still holds a part (1 - m) ** n of after n
-    batches. Where the true variance is 1e-9, as EfficientViT's published initialisation has it, that is all that
-    validation sees for hundreds of batches. Here batch n has the momentum max(m, 1 / n), so that the start is forgotten
-    with the first. Training itself reads no running statistics and stays the same to the last bit.
+    They start at mean 0 and variance 1. With momentum m, a fraction (1 - m) ** n of these values is left after n
+    batches. If the true variance is 1e-9, as in EfficientViT's published initialisation, validation sees little else
+    for hundreds of batches. Here batch n has the momentum max(m, 1 / n), so that the first batch replaces the initial
+    values. Training does not read running statistics, so its results stay the same bits.
 
-    Statistics that came with weights are kept: their layers count as having seen 1 / m batches. Batches are counted
-    by BatchNorm's own buffer, which a checkpoint holds: a run resumed in its first batches goes on as it would have.
-    A compiled model is left alone, because a compiler takes the momentum for a constant.
+    Statistics that were loaded with weights are kept: their layers count as having seen 1 / m batches. BatchNorm's own
+    buffer counts the batches, and checkpoints contain it, so that a run resumed in its first batches continues
+    unchanged. Compiled models are not changed, because a compiler treats the momentum as a constant.
     """
 
     priority = "VERY_HIGH"
@@ -164,7 +164,7 @@ class BatchNormWarmUpHook(Hook):
 
 
 def _is_fresh(module: _BatchNorm) -> bool:
-    """Whether running statistics are as PyTorch makes them."""
+    """Whether running statistics have PyTorch's initial values."""
     assert module.running_mean is not None
     assert module.running_var is not None
     return bool((module.running_mean == 0).all() and (module.running_var == 1).all())

@@ -1,4 +1,4 @@
-"""What a data folder holds, as training would take it: counts, what is repaired or left out, and a sheet of samples."""
+"""Checks a data folder as training does: counts, what is repaired or left out, and a sheet of samples."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CELL = 420  # px, the longer side of a sample on it
 
 
 def find_tasks(root: Path) -> list[str]:
-    """The tasks whose layout a folder has, see `hybridzoo.train.layouts`.
+    """The tasks whose layout a folder has (`hybridzoo.train.layouts`).
 
     Raises:
-        UserError: it has none of them.
+        UserError: it has the layout of no task.
     """
     if not root.is_dir():
         raise UserError(f"data root {root} {'is not a folder' if root.exists() else 'does not exist'}")
@@ -49,7 +49,7 @@ def find_tasks(root: Path) -> list[str]:
 
 
 def inspect(root: Path, task: str, how: How) -> Report:
-    """Check a folder for one task, by what training runs before it starts.
+    """Check a folder for one task with the checks that run before training.
 
     Masks of a detection folder are checked if every annotation has one.
 
@@ -59,7 +59,7 @@ def inspect(root: Path, task: str, how: How) -> Report:
     if task == "classification":
         test = layouts.class_folders(root, "test")
         if test is not None and all(path.is_dir() for path in test.iterdir() if not is_hidden(path.name)):
-            how = replace(how, splits=(*how.splits, "test"))  # one without folders has no labels
+            how = replace(how, splits=(*how.splits, "test"))  # a set without folders has no labels
         return layouts.inspect_classification(root, how)
     if task == "segmentation":
         layout = _ade20k(root) if layouts.is_ade20k(root) else layouts.segmentation_layout(root)
@@ -73,7 +73,7 @@ def inspect(root: Path, task: str, how: How) -> Report:
 
 
 def has_labels(place: Place) -> bool:
-    """Whether images and labels lie in a place."""
+    """Whether a place has images and labels."""
     if place.form == "yolo" and not yolo.label_file(place.images / "any").parent.is_dir():
         return False
     return place.images.is_dir() and place.labels.exists()
@@ -90,7 +90,7 @@ def _ade20k(root: Path) -> Layout:
 
 
 def sheet(report: Report, white_value: float | None = None) -> Image.Image:
-    """Samples with their labels drawn: of every split some, so that as many classes as possible are seen."""
+    """Samples of every split with their labels, chosen so that many classes are shown."""
     cells = []
     for split in report.splits:
         for i in _samples(split, SHOWN.get(split.name, 4)):
@@ -107,11 +107,11 @@ def save_sheet(report: Report, out: Path, white_value: float | None = None) -> P
     """Write `sheet` to `out/<task>.png`.
 
     Raises:
-        UserError: it cannot be written, or would lie in the data.
+        UserError: it cannot be written, or would be inside the data folder.
     """
     path = out / f"{report.task}.png"
     if out.resolve().is_relative_to(report.root.resolve()):
-        raise UserError(f"--out {out}: lies in the data folder, where it would count as data; choose another folder")
+        raise UserError(f"--out {out}: is inside the data folder and would count as data; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         sheet(report, white_value).save(path)
@@ -121,7 +121,7 @@ def save_sheet(report: Report, out: Path, white_value: float | None = None) -> P
 
 
 def _samples(split: Split, count: int) -> list[int]:
-    """Places of images: one for each class, the rarest first, then others at even distances."""
+    """Indices of images: one for each class, the rarest class first, then evenly spaced ones."""
     chosen: list[int] = []
     seen: set[str] = set()
     for name in sorted(split.counts, key=lambda name: split.counts[name]):

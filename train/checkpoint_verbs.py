@@ -17,7 +17,7 @@ from hybridzoo.train import tables
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.help import examples
 
-WEIGHTS = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt")  # what a file of weights may be called
+WEIGHTS = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt")  # suffixes of weights files
 
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -35,7 +35,7 @@ def checkpoints(context: typer.Context) -> None:
 def list_(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="A part of the name, or with * and ?.")] = "",
 ) -> None:
-    """List the published weights: their links, licence, size, and whether they are on this machine."""
+    """List the published weights: links, licence, size, and whether they are on this machine."""
     found = cards(pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*", task=None)
     if not found:
         with _user_errors():
@@ -51,10 +51,10 @@ def download(
 ) -> None:
     """Download published weights into timm's cache, check them, and print where they are.
 
-    Interrupted, it goes on where it ended. A second call checks what is there.
+    An interrupted download continues. A file that is there is checked.
     """
     with _user_errors():
-        found = [find(name) for name in names]  # a misspelt one is told before hours of work
+        found = [find(name) for name in names]  # a misspelt name is an error before the downloads start
         from hybridzoo.checkpoints import store
 
         for card in found:
@@ -65,7 +65,7 @@ def download(
 
 @app.command(epilog=examples("checkpoints verify efficientvit_msra_m0"))
 def verify(
-    source: Annotated[str, typer.Argument(metavar="FILE_OR_NAME", help="A file, or MODEL.TAG of a downloaded one.")],
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_NAME", help="A file, or MODEL.TAG of a downloaded file.")],
     model: Annotated[str | None, typer.Option(metavar="NAME", help="MODEL.TAG that the file should be.")] = None,
 ) -> None:
     """Check weights: their hash, that every tensor fits the network, that all numbers are finite."""
@@ -105,17 +105,15 @@ def convert(
     model: Annotated[str, typer.Option(metavar="NAME", help="The network: MODEL or MODEL.TAG.")],
     to: Annotated[
         Layout,
-        typer.Option(
-            help="Our names, those of the authors' code (without what it computes itself), or those of timm's network."
-        ),
+        typer.Option(help="Names of the tensors: ours, the authors' (without what their code computes), or timm's."),
     ] = Layout.hybridzoo,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default FILE.LAYOUT.safetensors, beside FILE.")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write weights as safetensors under other names, with a note of where they come from beside."""
+    """Convert weights to safetensors with other names, with a note about their origin next to it."""
     import hybridzoo.backbones  # noqa: F401 - registers the models with timm
     from hybridzoo.checkpoints import convert_file
 
@@ -126,7 +124,7 @@ def convert(
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Errors of the store and of reading that a person can act on become the command line's one line."""
+    """Turn errors of the store and the reader into the command line's one-line errors."""
     from hybridzoo.checkpoints.transfer import DownloadError
 
     try:

@@ -1,4 +1,4 @@
-"""Class names that people can read, and terminals and pictures can show."""
+"""Checks of class names: readable by people, and safe for terminals and pictures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def check_names(names: Sequence[str], what: str) -> None:
     """Refuse names that are empty or hold control characters (line breaks, terminal codes, undecodable bytes).
 
     Args:
-        what: what an error calls a name, "classes.txt: class".
+        what: the name of the thing in errors, e.g. "classes.txt: class".
 
     Raises:
-        UserError: names the first such name.
+        UserError: the message has the first such name.
     """
     for name in names:
         if not name.strip():
@@ -25,23 +25,23 @@ def check_names(names: Sequence[str], what: str) -> None:
 
 
 def compare_with_model(data: Sequence[str], model: Sequence[str], where: str) -> None:
-    """Refuse data with a class that a trained model does not know; order does not matter, nor what the data lack.
+    """Refuse data with a class that a trained model does not have. Order and missing classes do not matter.
 
     Args:
-        where: the data's names stand, for the message.
+        where: the data's names come from, for the message.
 
     Raises:
-        UserError: it has both lists.
+        UserError: the message has both lists.
     """
     extra = [name for name in data if name not in set(model)]
     if not extra:
         return
     more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
     missing = [name for name in model if name not in set(data)]
-    lacking = f"; it knows {_listed(missing)}, which the data lack" if missing else ""
+    lacking = f"; it knows {_listed(missing)}, which the data does not have" if missing else ""
     raise UserError(
         f"{where}: the model has no class {extra[0]!r}{more}, which cannot be scored{lacking}. "
-        f"The data name {_listed(data)}; the model knows {_listed(model)}"
+        f"The data has {_listed(data)}; the model has {_listed(model)}"
     )
 
 

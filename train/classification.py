@@ -1,4 +1,4 @@
-"""Image classification for the engine: timm's datasets, transforms, mixing and losses around any timm model."""
+"""Image classification: timm's datasets, transforms, mixing and losses for any timm model."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ from hybridzoo.train.weights import load_matching, read_parts, tell
 
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
-    """A timm model with its training loss, as mmengine's runner drives it.
+    """A timm model with its training loss, for mmengine's runner.
 
     Args:
-        name: of the timm model.
-        num_classes: set by the data when the engine starts it.
+        name: name of the timm model.
+        num_classes: number of classes; the engine sets it from the data.
         pretrained: load timm's weights for the name.
         mixup: arguments of ``timm.data.Mixup`` (``mixup_alpha``, ``cutmix_alpha``, ``switch_prob``, ...), or None.
-        label_smoothing: in [0, 1).
-        aux_weight: of the loss of auxiliary logits, where the model returns some in training (OverLoCK's `aux_head`).
-        frozen_stages: the stem (0), or the stem and the first k stages (k), neither learn nor change their statistics.
+        label_smoothing: amount, in [0, 1).
+        aux_weight: weight of the loss of auxiliary logits, if the model returns them in training (OverLoCK's
+            `aux_head`).
+        frozen_stages: the stem (0), or the stem and the first k stages (k), do not learn and keep their statistics.
         binary: binary cross-entropy over the classes instead of softmax.
-        tta: predict the mean of what an image and its mirror image give.
+        tta: predict the mean over an image and its mirror image.
         data_preprocessor: mmengine's; the default moves the batch to the device.
         **model_args: passed to ``timm.create_model`` (``drop_path_rate``, ``img_size``, ...).
 
     Raises:
-        UserError: timm and this package know no such model; the message suggests the nearest names.
+        UserError: unknown model; the message suggests the nearest names.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class ImageClassifier(BaseModel):
         return self
 
     def init_weights(self) -> None:
-        """Nothing: timm initialised the model, and mmengine's default would do it again over loaded weights."""
+        """Does nothing: timm has initialised the model, and mmengine's default would overwrite loaded weights."""
 
     def load_weights(self, path: str | Path, *, allow_head_mismatch: bool) -> None:
         """Load a file's weights into the timm model, see :func:`hybridzoo.train.weights.load_matching`."""
         state = read_parts(path, self.model).network
         report = load_matching(self.model, state, allow_head_mismatch=allow_head_mismatch, source=path)
-        if allow_head_mismatch:  # to start from; otherwise everything fitted
+        if allow_head_mismatch:  # weights to start from; without a mismatch everything fits
             tell(f"weights {path}: {report}")
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Any:
@@ -128,7 +129,7 @@ class ImageClassifier(BaseModel):
         return [{"scores": score, "target": target} for score, target in zip(scores, known, strict=True)]
 
     def _mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix a batch's images and their targets, (B, classes) then; timm mixes pairs, and an odd last one stays."""
+        """Mix a batch's images and their targets, then (B, classes); timm mixes pairs, and an odd last image stays."""
         assert self.mixup is not None
         pairs = len(inputs) // 2 * 2
         if pairs == len(inputs):
@@ -148,11 +149,12 @@ class FolderDataset(Dataset[tuple[Any, int]]):
         exclude: image files to leave out.
         white_value: see `hybridzoo.train.images`.
         transform: PIL image -> tensor.
-        on_bad: at an image that cannot be read any more: "stop", or "skip" it, say so, and take the next one.
-        holdout: options of the `Holdout` that cuts a validation set from the training images; the part is `split`'s.
+        on_bad: if an image cannot be read any more: "stop", or "skip" it with a message and use the next one.
+        holdout: options of the `Holdout` that takes a validation set from the training images; `split` chooses the
+            part.
 
     Raises:
-        UserError: no images, or one in a folder that is no class; on access, an image that cannot be read.
+        UserError: no images, or an image in a folder that is not a class; on access, an image that cannot be read.
     """
 
     def __init__(
@@ -192,12 +194,12 @@ class FolderDataset(Dataset[tuple[Any, int]]):
         except ImageError as error:
             if self.lost is None:
                 raise
-            self.lost.add(i, error)  # which ends where most are lost
+            self.lost.add(i, error)  # which ends the run when most images are lost
             return self[(i + 1) % len(self)]
         return (image if self.transform is None else self.transform(image)), label
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        """The files in order, as timm's datasets give them: below the split's folder, or names, or whole paths."""
+        """The files in order, as in timm's datasets: paths below the split's folder, or names, or whole paths."""
         return [
             path.name if basename else str(path if absolute else path.relative_to(self.folder))
             for path, _ in self.samples
@@ -205,14 +207,14 @@ class FolderDataset(Dataset[tuple[Any, int]]):
 
 
 class _Upright:
-    """PIL image -> PIL image as EXIF shows it: for readers that decode by themselves."""
+    """PIL image -> PIL image turned by its EXIF orientation, for readers that decode images themselves."""
 
     def __call__(self, image: Any) -> Any:
         return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
 
 
 class ReaderDataset(Dataset[tuple[Any, int]]):
-    """The files that a reader of timm opens (Hugging Face datasets, tar files), read as everywhere else.
+    """Files from one of timm's readers (Hugging Face datasets, tar files), decoded by our image reader.
 
     Raises:
         UserError: on access, an image that cannot be read.
@@ -252,11 +254,11 @@ def TimmDataset(
         transform: arguments of ``timm.data.create_transform``.
         name: ``""`` for an image folder, else timm's ``hfds/...``, ``wds/...``, ``torch/...``, ...
         root: folder with a subfolder per split.
-        split: ``"train"``, ``"val"`` or what the dataset calls its parts.
+        split: ``"train"``, ``"val"`` or the dataset's own name of a part.
         classes: class names in the order of their indices.
         exclude: image files to leave out.
-        white_value: see `hybridzoo.train.images`; not for datasets that decode by themselves (``wds``, ``torch``).
-        on_bad: see `FolderDataset`; other datasets stop.
+        white_value: see `hybridzoo.train.images`; not for datasets that decode images themselves (``wds``, ``torch``).
+        on_bad: see `FolderDataset`; other datasets always stop.
         holdout: see `FolderDataset`.
         **options: passed to ``create_dataset``.
 
@@ -270,7 +272,7 @@ def TimmDataset(
     else:
         try:
             dataset = create_dataset(name, root, split=split, **options)
-        except Exception as error:  # readers raise whatever their library raises
+        except Exception as error:  # readers raise the exceptions of their libraries
             raise UserError(f"data {name or root} (split {split}): {error}") from error
         if isinstance(dataset, ImageDataset):
             dataset = ReaderDataset(dataset.reader, white_value)
@@ -287,11 +289,11 @@ _SHIFTS = (0, _BITS, 2 * _BITS)
 
 @METRICS.register_module()
 class TopK(BaseMetric):
-    """Share of images, in percent, whose class is among the k best scored: ``accuracy/top1``, ``accuracy/top5``.
+    """Percentage of images whose class is among the k highest scores: ``accuracy/top1``, ``accuracy/top5``.
 
     Args:
-        topk: the k.
-        **kwargs: of mmengine's ``BaseMetric``.
+        topk: values of k.
+        **kwargs: passed to mmengine's ``BaseMetric``.
     """
 
     default_prefix = "accuracy"
@@ -308,8 +310,8 @@ class TopK(BaseMetric):
         scores = torch.stack([sample["scores"] for sample in data_samples])
         targets = torch.as_tensor([sample["target"] for sample in data_samples], device=scores.device)
         order = scores.argsort(dim=1, descending=True, stable=True)
-        # One integer an image, of the place of its class, its class and the likeliest one: mmengine drops the samples
-        # that were only added to give each process the same number, which a batch's sums would not allow.
+        # One integer per image encodes the rank of its class, its class and the predicted class. mmengine can then
+        # drop the samples that only pad the processes to equal numbers, which sums over a batch would not allow.
         places = (order == targets[:, None]).int().argmax(dim=1)
         self.results.extend((places + (targets << _BITS) + (order[:, 0] << 2 * _BITS)).tolist())
 
@@ -328,8 +330,8 @@ def configure(
     Args:
         config: of a classification run.
         data: image folder with ``train/<class>/`` and ``val/<class>/``; default the config's own.
-        splits: the parts that will be used, which are looked through.
-        classes: names that a trained model knows, in order; default those of the training images.
+        splits: the parts that will be used; they are checked.
+        classes: names of a trained model's classes, in order; default those of the training images.
 
     Raises:
         UserError: no data, or data that cannot be trained on.
@@ -353,13 +355,13 @@ def configure(
     if packed is not None and packed.classes:
         names = config.class_names = list(packed.classes)
     elif packed is not None and not config.get("class_names"):
-        raise UserError(f"data {packed.name}: names no classes; write them into classes.txt, or set class_names")
-    elif named:  # not files of ours to look through: the config says how many classes there are
+        raise UserError(f"data {packed.name}: has no class names; write them into classes.txt, or set class_names")
+    elif named:  # not checked here: the config gives the number of classes
         names = list(config.get("class_names") or (str(index) for index in range(config.model.num_classes)))
     elif root is None:
         raise UserError("no data: give an image folder with train/ and val/ in it (--data DIR), or set data_root")
     else:
-        for split in splits:  # without them timm would measure on the training images
+        for split in splits:  # without them timm would validate on the training images
             if root.is_dir() and (how.holdout is None or split == "test") and class_folders(root, split) is None:
                 raise no_split(root, split)
         report = inspect_classification(root, how)
@@ -367,7 +369,9 @@ def configure(
         report.tell()
         names, skipped = report.classes, report.skipped
     if config.get("val_fraction") and named:
-        raise UserError(f"val_fraction: {named} is not divided; name its own validation set in val_dataloader.dataset")
+        raise UserError(
+            f"val_fraction: {named} cannot divide this data; name its validation set in val_dataloader.dataset"
+        )
     holdout = how.holdout if not named and "test" not in splits else None
     for key, split in (("train_dataloader", "train"), ("val_dataloader", "val")):
         if config.get(key) and not named:
@@ -389,10 +393,10 @@ def configure(
 
 
 def _take_shards(config: Config, packed: Shards, splits: Sequence[str]) -> None:
-    """Let a config's loaders read packed data, in place.
+    """Set a config's loaders to read packed data, in place.
 
     Raises:
-        UserError: a split that is needed is not there.
+        UserError: a required split is missing.
     """
     for key, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
         loader = config.get(key)
@@ -405,11 +409,11 @@ def _take_shards(config: Config, packed: Shards, splits: Sequence[str]) -> None:
                 f"data {packed.name}: has no split {split}; expected one of {', '.join(SPLIT_NAMES[split])}"
             )
         loader.dataset.update(name=packed.name, split=packed.splits[split] or split)
-        if packed.stream:  # in the order of its files, shuffled by timm
+        if packed.stream:  # in file order, shuffled by timm
             loader.sampler = None
             loader.dataset.update(is_training=key == "train_dataloader", batch_size=loader.batch_size)
 
 
 def eval_transform(config: Config) -> Any:
-    """The transform of validation images, PIL image -> (C, H, W), as ``config`` has it."""
+    """The transform of validation images in ``config``, PIL image -> (C, H, W)."""
     return create_transform(**config.val_dataloader.dataset.transform)

@@ -1,18 +1,18 @@
-"""COCO annotation files as people have them: read, repaired in memory by stated rules, or refused with file and entry.
+"""COCO annotation files: read, repaired in memory by stated rules, or refused with file and entry.
 
-The user's file is never written to.  Checking, training and scoring all get their annotations from `repaired`, so that
-they agree.  What is repaired:
+The user's file is never changed. Checking, training and scoring all use the annotations that `repaired` returns.
+Repairs:
 
-- a byte order mark, UTF-16, CRLF: read; ids of annotations are numbered anew (scoring takes an id 0 for "no match");
+- a byte order mark, UTF-16, CRLF: read; ids of annotations are renumbered (for scoring, an id 0 means "no match");
 - `area` missing or not positive: computed from the mask, else the box; `iscrowd` missing: 0;
-- `bbox` missing or without area beside a mask: computed from the mask;
+- `bbox` missing or without area, but with a mask: computed from the mask;
 - a box that reaches beyond its picture is clipped; one narrower than a pixel is left out;
 - categories in another order, with gaps in their ids, or only some of the training categories: matched by name;
-- a flat list of coordinates, or a list of points: taken for one polygon;
-- polygons of fewer than three points, flat ones, and ones outside the picture are left out; an object without any other
-  is neither learned nor scored (COCO's crowd), and more than one such object in ten is refused;
-- `width` and `height` exchanged, because a tool did not look at the EXIF orientation: taken from the picture, if all
-  its boxes lie in the picture as it is shown.
+- a flat list of coordinates, or a list of points: read as one polygon;
+- polygons with fewer than three points, flat ones, and ones outside the picture are left out; an object without any
+  other polygon is ignored in training and scoring (COCO's crowd), and more than one such object in ten is an error;
+- `width` and `height` exchanged, because a tool ignored the EXIF orientation: taken from the picture, if all its boxes
+  are inside the picture as it is shown.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ _NEEDED = {
     "annotations": ("image_id", "category_id"),
 }
 WHERE = "_where"  # file and line of an annotation that comes from another format, for errors
-_UNUSABLE = 0.1  # share of objects without a usable mask beyond which something is wrong with all of them
+_UNUSABLE = 0.1  # with a larger fraction of objects without a usable mask, the whole file is refused
 
 
 def read(file: Path) -> dict[str, Any]:
-    """An annotation file whose lists, ids and references hold together.
+    """Read an annotation file and check its lists, ids and references.
 
     Raises:
-        UserError: no JSON, no COCO, an id that appears twice, a reference to nothing; names file and entry.
+        UserError: not JSON, not COCO, a repeated id, a reference to a missing entry; names file and entry.
     """
     collecting = gc.isenabled()
-    gc.disable()  # looking for garbage among COCO's millions of new lists doubles the time
+    gc.disable()  # garbage collection among COCO's millions of new lists doubles the time
     try:
-        coco = json.loads(file.read_bytes())  # finds out by itself whether it is UTF-8 or UTF-16
+        coco = json.loads(file.read_bytes())  # detects UTF-8 and UTF-16
     except OSError as error:
         raise UserError(f"annotation file {file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise UserError(f"annotation file {file} is no JSON: {reason}") from error
+        raise UserError(f"annotation file {file} is not JSON: {reason}") from error
     finally:
         if collecting:
             gc.enable()
@@ -69,10 +69,10 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def check(coco: Any, file: Path) -> None:
-    """Look whether the lists, ids and references of an annotation file's content hold together.
+    """Check the lists, ids and references of an annotation file's content.
 
     Raises:
-        UserError: they do not; names file and entry.
+        UserError: one of them is wrong; names file and entry.
     """
     for key, needed in _NEEDED.items():
         entries = coco.get(key) if isinstance(coco, dict) else None
@@ -118,12 +118,12 @@ def repaired(
     skipped: Collection[Path] = (),
     notes: Notes | None = None,
 ) -> dict[str, Any]:
-    """What `read` gave, as mmdet and pycocotools expect it.
+    """The result of `read`, repaired as mmdet and pycocotools need it.
 
     Args:
-        file: its place, for errors.
-        folder: where its images lie.
-        classes: names in the order of their labels; those that the file lacks get an id of their own.
+        file: its path, for errors.
+        folder: the folder of its images.
+        classes: names in the order of their labels; names that the file does not have get a new id.
         masks: whether the masks are used.
         skipped: images to leave out, with their annotations.
         notes: collects what was repaired.
@@ -153,7 +153,7 @@ def repaired(
         path in measured and not (left_out and path.resolve() in left_out) and _size(path, entry)[1]
         for path, entry in zip(paths, coco["images"], strict=True)
     ):
-        measured = set(paths)  # which of them are turned cannot be guessed
+        measured = set(paths)  # it is unknown which of them are turned
     for path, entry in zip(paths, coco["images"], strict=True):
         if left_out and path.resolve() in left_out:
             continue
@@ -195,11 +195,11 @@ def repaired(
         annotations.append(fixed)
     if len(unusable) > _UNUSABLE * len(annotations):
         more = f" (and {len(unusable) - 1} more like it)" if len(unusable) > 1 else ""
-        raise UserError(f"{unusable[0]}{more}; correct the outlines, or choose a detector of boxes")
+        raise UserError(f"{unusable[0]}{more}; correct the outlines, or choose a detector without masks")
     for line in unusable:
-        notes.add("objects without a usable mask: neither learned nor scored", line)
+        notes.add("objects without a usable mask: ignored in training and scoring", line)
     if not annotations:
-        raise UserError(f"{file}: no box is a pixel wide or more; bbox is [left, top, width, height] in pixels")
+        raise UserError(f"{file}: no box is at least a pixel wide; bbox is [left, top, width, height] in pixels")
     listed = [{"id": by_name[name], "name": name} for name in classes]
     return {"images": images, "annotations": annotations, "categories": listed}
 
@@ -234,7 +234,7 @@ def _where(file: Path, entry: dict[str, Any], index: int) -> str:
 
 
 def _size(path: Path, entry: dict[str, Any]) -> tuple[Size, bool]:
-    """The size that is read, and whether the entry has its sides exchanged."""
+    """The size of the picture, and whether the entry has width and height exchanged."""
     size, _ = shown_size(path)
     said = (entry["width"], entry["height"])
     if said == size:
@@ -247,7 +247,7 @@ def _size(path: Path, entry: dict[str, Any]) -> tuple[Size, bool]:
 def _box(
     entry: dict[str, Any], outline: Any, size: Size, where: str, path: Path, exchanged: bool, notes: Notes
 ) -> list[float] | None:
-    """The box within the picture, or None where nothing of it is left."""
+    """The box clipped to the picture, or None if nothing of it is left."""
     box = entry.get("bbox")
     if outline is not None and (box is None or min(box[2:]) < 1):
         kind = "annotations without bbox" if box is None else "boxes narrower than a pixel"
@@ -279,14 +279,16 @@ def _box(
 
 
 def _outline(value: Any, size: Size, where: str, needed: bool, notes: Notes) -> tuple[Any, str]:
-    """A mask in COCO's form, polygons or run lengths, or None and why it cannot be used.
+    """A mask as polygons or run lengths in COCO's format, or None and the reason why it cannot be used.
 
     Raises:
-        UserError: a mask is needed and there is none, or what is there is no mask at all.
+        UserError: a mask is needed and missing, or the segmentation is not a mask.
     """
     if not value:
         if needed:
-            raise UserError(f"{where} has no segmentation; add polygons or run lengths, or choose a detector of boxes")
+            raise UserError(
+                f"{where} has no segmentation; add polygons or run lengths, or choose a detector without masks"
+            )
         return None, "has no segmentation"
     try:
         if isinstance(value, dict):
@@ -295,7 +297,7 @@ def _outline(value: Any, size: Size, where: str, needed: bool, notes: Notes) -> 
             raise UserError(f"has segmentation {str(value)[:60]!r}; expected polygons or run lengths")
         polygons = _polygons(value)
         if polygons is not value:
-            notes.add("segmentations that are one list of coordinates or points: taken for a polygon", where)
+            notes.add("segmentations that are one list of coordinates or points: read as a polygon", where)
         return _usable(polygons, size, where, notes)
     except UserError as error:
         if needed:
@@ -304,7 +306,7 @@ def _outline(value: Any, size: Size, where: str, needed: bool, notes: Notes) -> 
 
 
 def _polygons(value: list[Any]) -> list[Any]:
-    """Lists [x, y, x, y, ...] of a segmentation that may be one such list, or hold points [x, y]."""
+    """Lists [x, y, x, y, ...] of a segmentation, which may be one such list, or contain points [x, y]."""
     if all(_finite(item) for item in value):
         return [value]
     if len(value) > 2 and all(_is_point(item) for item in value):
@@ -334,7 +336,7 @@ def _usable(polygons: list[Any], size: Size, where: str, notes: Notes) -> tuple[
     if not good:
         return None, f"has {problems[0] if problems else 'no polygon'}"
     if problems:
-        notes.add("polygons that are no outline, beside others of their object: left out", f"{where}: {problems[0]}")
+        notes.add("polygons without an area, of objects that have another polygon: left out", f"{where}: {problems[0]}")
     return good, ""
 
 
@@ -395,7 +397,7 @@ def _decompressed(text: str) -> list[int]:
 
 
 def outline_area(outline: Any) -> float:
-    """Pixels in a mask; of polygons by their corners."""
+    """Pixels in a mask; for polygons, the area from their corners."""
     if outline is None:
         return 0.0
     if isinstance(outline, dict):
@@ -436,7 +438,7 @@ def _outline_box(outline: Any) -> list[float]:
 
 
 def _whole_numbers(ids: Collection[Any]) -> dict[Any, int]:
-    """The ids as they are, or numbered from 1 where one is no whole number (pycocotools takes text for a list)."""
+    """The ids unchanged, or numbered from 1 if one is not a whole number (pycocotools treats text as a list)."""
     if all(isinstance(given, int) for given in ids):
         return {given: given for given in ids}
     return {given: number for number, given in enumerate(ids, 1)}
@@ -447,11 +449,11 @@ def _finite(value: object) -> bool:
 
 
 def _all_finite(values: list[Any]) -> bool:
-    """Whether all are finite numbers; COCO's 40 million coordinates want a short way."""
+    """Whether all are finite numbers; fast, because COCO has 40 million coordinates."""
     try:
         if set(map(type, values)) <= {int, float} and math.isfinite(sum(values)):
             return True
-    except OverflowError:  # a whole number beyond all fractions
+    except OverflowError:  # a whole number that is too large for a float
         pass
     return all(_finite(value) for value in values)
 
@@ -459,4 +461,4 @@ def _all_finite(values: list[Any]) -> bool:
 def _unique(values: Sequence[Any], what: str) -> None:
     value, count = Counter(values).most_common(1)[0] if values else (None, 0)
     if count > 1:
-        raise UserError(f"{what} {value!r} appears {count} times; give each its own")
+        raise UserError(f"{what} {value!r} appears {count} times; use different ones")

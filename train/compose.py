@@ -1,7 +1,8 @@
-"""A recipe and a network become a run: what the network settles is read from it and put into the recipe's config.
+"""Combines a recipe and a network: reads values from the network and puts them into the recipe's config.
 
-A recipe says `settle = dict(network=True)`: widths, strides, input size, normalisation and layer decay are then the
-network's, whatever the recipe wrote for its default one. A composed config has lost the mark, and means what it says.
+A recipe has `settle = dict(network=True)`: widths, strides, input size, normalisation and layer decay then come from
+the network, whatever the recipe has for its default one. The composed config does not have this key any more, and all
+its values are final.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ from timm.models import group_parameters
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.networks import check_name
 
-# The stem learns at this part of the heads' rate, whatever the network's depth.
+# The stem learns at this fraction of the heads' rate, for every depth of the network.
 STEM_RATE = 0.1
-# What lets a timm network of fixed size take any, by the argument's name; tried in this order.
+# Arguments that let a timm network with a fixed size take any size; tried in this order.
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {},
     {"dynamic_img_size": True},
     {"strict_img_size": False, "dynamic_mask": True},
     {"strict_img_size": False},
 )
-_PROBE = (160, 224)  # no network's own size
+_PROBE = (160, 224)  # a size that no network has
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a recipe has to know of a network.
+    """The properties of a network that recipes use.
 
     Attributes:
-        levels: (width, stride) of each of timm's feature levels.
-        depth: number of layers, as its layer decay counts them; 0 where it does not say.
+        levels: (width, stride) of each feature level of timm.
+        depth: number of layers, as its layer decay counts them; 0 if unknown.
         size: side of its published input in pixels.
         mean, std: of the input, for values in [0, 1].
         interpolation, crop_pct: of its published evaluation.
-        any_size: arguments that suit images of other sizes than its published one: what it says itself, or what it
-            needs to take them at all.
+        any_size: arguments for images of other sizes than the published one: those that the network defines, or those
+            that it needs to take such images.
     """
 
     name: str
@@ -60,19 +61,19 @@ class Network:
 
     @property
     def layer_decay(self) -> float | None:
-        """Factor from layer to layer at which the stem learns at `STEM_RATE`."""
+        """Factor from layer to layer with which the stem learns at `STEM_RATE`."""
         return round(STEM_RATE ** (1 / self.depth), 4) if self.depth else None
 
 
 def read_network(name: str, **arguments: Any) -> Network:
-    """What a recipe has to know of a timm model, without its weights (on the meta device).
+    """The properties of a timm model, without its weights (on the meta device).
 
     Args:
         name: of the model, with or without a tag.
         **arguments: for `timm.create_model`.
 
     Raises:
-        UserError: no such model, or an argument that it does not take.
+        UserError: unknown model, or an argument that it does not take.
     """
     check_name(name)
     return _read(name, _frozen({key: value for key, value in arguments.items() if not key.startswith("pretrained")}))
@@ -107,13 +108,13 @@ def _make(name: str, arguments: dict[str, Any]) -> Any:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             return timm.create_model(name, **arguments)
-    except TypeError as error:  # an argument of another family's
+    except TypeError as error:  # an argument of another family
         raise UserError(f"model {name}: {error}") from error
 
 
 @lru_cache(maxsize=256)
 def _takes(name: str, argument: str, value: float = 0.0) -> bool:
-    """Whether a model has an argument and can be made with that value of it."""
+    """Whether a model has an argument and can be built with that value."""
     try:
         _make(name, {argument: value})
     except UserError:
@@ -122,7 +123,7 @@ def _takes(name: str, argument: str, value: float = 0.0) -> bool:
 
 
 def _any_size(name: str, arguments: dict[str, Any], fixed: bool) -> dict[str, Any]:
-    """The arguments that let a network of fixed size take images of any; none where it takes them or never does."""
+    """The arguments that let a network with a fixed size take any size; empty if it takes any, or never does."""
     if not fixed:
         return {}
     for extra in _ANY_SIZE:
@@ -142,7 +143,7 @@ def _any_size(name: str, arguments: dict[str, Any], fixed: bool) -> dict[str, An
 
 
 def set_network(config: Config, name: str) -> None:
-    """Name another network in a config of any task, in place; arguments of the one before it go."""
+    """Set the network in a config of any task, in place; arguments of the previous network are removed."""
     check_name(name)
     holder = network_of(config)
     if holder.get("name") == name:
@@ -154,7 +155,7 @@ def set_network(config: Config, name: str) -> None:
 
 
 def network_of(config: Config) -> Any:
-    """The dict that names the network: the backbone's, or the classifier's."""
+    """The dict that has the network's name: the backbone's or the classifier's."""
     return config.model.backbone if "backbone" in config.model else config.model
 
 
@@ -165,7 +166,7 @@ def network_arguments(config: Config) -> dict[str, Any]:
 
 
 def _own_arguments(config: Config) -> set[str]:
-    """Names that belong to the classifier or to the backbone around the network, not to the network."""
+    """Names of arguments of the classifier or backbone class, not of the network inside it."""
     if "backbone" in config.model:
         from hybridzoo.train.backbone import PyramidBackbone
 
@@ -179,11 +180,11 @@ def _own_arguments(config: Config) -> set[str]:
 
 
 def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Put into a config, in place, what follows from its network.
+    """Set the values of a config that follow from its network, in place.
 
     Args:
         config: of any task.
-        given: dotted keys that somebody set by hand; they stay.
+        given: dotted keys that the user has set; they stay unchanged.
 
     Raises:
         UserError: a network that the recipe cannot use.
@@ -209,7 +210,7 @@ def fit(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[
 
 
 def fit_dense(config: Config, given: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Put the network's widths into the necks and heads of a detector or segmentor, in place; nothing else changes."""
+    """Set the network's widths in the necks and heads of a detector or segmentor, in place; nothing else changes."""
     backbone = config.model.backbone
     if backbone.get("type") == "PyramidBackbone":
         if config.model.type == "DINO":
@@ -237,7 +238,7 @@ def _fit_classifier(config: Config, network: Network, given: set[str]) -> None:
 
 
 def _for_size(network: Network, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with which a network is built for images of another size than its published one."""
+    """Arguments of a network for images of another size than the published one."""
     published = timm.get_pretrained_cfg(network.name)
     fixed = published and published.fixed_input_size
     if fixed and "img_size" not in arguments and _takes(network.name, "img_size", size):
@@ -246,9 +247,9 @@ def _for_size(network: Network, size: int, arguments: dict[str, Any]) -> dict[st
 
 
 def completed(model: Any) -> Any:
-    """A detector's or segmentor's config with the widths of its network, where it has those of another one; else None.
+    """A detector's or segmentor's config with the widths of its network, or None if it has them already.
 
-    Only the usual places are looked at: the widths that a neck, or the heads right behind the backbone, expect.
+    Only the widths of a neck, or of heads directly after the backbone, are compared.
 
     Raises:
         UserError: a network that the detector cannot use.
@@ -258,7 +259,7 @@ def completed(model: Any) -> Any:
     try:
         network = read_network(model.backbone["name"], **network_arguments(config))
         widths = [width for width, _ in _returned(model.backbone, network)]
-    except UserError:  # building says more about it
+    except UserError:  # building it gives a better error
         return None
     if _expects(model, widths):
         return None
@@ -267,7 +268,7 @@ def completed(model: Any) -> Any:
 
 
 def _expects(model: Any, widths: list[int]) -> bool:
-    """Whether what comes behind the backbone is made for maps of these widths, as far as it says so."""
+    """Whether the neck or heads after the backbone expect maps of these widths, as far as known."""
     neck = model.get("neck")
     if neck:
         stated = neck.get("in_channels") if isinstance(neck, dict) else None
@@ -288,7 +289,7 @@ def _returned(backbone: Any, network: Network) -> list[tuple[int, int]]:
     """(width, stride) of each map that a `PyramidBackbone` returns.
 
     Raises:
-        UserError: a level that the network lacks.
+        UserError: a level that the network does not have.
     """
     from hybridzoo.train.backbone import pyramid
 
@@ -312,11 +313,11 @@ def _fit_dense(model: Any, network: Network, given: Collection[str]) -> None:
     if neck and neck.get("type") in ("FPN", "FinerFPN") and "anchor_generator" in str(model) and len(own) > 1:
         wanted = _pyramid_strides(model)
         if wanted[0] < own[0] and "model.backbone.strides" not in given:
-            # No level is as fine as the finest anchors: the published neck of such networks.
+            # No level is as fine as the finest anchors: use the published neck of such networks.
             _finer_fpn(model, network, wanted)
             return
     if backbone.get("strides") and "model.backbone.strides" not in given:
-        # What a network of three coarse stages computes is not thrown away.
+        # Use all three stages of a network with three coarse stages.
         backbone.strides = (*backbone.strides, *(stride for stride in own if stride > max(backbone.strides)))
     widths, strides = (list(column) for column in zip(*_returned(backbone, network), strict=True))
 
@@ -347,7 +348,7 @@ def _fit_dense(model: Any, network: Network, given: Collection[str]) -> None:
 
 
 def _fit_pixel_decoder(head: Any, strides: list[int]) -> None:
-    """Mask2Former's attends over all levels but the finest one: mmdet's takes a single level beside those."""
+    """Mask2Former's pixel decoder attends over all levels but the finest; mmdet's takes one further level."""
     decoder = head.pixel_decoder
     decoder.strides = strides
     decoder.num_outs = head.num_transformer_feat_level = len(strides) - 1
@@ -355,7 +356,7 @@ def _fit_pixel_decoder(head: Any, strides: list[int]) -> None:
 
 
 def _fit_queries(config: Config, given: set[str]) -> None:
-    """At most as many queries as the padded images have tokens, and as many boxes as there are queries."""
+    """At most as many queries as the padded images have tokens, and at most as many boxes as queries."""
     steps = [step for step in config.train_dataloader.dataset.get("pipeline", ()) if step.type == "Pad"]
     if not steps or "model.num_queries" in given:
         return
@@ -371,13 +372,13 @@ def _pyramid_strides(model: Any) -> list[int]:
 
 
 def _finer_fpn(model: Any, network: Network, wanted: list[int]) -> None:
-    """EfficientViT's (MSRA) neck in place of the FPN: it makes the fine levels that the network lacks."""
+    """Replace the FPN by EfficientViT's (MSRA) neck, which computes the missing fine levels."""
     by_stride = {stride: (width, index) for index, (width, stride) in enumerate(network.levels)}
     own = sorted(stride for stride in by_stride if stride <= wanted[-1])
     finer = [stride for stride in wanted if stride < own[0]]
     coarser = [stride for stride in wanted if stride > own[-1]]
     if [*finer, *own, *coarser] != wanted:
-        raise UserError(f"model {network.name}: its levels at strides {own} do not make the pyramid {wanted}")
+        raise UserError(f"model {network.name}: its levels at strides {own} cannot give the pyramid {wanted}")
     backbone = model.backbone
     backbone.pop("strides", None)
     backbone.out_indices = tuple(by_stride[stride][1] for stride in own)

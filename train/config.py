@@ -28,38 +28,38 @@ def load_config(
     val_fraction: float | None = None,
     early_stop: int | None = None,
 ) -> Config:
-    """Read a recipe or config with its bases, put a network and options into it, and settle what follows from them.
+    """Read a recipe or config with its bases, apply a network and options, and compute what follows from them.
 
     Args:
-        name_or_path: a recipe's or config's name, a file, or a network's name, which means the recipe `finetune`.
+        name_or_path: name of a recipe or config, a file, or a network's name for the recipe `finetune`.
         options: ``key.subkey=value`` strings; a value is a Python literal, a bare word or a comma-separated list.
         model: timm network to train; its arguments replace those of the recipe's own.
         epochs: length of the run; the schedule is stretched to it.
         batch_size: images per step and process, in training.
-        lr: highest learning rate, of the heads.
+        lr: highest learning rate (the heads' rate).
         img_size: side of the training images in pixels.
-        freeze: leave the network's stem (0), or its stem and first k stages (k), as they are.
-        workers: processes that load images; 0 loads them in the run's own.
-        val_fraction: share of the training images that is held out for validation, of data without a validation set.
+        freeze: do not train the network's stem (0), or its stem and first k stages (k).
+        workers: processes that load images; 0 loads them in the main process.
+        val_fraction: fraction of the training images that is held out, for data without a validation set.
         early_stop: epochs without a better validation after which training ends.
 
     Raises:
-        UserError: unknown config or network, a config that does not parse, a malformed option, or one that this config
-            has no use for.
+        UserError: unknown config or network, a config that cannot be parsed, a malformed option, or one that this
+            config does not use.
     """
     if model is None and is_model(str(name_or_path)):
         name_or_path, model = "finetune", str(name_or_path)
     path = find_config(name_or_path)
     recipe = recipes().get(str(name_or_path).removesuffix(".py"))
     try:
-        config = raw.read(path, import_custom_modules=False)  # the task imports them when it needs them
+        config = raw.read(path, import_custom_modules=False)  # the task imports these modules when it needs them
         if recipe is not None and recipe.published:
             config = _published(config, recipe)
-    except Exception as error:  # a config is Python: anything can go wrong inside it
+    except Exception as error:  # a config is Python code, which can raise anything
         raise UserError(f"config {path}: {type(error).__name__}: {_first_line(error)}") from error
     if config.get("task") not in TASKS:
-        raise UserError(f"config {path}: has to set task to one of {', '.join(TASKS)}, got {config.get('task')!r}")
-    # These import timm, which a name that is not found does without.
+        raise UserError(f"config {path}: must set task to one of {', '.join(TASKS)}, got {config.get('task')!r}")
+    # These import timm, which an unknown name does not need.
     from hybridzoo.train import compose, config_check, settle
     from hybridzoo.train import overrides as changes
 
@@ -89,7 +89,7 @@ def load_config(
     if left.pop("network", False) or model is not None:
         compose.fit(config, given)
         network = compose.network_of(config)["name"]
-        if recipe is not None:  # of a file of one's own the name says enough
+        if recipe is not None:  # for a user's file the name is enough
             config = _renamed(config, f"{recipe.name}_{network}.py" if not published or model else f"{recipe.name}.py")
     elif published and config.task != "classification":
         compose.fit_dense(config, given)
@@ -101,7 +101,7 @@ def load_config(
 
 
 def complete(config: Config) -> None:
-    """Add to a config, in place, what mmdet's and mmseg's own entry points ask: visualizer, test pipeline, modules."""
+    """Add what mmdet's and mmseg's entry points need to a config, in place: visualizer, test pipeline, modules."""
     task = config.task
     imports = ["hybridzoo.train", f"hybridzoo.train.{task}"]
     own = config.get("custom_imports") or {}
@@ -125,7 +125,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _published(config: Config, recipe: Recipe) -> Config:
-    """A published run: a recipe with the facts of its row."""
+    """A published run: a recipe with the values of its row."""
     changes = copy.deepcopy(dict(recipe.changes))
     network = {"name": recipe.network, **recipe.arguments}
     if "backbone" in config.model:
@@ -141,7 +141,7 @@ def _published(config: Config, recipe: Recipe) -> Config:
 
 
 def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two nested dicts as one; the second's values win."""
+    """Merge two nested dicts; values of the second one win."""
     result = dict(one)
     for key, value in other.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -150,7 +150,7 @@ def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(config: Config, filename: str) -> Config:
-    """The same config under another file's name, which names the run and the copy that it leaves behind."""
+    """The same config with another file name, which names the run and the saved config."""
     return Config(config.to_dict(), cfg_text=config.text, filename=filename, env_variables=config.env_variables)
 
 

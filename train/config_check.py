@@ -1,7 +1,7 @@
-"""What is wrong with a config before anything is built of it: keys that nobody reads, words where numbers belong.
+"""Checks a config before anything is built from it: unknown keys, text instead of numbers.
 
-A dict with `type` is what a class or function is called with: its signature says what it takes. Of the dicts without,
-those that mmengine's runner and the heads of mmdet and mmseg read are listed here; others are free.
+A dict with `type` holds the arguments of a class or function, whose signature gives the keys. Of the dicts without
+`type`, those that mmengine's runner and the heads of mmdet and mmseg read are listed here; others may hold anything.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hybridzoo.train import networks
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import TASKS
 
-# The keys of a config that mmengine's runner is made of; others are the engine's, or variables of the file.
+# The keys that mmengine's runner reads; others belong to our engine, or are variables of the file.
 RUNNER = set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
 
-# What a dict with a type may hold beside the arguments, because somebody takes it out before the call.
+# Further keys of a dict with a type, which are removed before the call.
 _BESIDE = {
     *("type", "_scope_", "_delete_", "init_cfg"),
     *("by_epoch", "convert_to_iter_based", "priority"),  # mmengine's runner
@@ -36,7 +36,7 @@ _BESIDE = {
     *("bg_cls_weight", "requires_grad"),  # heads and norms of mmdet
     *("eval_mode", "force_grad_on_level", "in_index", "sampling"),  # of configs that mmdet and mmseg ship; no effect
 }
-# Dicts whose builders read more keys than the layer's signature has.
+# Dicts whose builders read more keys than the signature has.
 _FREE = {"conv_cfg", "dcn", "init_cfg", "upsample_cfg"}
 
 _ENVIRONMENT = {"cudnn_benchmark", "dist_cfg", "mp_cfg", "resource_limit"}
@@ -47,7 +47,7 @@ _NMS = {
     *("class_agnostic", "iou_threshold", "max_num", "method", "min_score", "offset", "score_threshold", "sigma"),
     *("split_thr", "type"),
 }
-# What the heads of mmdet and mmseg read from `train_cfg` and `test_cfg`.
+# Keys that the heads of mmdet and mmseg read from `train_cfg` and `test_cfg`.
 _HEADS = {
     *("allowed_border", "alpha", "assigner", "async_sleep_interval", "beta", "beta_topk", "bias", "carl"),
     *("center_ratio", "chunked_size", "conf_thr", "corner_topk", "crop_size", "debug", "distance_threshold"),
@@ -71,7 +71,7 @@ _SECTIONS: dict[str, Any] = {
     **dict.fromkeys(("param_scheduler", "val_evaluator", "test_evaluator"), dict | list | tuple),
     "custom_hooks": list | tuple,
 }
-_AROUND_A_TYPE = {"class", "typing", "Optional", "Union", "None", "NoneType"}  # as annotations are printed
+_AROUND_A_TYPE = {"class", "typing", "Optional", "Union", "None", "NoneType"}  # text of annotations
 _LEAST = {
     **dict.fromkeys(("accumulative_counts", "batch_size", "input_size", "max_epochs", "max_iters", "val_interval"), 1),
     "num_workers": 0,
@@ -87,18 +87,18 @@ _REGISTRIES = [value for value in vars(mmengine.registry).values() if isinstance
 
 ANY = "**"  # stands for all other names
 _OTHERS = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-Known = dict[str, list[inspect.Parameter]]  # a key and, where it is an argument, what each signature says of it
+Known = dict[str, list[inspect.Parameter]]  # key -> the parameters with this name in each signature
 
 
 def check(config: Config, sections: Collection[str] = RUNNER) -> None:
-    """Look at every key at any depth. The packages of the config's task have to be imported.
+    """Check every key at any depth. The packages of the config's task must be imported.
 
     Args:
         config: of a run.
-        sections: those that will be used.
+        sections: the sections that will be used.
 
     Raises:
-        UserError: names the first wrong key, its value and what would be right in its place.
+        UserError: names the first wrong key, its value and a correct one.
     """
     check_sections(config)
     with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
@@ -118,10 +118,10 @@ def check(config: Config, sections: Collection[str] = RUNNER) -> None:
 
 
 def check_sections(config: Config) -> None:
-    """Look at the kinds of the sections alone, which everything that works on a config relies on.
+    """Check only the types of the sections, on which all code for configs relies.
 
     Raises:
-        UserError: names the first one that is a word where a dict or a list belongs, or a task that there is not.
+        UserError: names the first section with text instead of a dict or list, or an unknown task.
     """
     if config.get("task") not in TASKS:
         raise UserError(f"config task={config.get('task')!r}: choose {', '.join(TASKS)}")
@@ -131,7 +131,7 @@ def check_sections(config: Config) -> None:
 
 
 def problems(config: Mapping[str, Any], sections: Collection[str]) -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, value, what is wrong with it) of every key that is wrong in some sections."""
+    """(dotted key, value, error) of every wrong key in some sections."""
     yield from _look({key: value for key, value in config.items() if key in sections}, ())
 
 
@@ -155,7 +155,7 @@ def _look(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _known(node: Mapping[str, Any], path: tuple[str, ...]) -> Known | None:
-    """What somebody reads of a dict, or None where it may hold everything."""
+    """The keys of a dict that are read, or None if it may hold anything."""
     name = path[-1] if path else ""
     kind = node.get("type")
     if name in _FREE or not path:
@@ -173,7 +173,7 @@ def _known(node: Mapping[str, Any], path: tuple[str, ...]) -> Known | None:
 
 
 def _joined(*readers: set[str] | dict[str, inspect.Parameter]) -> Known:
-    """What several readers know."""
+    """The keys of several readers."""
     known: Known = {}
     for reader in readers:
         for key in reader:
@@ -182,7 +182,7 @@ def _joined(*readers: set[str] | dict[str, inspect.Parameter]) -> Known:
 
 
 def _typeless(path: tuple[str, ...]) -> Known | None:
-    """Of a dict that mmengine's runner or a class of ours reads."""
+    """The keys of a dict that mmengine's runner or one of our classes reads."""
     reads: dict[tuple[str, ...], Any] = {
         ("train_cfg",): [EpochBasedTrainLoop, IterBasedTrainLoop, {"by_epoch", "type"}],
         ("val_cfg",): [ValLoop, {"type"}],
@@ -209,8 +209,8 @@ def _typeless(path: tuple[str, ...]) -> Known | None:
 
 def _misspelt(key: str, node: Mapping[str, Any], known: Known, path: tuple[str, ...]) -> str | None:
     if path[:1] == ("default_hooks",) and "type" not in node:
-        return f"a hook needs a type; the hooks of every run are {', '.join(_HOOKS)}"
-    earlier = list(node)[: list(node).index(key)]  # an option comes after what the file had
+        return f"a hook needs a type; the default hooks are {', '.join(_HOOKS)}"
+    earlier = list(node)[: list(node).index(key)]  # options come after the keys of the file
     twins = [other for other in earlier if difflib.SequenceMatcher(None, key, other).ratio() > 0.87]
     if ANY in known or (key in known and not (twins and known.keys() == _HEADS)):
         return None
@@ -221,7 +221,7 @@ def _misspelt(key: str, node: Mapping[str, Any], known: Known, path: tuple[str, 
 
 
 def _misfit(parameters: Sequence[inspect.Parameter], value: Any) -> str | None:
-    """What is wrong with a word as the value of an argument that is a number, for all that read it."""
+    """The error of text as the value of an argument that is a number for all its readers."""
     wanted = [_number(parameter) for parameter in parameters]
     if not isinstance(value, str) or not wanted or None in wanted:
         return None
@@ -229,7 +229,7 @@ def _misfit(parameters: Sequence[inspect.Parameter], value: Any) -> str | None:
 
 
 def _out_of_range(key: str, value: Any) -> str | None:
-    """What is wrong with a number in a place of that name."""
+    """The error of a number under a key of that name."""
     if type(value) not in (int, float):
         return None
     if key in _LEAST and value < _LEAST[key]:
@@ -248,7 +248,7 @@ def _out_of_range(key: str, value: Any) -> str | None:
 
 
 def _number(parameter: inspect.Parameter) -> str | None:
-    """The type of an argument that is a number and nothing else."""
+    """The type of an argument that can only be a number."""
     words = set(re.findall(r"\w+", str(parameter.annotation))) - _AROUND_A_TYPE
     default = next((kind.__name__ for kind in (bool, int, float) if type(parameter.default) is kind), None)
     if words and words <= _A_NUMBER.keys():
@@ -257,7 +257,7 @@ def _number(parameter: inspect.Parameter) -> str | None:
 
 
 def _targets(kind: Any) -> list[Callable[..., Any]]:
-    """What a config's `type` may stand for: a name may be registered as a module and as a transform."""
+    """The classes that a config's `type` may mean: a name may be registered as a module and as a transform."""
     if callable(kind):
         return [kind]
     name = str(kind).rpartition(".")[2]
@@ -266,19 +266,19 @@ def _targets(kind: Any) -> list[Callable[..., Any]]:
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a class or function by name; `ANY` is among the names where it takes others too."""
+    """The arguments of a class or function by name; `ANY` is included if it takes others too."""
     if not inspect.isclass(target):
         return _named(target)
     found: dict[str, inspect.Parameter] = {}
-    closed, one_parent = False, True  # with several, a class may call them all
+    closed, one_parent = False, True  # a class with several bases may call all of them
     for parent in target.__mro__:
         if "__init__" in vars(parent) and parent is not object:
             own = _named(vars(parent)["__init__"])
             others = own.pop(ANY, None)
             found = {**own, **found}
-            if others is not None and others.name != "kwargs":  # by habit, kwargs are the parent's
+            if others is not None and others.name != "kwargs":  # kwargs usually go to the parent
                 return {**found, ANY: others}
-            # What mmengine's checkpoint hook takes beside goes to functions that ours does not call.
+            # Further arguments of mmengine's checkpoint hook go to functions that ours does not call.
             closed = closed or others is None or parent.__name__ == "CheckpointHook"
             if closed and one_parent:
                 break
@@ -287,10 +287,10 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _named(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a function by name, the one that takes all others as `ANY`."""
+    """The arguments of a function by name; one that takes all others is named `ANY`."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C
+    except (TypeError, ValueError):  # a function in C
         return {ANY: _OTHERS}
     return {ANY if p.kind is p.VAR_KEYWORD else p.name: p for p in parameters if p.name != "self"}
 

@@ -1,9 +1,9 @@
-"""The demo: one backbone learns three tasks on the embedded handwritten digits, and shows what it learned.
+"""The demo: trains one backbone for three tasks on the embedded handwritten digits, and draws predictions.
 
     python -m hybridzoo.train.demo [--out demo] [--data data]
 
-Classification from scratch, then detection with masks and segmentation, both fine-tuned from the classifier. Minutes on
-two CPU cores. Ends with a table, and exit code 1 if a score missed its target.
+Classification from scratch, then detection with masks and segmentation, both fine-tuned from the classifier. It takes
+about a quarter of an hour on two CPU cores. Prints a table, and exits with code 1 if a score misses its target.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from hybridzoo.train.errors import UserError
 from hybridzoo.train.layouts import check_detection, check_segmentation
 from hybridzoo.train.predict import Prediction, predict
 
-TARGETS = {"top-1": 97.0, "box AP50": 60.0, "mIoU": 75.0}  # per cent, on strokes of writers that training never saw
+TARGETS = {
+    "top-1": 97.0,
+    "box AP50": 60.0,
+    "mIoU": 75.0,
+}  # percent, on strokes of writers that are not in the training set
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training: the config's name, the work folder under the demo's, and the step whose weights it starts from."""
+    """One training: name of the config, name of the work folder, and the step whose weights it starts from."""
 
     task: str
     config: str
@@ -66,7 +70,7 @@ def run(out: Path, options: list[str] | None = None) -> list[report.Result]:
         console.rule(f"{number}/{len(STEPS)} {step.task}")
         console.print(f"$ hybridzoo train {step.config} --work-dir {work_dir}{start}", style="bold", soft_wrap=True)
         began = time.perf_counter()
-        resume = latest_checkpoint(work_dir) is not None  # of a demo that was interrupted, or run before
+        resume = latest_checkpoint(work_dir) is not None  # from a demo that was interrupted or run before
         scores = train(config, work_dir=work_dir, weights=weights, wandb=False, resume=resume)
         lines += report.results(step.task, scores, (time.perf_counter() - began) / 60, TARGETS)
         draw_predictions(step.task, config, work_dir / "final.pth", out)
@@ -76,7 +80,7 @@ def run(out: Path, options: list[str] | None = None) -> list[report.Result]:
 
 
 def draw_predictions(task: str, config: Config, checkpoint: Path, out: Path) -> Path:
-    """Draw a few held-out images with what the model says, and beside them what is right: `out/<task>.png`."""
+    """Draw a few held-out images with predictions next to the truth: `out/<task>.png`."""
     root = digits_root(**config.digits)
     source = root / "val" if task == "classification" else root / "images" / "val"
     images = sorted(source.rglob("*.png"))

@@ -1,4 +1,4 @@
-"""Detection and instance segmentation for the engine: mmdet's detectors on COCO, or on a folder of one's own scenes."""
+"""Detection and instance segmentation: mmdet's detectors on COCO, or on the user's own folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with scenes.quietly():
 
 
 _KINDS = {"bbox": "box", "segm": "mask"}
-# mmdet's names of pycocotools' numbers, in its order.
+# mmdet's names of pycocotools' results, in pycocotools' order.
 _ITEMS = {
     "mAP": 0,
     "mAP_50": 1,
@@ -51,7 +51,7 @@ _ITEMS = {
 
 
 class _Annotations(COCO):  # type: ignore[misc]
-    """mmdet's access to COCO annotations, over ones that are already in memory."""
+    """mmdet's interface to COCO annotations, for annotations that are already in memory."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class _Annotations(COCO):  # type: ignore[misc]
 
 @DATASETS.register_module()
 class CocoScenes(CocoDataset):
-    """mmdet's COCO dataset on annotations that `hybridzoo.train.coco` repairs when it loads them.
+    """mmdet's COCO dataset, with annotations repaired by `hybridzoo.train.coco`.
 
     Args:
         skipped: full paths of images to leave out.
         masks: whether masks are used.
-        on_bad: at a training image that cannot be read any more: "stop", or "skip" it, say so, and take another one.
-        source: what `Place.source` of `hybridzoo.train.data.report` gives; default plain COCO.
+        on_bad: if a training image cannot be read any more: "stop", or "skip" it with a message and use another one.
+        source: the result of `Place.source` in `hybridzoo.train.data.report`; default plain COCO.
         *args, **kwargs: mmdet's; the class names in `metainfo` give the order of the labels.
     """
 
@@ -107,14 +107,14 @@ class CocoScenes(CocoDataset):
 
 @METRICS.register_module()
 class CocoScenesMetric(CocoMetric):
-    """COCO's average precision over the same annotations and the images that were predicted.
+    """COCO's average precision, over the same annotations and the predicted images.
 
     Args:
         ann_file: the annotations.
         folder: where the images lie.
         classes: names in the order of the labels.
         skipped: full paths of images that were left out.
-        source: as of `CocoScenes`.
+        source: see `CocoScenes`.
         **kwargs: mmdet's.
     """
 
@@ -135,7 +135,7 @@ class CocoScenesMetric(CocoMetric):
             self._coco_api = _load(place, classes, masks, [Path(path) for path in skipped])
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """mmdet's metrics, not rounded; all of them 0 where nothing was found, which mmdet leaves without a score."""
+        """mmdet's metrics, not rounded; 0 if nothing was detected, for which mmdet gives no score."""
         self.img_ids = [truth["img_id"] for truth, _ in results]
         if self.format_only or not set(self.metrics) <= _KINDS.keys():
             with scenes.quietly():
@@ -155,7 +155,7 @@ class CocoScenesMetric(CocoMetric):
         return metrics
 
     def _evaluate(self, found: Sequence[dict[str, Any]], kind: str) -> COCOeval:
-        """pycocotools' evaluation of "bbox" or "segm", done."""
+        """pycocotools' finished evaluation of "bbox" or "segm"."""
         objects: list[dict[str, Any]] = []
         for image, answer in zip(self.img_ids, found, strict=True):
             scores = answer.get("mask_scores", answer["scores"]) if kind == "segm" else answer["scores"]
@@ -180,7 +180,7 @@ class CocoScenesMetric(CocoMetric):
         return evaluation
 
     def _confused(self, found: Sequence[dict[str, Any]]) -> measures.Counts:
-        """(true, predicted) numbers of objects, by their boxes; the last row and column are for nothing."""
+        """(true, predicted) numbers of objects, matched by boxes; the last row and column mean "nothing"."""
         classes = len(self.cat_ids)
         counts = np.zeros((classes + 1, classes + 1), np.int64)
         index = {number: i for i, number in enumerate(self.cat_ids)}
@@ -203,11 +203,11 @@ class CocoScenesMetric(CocoMetric):
 
 @MODELS.register_module()
 class ViewsOfObjects(BaseTTAModel):
-    """What a detector finds in several views of an image, as one answer; masks too, which mmdet's own does not merge.
+    """Merges a detector's results in several views of an image, including masks, which mmdet's version does not.
 
     Args:
-        most: objects to keep.
-        **kwargs: mmengine's: the detector as `module`.
+        most: number of objects to keep.
+        **kwargs: mmengine's, with the detector as `module`.
     """
 
     def __init__(self, most: int = 100, **kwargs: Any) -> None:
@@ -215,7 +215,8 @@ class ViewsOfObjects(BaseTTAModel):
         self.most = most
 
     def merge_preds(self, data_samples_list: Sequence[Sequence[Any]]) -> list[Any]:
-        """Of an image's views, which may be mirrored: the objects that no surer one of the class overlaps."""
+        """Merge the views of an image, which may be mirrored: keeps objects that no better one of their class
+        overlaps."""
         return [self._merged(samples) for samples in data_samples_list]
 
     def _merged(self, samples: Sequence[Any]) -> Any:
@@ -245,15 +246,15 @@ def configure(
     """Put the data's place and classes into `config`, in place, after checking the data.
 
     A folder in the layout of the config's own dataset (the one that its `ann_file` names, e.g.
-    `annotations/instances_train2017.json`) keeps the config's classes, if its categories are among them; any other is
-    one of those in `hybridzoo.train.layouts`. All are checked alike, but for datasets that read their
-    files in a way of their own.
+    `annotations/instances_train2017.json`) keeps the config's classes, if its categories are among them; any other
+    folder must have one of the layouts in `hybridzoo.train.layouts`. All are checked in the same way, except datasets
+    that read their files in their own way.
 
     Args:
         config: of a detection run.
         data: the user's folder; default the config's own data.
-        splits: the parts that will be used, which are looked through.
-        classes: names that a trained model knows, in order; default those of the training annotations.
+        splits: the parts that will be used; they are checked.
+        classes: names of a trained model's classes, in order; default those of the training annotations.
 
     Raises:
         UserError: no data, or data that cannot be trained on.
@@ -267,7 +268,7 @@ def configure(
     ):
         layout = _own_layout(config, root, used)
         if layout is None:
-            print(f"data {root}: read by mmdet's {used[0].type}, and not looked through")
+            print(f"data {root}: read by mmdet's {used[0].type}, and not checked")
             for split in SPLITS:
                 for dataset in scenes.datasets(config, split):
                     dataset.data_root = str(root)
@@ -301,11 +302,11 @@ def configure(
 
 
 def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | None:
-    """Where the config's own datasets lie; None where mmdet reads them in a way of their own."""
+    """The places of the config's own datasets; None if mmdet reads them in another way."""
     with DATASETS.switch_scope_and_registry(config.get("default_scope", "mmdet")) as registry:
         kinds = [registry.get(node.type) if isinstance(node.type, str) else node.type for node in used]
     ours = kinds[0] is CocoScenes
-    if any(node.get("source") for node in used):  # not plain COCO: what lies there says it better
+    if any(node.get("source") for node in used):  # not plain COCO: detect the folder's layout instead
         return detection_layout(root)
     for kind, node in zip(kinds, used, strict=True):
         own_names = not ours and (node.get("metainfo") or {}).get("classes") is not None
@@ -321,11 +322,10 @@ def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | Non
 
 
 def _drop_empty_boxes(config: Config) -> None:
-    """Leave out, before they are packed for training, boxes of which a crop has left nothing.
+    """Remove boxes of which a crop has left nothing, before the sample is packed for training.
 
-    `RandomCrop(recompute_bbox=True)` gives [0, 0, 0, 0] for an object whose box reaches into the crop and whose mask
-    does not; the box loss of it is infinite. A sample without any other object is replaced by another one, as by
-    `RandomCrop`.
+    `RandomCrop(recompute_bbox=True)` gives [0, 0, 0, 0] for an object whose box overlaps the crop and whose mask does
+    not; its box loss is infinite. A sample without any other object is replaced by another one, as `RandomCrop` does.
     """
     for loader in scenes.dicts(config.get("train_dataloader")):
         steps = loader.get("pipeline")

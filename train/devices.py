@@ -1,4 +1,4 @@
-"""The device that a person asks for."""
+"""Checks the requested device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hybridzoo.train.errors import UserError
 
 
 def check_device(device: str) -> str:
-    """Raise a UserError unless this machine has the device; make a GPU named by its number the current one."""
+    """Raise a UserError unless this machine has the device; make a numbered GPU the current one."""
     try:
         wanted = torch.device(device)
         if wanted.type == "meta":

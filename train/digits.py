@@ -1,19 +1,19 @@
-"""Embedded data: real pen strokes, nothing to download.
+"""Embedded data: real handwritten digits, without a download.
 
 scikit-learn carries 1,797 handwritten digits (the test part of UCI's "Optical Recognition of Handwritten Digits",
-8x8 values of 0..16).  From them this file writes two folders in the layouts that `hybridzoo.train.layouts` describes,
-the same that a user's own data has:
+8x8 values of 0..16).  This file writes two folders of them, in the layouts of `hybridzoo.train.layouts`, like a user's
+data:
 
-- "classification": every stroke on 32x32 pixels of paper, ``{train,val}/<digit>/<index>-<drawing>.png``, six times
-  for training (other ink, paper, size and place, and as by other hands: slanted, stretched and bent), three times for
-  validation;
+- "classification": every stroke on 32x32 pixels of paper, ``{train,val}/<digit>/<index>-<drawing>.png``, six times for
+  training (with other ink, paper, size and place, and slanted, stretched and bent like other handwriting), three times
+  for validation;
 - "scenes": sheets of about 96x96 pixels with 3 to 5 digits, COCO boxes and masks, and semantic maps.
 
-Both are drawn alike, digits of about 22 to 34 pixels in coloured ink, so that what the classifier learns serves the
-other two.
+Both have digits of about 22 to 34 pixels in coloured ink, so that the classifier's weights are useful for the other two
+tasks.
 
-The strokes come sheet by sheet: every writer copied the same page of about 130 digits, and the sheets follow one
-another.  The last three of the fourteen are held out, so validation shows hands that training never saw.
+The strokes are ordered by sheet: every writer copied the same page of about 130 digits. The last three of the fourteen
+sheets are held out, so that validation has the handwriting of other people.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from hybridzoo.train.errors import UserError
 Kind = Literal["classification", "scenes"]
 Split = Literal["train", "val"]
 
-VERSION = 3  # raise it whenever the same seed would give other bytes: folders are named after it
+VERSION = 3  # increase it if the same seed gives other bytes: it is part of the folders' names
 CLASSES = tuple("0123456789")
 TRAIN_STROKES = 1415  # strokes 0..1414 are the first eleven sheets, 1415..1796 the last three
-SIZES = ((96, 96), (96, 96), (96, 96), (120, 88), (88, 120), (104, 96))  # of scenes, width x height
-MIN_VISIBLE = 0.85  # the least share of a digit's pixels that digits drawn later leave uncovered
-MAX_BOX_IOU = 0.1  # stays well under the usual NMS thresholds, so that overlapping digits can both be found
+SIZES = ((96, 96), (96, 96), (96, 96), (120, 88), (88, 120), (104, 96))  # size of scenes, width x height
+MIN_VISIBLE = 0.85  # the least fraction of a digit's pixels that later digits leave uncovered
+MAX_BOX_IOU = 0.1  # far below the usual NMS thresholds, so that overlapping digits can both be detected
 
 
 def digits_root(kind: Kind, *, root: Path | None = None, seed: int = 0, train: int = 600, val: int = 120) -> Path:
     """Folder of the embedded data, generated on first use (about 12 s for 720 scenes on one core).
 
-    The same arguments give the same bytes in every process.  The folder appears complete or not at all: it is written
-    beside its final place and renamed, so several processes may call this at once.
+    The same arguments give the same bytes in every process.  The folder is complete or absent: it is written under
+    another name and renamed, so that several processes may call this at once.
 
     Args:
         kind: "classification" or "scenes" (detection and segmentation).
-        root: where generated data lives; default ``$HYBRIDZOO_DATA``, or ``./data``.
-        seed: draws the scenes.  Classification has nothing to draw: its strokes are the same for every seed.
+        root: folder of generated data; default ``$HYBRIDZOO_DATA``, or ``./data``.
+        seed: seed of the scenes; no effect on classification.
         train: number of training scenes; no effect on classification.
         val: number of validation scenes; no effect on classification.
 
@@ -76,7 +76,7 @@ def digits_root(kind: Kind, *, root: Path | None = None, seed: int = 0, train: i
     if final.is_dir():
         return final
     partial = parent / f".{final.name}.{uuid.uuid4().hex}"
-    for leftover in parent.glob(f".{final.name}.*"):  # of a process that was killed
+    for leftover in parent.glob(f".{final.name}.*"):  # left by a process that was killed
         if time.time() - leftover.stat().st_mtime > 3600:
             shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -88,7 +88,7 @@ def digits_root(kind: Kind, *, root: Path | None = None, seed: int = 0, train: i
         try:
             partial.rename(final)
         except OSError:
-            if not final.is_dir():  # else another process finished first, with the same bytes
+            if not final.is_dir():  # otherwise another process finished first, with the same bytes
                 raise
     except OSError as error:
         raise UserError(f"digits: cannot write {final}: {error.strerror or error}; set HYBRIDZOO_DATA") from error
@@ -141,7 +141,7 @@ def _draw(
     `size` is the height in pixels of the stroke with a margin of one original pixel; width and angle vary a little.
     `other_hand` varies them more, and slant, thickness and shape as well.
     """
-    # a heavy hand needs a higher threshold to keep the holes of its 8s, a light one a lower to stay in one piece
+    # thick strokes need a higher threshold to keep the holes of an 8, thin ones a lower one to stay connected
     threshold = float(np.clip(0.43 + 2.0 * (stroke.mean() - 0.31), 0.28, 0.62))
     extent = (round(size * rng.uniform(0.85, 1.15)), round(size))
     picture = Image.fromarray(np.pad(stroke, 1)).resize(extent, Image.Resampling.BICUBIC)
@@ -150,7 +150,7 @@ def _draw(
         threshold += rng.uniform(-0.08, 0.08)
     most = 14 if other_hand else 8
     picture = picture.rotate(rng.uniform(-most, most), Image.Resampling.BICUBIC, expand=True)
-    # a smooth step around the threshold turns the grey blur into a stroke with a clean edge
+    # a smooth step at the threshold turns the blurred grey into a stroke with a sharp edge
     step = np.clip((np.asarray(picture) - threshold) / 0.4 + 0.5, 0, 1).astype(np.float32)
     cover = step * step * (3 - 2 * step)
     rows, columns = np.flatnonzero(cover.max(1) > 0.02), np.flatnonzero(cover.max(0) > 0.02)
@@ -161,15 +161,15 @@ def _draw(
 
 
 def _bent(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
-    """Slanted, stretched and bent: a mesh of 4 x 4 cells whose corners move; a tenth of margin on each side.
+    """Slant, stretch and bend: the corners of a mesh of 4 x 4 cells move; a tenth of margin on each side.
 
-    Distorting strokes like this is what most helps networks to read hands they have not seen (Simard, Steinkraus and
-    Platt, "Best Practices for Convolutional Neural Networks Applied to Visual Document Analysis", ICDAR 2003).
+    Such distortions help networks most to read handwriting of other people (Simard, Steinkraus and Platt, "Best
+    Practices for Convolutional Neural Networks Applied to Visual Document Analysis", ICDAR 2003).
     """
     cells, wider = 4, 1.2
     width, height = round(wider * picture.width), round(wider * picture.height)
     x, y = (np.round(np.linspace(0, side, cells + 1)).astype(int) for side in (width, height))
-    # where in the picture each corner is taken from, in its widths and heights around its middle
+    # source position of each corner, in widths and heights around the middle of the picture
     from_y, from_x = np.meshgrid(y / height - 0.5, x / width - 0.5, indexing="ij")
     from_x = wider * (rng.uniform(0.85, 1.15) * from_x + rng.uniform(-0.25, 0.25) * from_y)
     from_y = wider * rng.uniform(0.9, 1.1) * from_y
@@ -197,7 +197,7 @@ def _finish(rng: np.random.Generator, image: NDArray[np.float32]) -> NDArray[np.
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed picture; boxes, masks and the semantic map all derive from `instances`.
+    """A composed picture; boxes, masks and the semantic map are all computed from `instances`.
 
     image: (H, W, 3) uint8.  instances: (H, W) uint8, 0 for background, i + 1 for digits[i].
     """
@@ -210,15 +210,15 @@ class Scene:
 def compose_scene(rng: np.random.Generator, strokes: NDArray[np.float32], labels: NDArray[np.int64]) -> Scene:
     """Draw 3 to 5 digits of different sizes and inks on textured paper.
 
-    A digit drawn later covers earlier ones.  A place where it would hide more than `1 - MIN_VISIBLE` of one of them is
-    drawn again, so that every digit in the picture is annotated and none is annotated that cannot be read.
+    A later digit covers earlier ones. If it would hide more than `1 - MIN_VISIBLE` of one of them, another place is
+    drawn, so that every annotated digit can be read.
     """
     width, height = SIZES[rng.integers(len(SIZES))]
     image = _background(rng, width, height)
     instances = np.zeros((height, width), np.uint8)
     digits: list[int] = []
     full: NDArray[np.int64] = np.zeros(0, np.int64)  # pixels of each digit before anything covered it,
-    visible: NDArray[np.int64] = np.zeros(0, np.int64)  # and those that are left
+    visible: NDArray[np.int64] = np.zeros(0, np.int64)  # and its visible pixels
     boxes: list[tuple[int, int, int, int]] = []
     hue = rng.random()
     wanted = int(rng.integers(3, 6))
@@ -237,7 +237,7 @@ def compose_scene(rng: np.random.Generator, strokes: NDArray[np.float32], labels
         hidden = np.bincount(instances[window][ink], minlength=len(digits) + 1)[1:]
         if (visible - hidden < MIN_VISIBLE * full).any():
             continue
-        hue += rng.uniform(0.13, 0.37)  # neighbours in time differ in colour
+        hue += rng.uniform(0.13, 0.37)  # consecutive digits differ in colour
         _paint(image, cover, x, y, _ink_colour(rng, hue))
         digits.append(int(labels[which]))
         instances[window][ink] = len(digits)
@@ -274,7 +274,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> NDArray[np
 
 
 def _ink_colour(rng: np.random.Generator, hue: float) -> NDArray[np.float32]:
-    """A colour darker than any paper, so that the scenes do not rest on telling hues apart."""
+    """A colour darker than any paper, so that hue is not needed to see the digits."""
     while True:
         value, saturation = rng.uniform(0.2, 0.75), rng.uniform(0.6, 1)
         colour = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255
@@ -283,7 +283,7 @@ def _ink_colour(rng: np.random.Generator, hue: float) -> NDArray[np.float32]:
 
 
 def _paint(image: NDArray[np.float32], cover: NDArray[np.float32], x: int, y: int, colour: NDArray[np.float32]) -> None:
-    """Blend one digit into `image` in place, over a faint shadow that keeps overlapping digits apart."""
+    """Blend one digit into `image` in place, over a faint shadow that separates overlapping digits."""
     h, w = cover.shape
     padded = np.pad(cover, 2)
     shadow = Image.fromarray((np.roll(padded, 1, (0, 1)) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.2))
@@ -316,7 +316,7 @@ def _write_scenes(folder: Path, seed: int, counts: dict[Split, int]) -> None:
             scene = compose_scene(np.random.default_rng([seed, which, index]), strokes, labels)
             name = f"{index:05d}.png"
             Image.fromarray(scene.image).save(folder / "images" / split / name, compress_level=3)
-            # class ids of maps and of COCO categories agree: 0 is background, digit d is d + 1
+            # class ids of maps and COCO categories are the same: 0 is background, digit d is d + 1
             class_of = np.array([0, *(digit + 1 for digit in scene.digits)], np.uint8)
             Image.fromarray(class_of[scene.instances]).save(folder / "masks" / split / name)
             height, width = scene.instances.shape

@@ -1,8 +1,8 @@
-"""Pictures of predictions: boxes and masks, class maps, class probabilities, and grids that set them side by side.
+"""Pictures of predictions: boxes and masks, class maps, class probabilities, and grids of them.
 
-Small images are enlarged first, so that lines and text stay fine on a 32 or 128 px image.  Every picture names its
-classes in text; colours (Paul Tol's "muted" set, told apart with any colour vision; its indigo made lighter
-to show on dark images) only help the eye.
+Small images are enlarged first, so that lines and text are thin compared with a 32 or 128 px image. Every picture has
+its classes as text. The colours are Paul Tol's "muted" set, which suits all types of colour vision; its indigo is
+lighter here, for dark images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PALETTE: tuple[Colour, ...] = (
 )  # fmt: skip
 RIGHT, WRONG, QUIET = (17, 119, 51), (204, 51, 17), (150, 150, 150)
 INK, PAPER = (34, 34, 34), (255, 255, 255)
-WIDEST_NAME = 1200  # px; a longer name is cut
+WIDEST_NAME = 1200  # px; longer names are cut
 SHORT_SIDE = 384  # px that the shorter side of a small image is enlarged to, at least
 
 
@@ -40,7 +40,7 @@ def draw_boxes(
     masks: Any = None,
     class_names: Sequence[str] = (),
 ) -> Image.Image:
-    """Objects with box, name, score and, where given, mask.  Arguments may be tensors, arrays or lists.
+    """Objects with box, name, score and optional mask. Arguments may be tensors, arrays or lists.
 
     Args:
         image: RGB; an array is (H, W, 3) uint8.
@@ -75,7 +75,7 @@ def draw_boxes(
 def draw_segmentation(
     image: Image.Image | NDArray[np.uint8], classes: Any, class_names: Sequence[str] = (), *, ignored: int = 255
 ) -> Image.Image:
-    """The image under its class map: every larger region named in place, and a legend below.
+    """The image with its class map over it: names in the larger regions, and a legend below.
 
     Args:
         image: RGB; an array is (H, W, 3) uint8.
@@ -99,7 +99,9 @@ def draw_segmentation(
             inside = np.pad(regions[window] == region, 1)
             if inside.sum() < max(0.003 * ids.size, 12):
                 continue
-            depth = ndimage.distance_transform_edt(inside)  # a ring's centre is outside it, its deepest pixel is not
+            depth = ndimage.distance_transform_edt(
+                inside
+            )  # a ring's centre is outside it, but its pixel farthest from the edge is inside
             y, x = np.unravel_index(int(depth.argmax()), depth.shape)
             spot = ((window[1].start + x - 0.5) * scale, (window[0].start + y - 0.5) * scale)
             fill, stroke = _text_colours(colour)
@@ -120,7 +122,7 @@ def draw_classification(
     Args:
         image: RGB or grey; an array is (H, W, 3) or (H, W) uint8.
         best: (name, probability in 0..1), likeliest first.
-        truth: the right name: its bar is green, and a wrong first guess is red.
+        truth: the correct name; its bar is green, and a wrong first prediction is red.
     """
     picture, _ = _enlarge(image, SHORT_SIDE * 5 // 8)
     picture.thumbnail((640, 640), Image.Resampling.LANCZOS)
@@ -156,7 +158,7 @@ def draw_classification(
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
-    """A picture, enlarged if it is small, with a line of text below it, in letters small enough to fit."""
+    """A picture, enlarged if it is small, with a line of text below, in a font size that fits."""
     picture, _ = _enlarge(picture, 160)
     sheet = Image.new("RGB", (max(picture.width, 160), picture.height + 24), PAPER)
     sheet.paste(picture, ((sheet.width - picture.width) // 2, 0))
@@ -192,7 +194,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = (), *, g
 
 
 def side_by_side(prediction: Image.Image, truth: Image.Image) -> Image.Image:
-    """A prediction, and beside it what is right."""
+    """A prediction next to the truth."""
     return grid([[prediction, truth]], ("prediction", "ground truth"))
 
 
@@ -200,24 +202,26 @@ def side_by_side(prediction: Image.Image, truth: Image.Image) -> Image.Image:
 
 
 def _array(values: Any) -> NDArray[Any]:
-    """A NumPy array of a tensor (any device), an array or a list."""
+    """A tensor (on any device), array or list as a NumPy array."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def _enlarge(image: Image.Image | NDArray[np.uint8], short_side: int = SHORT_SIDE) -> tuple[Image.Image, int]:
-    """RGB copy whose shorter side is at least `short_side`, and the whole number it was enlarged by."""
+    """RGB copy whose shorter side is at least `short_side`, and the integer factor."""
     picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
     scale = max(1, math.ceil(short_side / min(picture.size)))
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC), scale
 
 
 def _tint(picture: Image.Image, mask: NDArray[np.bool_], colour: Colour, strength: float) -> Image.Image:
-    """Colour the inside of a mask of the unscaled image, with a clear edge."""
+    """Colour the inside of a mask of the unscaled image, with a visible edge."""
     large = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
     scale = picture.width / mask.shape[1]
     inside = np.asarray(large.filter(ImageFilter.GaussianBlur(0.6 * scale)) if scale > 1 else large) > 127
     core = inside.copy()
-    for _ in range(max(1, round(min(picture.size) / 250))):  # erode by a pixel a time; outside counts as inside
+    for _ in range(
+        max(1, round(min(picture.size) / 250))
+    ):  # erode by one pixel at a time; outside the image counts as inside
         padded = np.pad(core, 1, constant_values=True)
         core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     alpha = np.where(core, strength, np.where(inside, 1.0, 0.0)) * 255
@@ -233,7 +237,7 @@ def _tag(
     size: tuple[int, int],
     taken: list[Box],
 ) -> None:
-    """Write `text` at a corner of `box` where it covers the least of the tags in `taken`, and add it to them."""
+    """Write `text` at the corner of `box` where it covers least of the tags in `taken`, and add it to `taken`."""
     font = _fitting(text, font, size[0] - 8)
     text = _shorten(text, font, size[0] - 8)
     width, height = math.ceil(font.getlength(text)) + 8, round(font.size * 1.3)
@@ -256,7 +260,7 @@ def _shared(a: Box, b: Box) -> float:
 
 
 def _legend(picture: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Image.Image:
-    """The picture with a line, or more, of coloured squares and names below."""
+    """The picture with lines of coloured squares and names below."""
     if not entries:
         return picture
     font, line, pad = _font(16), 26, 8
@@ -302,7 +306,7 @@ def _name(index: int, class_names: Sequence[str]) -> str:
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> ImageFont.FreeTypeFont:
-    """The font, or a smaller one, down to 9 px, in which a text is no wider."""
+    """The font, or a smaller one down to 9 px, with which a text is not wider than allowed."""
     size = round(font.size)
     while size > 9 and _font(size).getlength(text) > width:
         size -= 1
@@ -323,7 +327,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 @functools.cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and knows Latin, Greek and Cyrillic."""
+    """DejaVu Sans, which comes with matplotlib and has Latin, Greek and Cyrillic letters."""
     import matplotlib
 
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf"

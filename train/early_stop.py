@@ -1,4 +1,4 @@
-"""An early end of training, where validation has not become better for some epochs."""
+"""Early stopping: ends training if validation has not improved for some epochs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NAME = "validations.json"
 class EarlyStopHook(Hook):
     """End training when the score that chooses the best checkpoint has not improved for some epochs.
 
-    The scores lie in the run's folder beside its checkpoints, which are written before an epoch is validated: so a
-    killed run that goes on counts as it would have counted.  A validation that it had not finished is made up for.
+    The scores are stored in the run's folder next to the checkpoints, which are written before an epoch is validated.
+    So a resumed run counts as an uninterrupted one. An unfinished validation is repeated.
 
     Args:
-        patience: epochs without a better score, or validations in runs that are counted in iterations.
+        patience: epochs without a better score, or validations in runs that count iterations.
     """
 
     priority = "LOWEST"
@@ -79,18 +79,18 @@ class EarlyStopHook(Hook):
             )
 
     def _read(self, runner: Any) -> dict[int, float]:
-        """The scores that this run has left in its folder."""
+        """The scores that this run has stored in its folder."""
         try:
             content = json.loads(Path(runner.work_dir, NAME).read_text())
             if content["run"] == runner.run:
                 return {int(step): float(score) for step, score in content["scores"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # none, or not ours: count anew
+            pass  # no file, or another run's: start counting again
         return {}
 
     @staticmethod
     def _chooser(runner: Any) -> Any:
-        """The hook that keeps the best checkpoint; None where nothing says what is best."""
+        """The hook that keeps the best checkpoint; None if no score decides what is best."""
         found = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
         return next((hook for hook in found if hook.save_best and hook.save_best != "auto"), None)
 

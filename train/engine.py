@@ -1,4 +1,4 @@
-"""One engine for the three tasks: mmengine's runner, started, resumed, tested and stopped the same way for all."""
+"""One engine for the three tasks: starts, resumes, tests and stops mmengine's runner in the same way for all."""
 
 from __future__ import annotations
 
@@ -65,40 +65,41 @@ def train(
     device: str | None = None,
     pictures: bool = False,
 ) -> dict[str, float]:
-    """Train, validate and save as ``config`` says.
+    """Train, validate and save with the settings in ``config``.
 
     Args:
-        config: from :func:`hybridzoo.train.config.load_config`; it is not changed.
-        work_dir: where checkpoints, logs, the resolved config and at the end ``final.pth`` (weights and meta only) go.
-            Default ``work_dirs/<config name>``.
-        resume: go on from the checkpoint in ``work_dir`` that has come furthest; from the start where there is none.
-            Without it, ``work_dir`` must not hold a run's checkpoints.
-        amp: mixed precision in the config's ``amp_dtype``. Default: in everyday recipes where a GPU has bfloat16, in
-            others not.
+        config: from :func:`hybridzoo.train.config.load_config`; not changed.
+        work_dir: folder for checkpoints, logs, the resolved config and at the end ``final.pth`` (weights and meta
+            only). Default ``work_dirs/<config name>``.
+        resume: continue from the checkpoint in ``work_dir`` with the most progress, or start if there is none. Without
+            it, ``work_dir`` must not contain a run's checkpoints.
+        amp: mixed precision in the config's ``amp_dtype``. Default: on in everyday recipes if the GPU has bfloat16,
+            otherwise off.
         launcher: ``"pytorch"`` under torchrun, ``"slurm"`` under srun, else ``"none"``.
-        weights: file to start from, or the name of a published one (``dinat_mini.in1k``), which is downloaded: of a
-            whole model, or of the backbone alone.  The class heads may differ.  A detector or segmentor of another
-            kind, ours or published, gives its backbone.
+        weights: file to start from, or the name of a published one (``dinat_mini.in1k``), which is downloaded. It may
+            hold a whole model or a backbone. The class heads may differ. From another type of detector or segmentor,
+            ours or published, the backbone is used.
         data: the user's own data instead of the config's, in the task's layout.
-        wandb: log to Weights & Biases, offline where it cannot be reached.
-        tensorboard: write TensorBoard's files too.
+        wandb: log to Weights & Biases, offline if it cannot be reached.
+        tensorboard: also write TensorBoard's files.
         fsdp: divide parameters, gradients and optimizer state among the processes, see `hybridzoo.train.sharding`.
         seed: default the config's, or with ``resume`` the interrupted run's.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; default a GPU where there is one.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; default a GPU if there is one.
         pictures: also draw the curves of the training and the results, see `hybridzoo.train.results.draw`.
 
     Returns:
-        The metrics of the last validation; `results.json` in the work folder has them class by class.
+        The metrics of the last validation; `results.json` in the work folder has the values of each class.
 
     Raises:
-        UserError: bad input, a loss that is not finite, a full disk, or a ``work_dir`` that another run is in.
+        UserError: bad input, a loss that is not finite, a full disk, or a ``work_dir`` in which another run is
+            training.
         Terminated: the process got SIGTERM.
     """
     config = copy.deepcopy(config)
     chosen = overrides.values(config)
     if data is not None and "data_root" in chosen:
         raise UserError(
-            f"option 'data_root={config.data_root}': would change nothing beside --data {data}; leave one out"
+            f"option 'data_root={config.data_root}': would change nothing with --data {data}; leave one out"
         )
     if seed is not None:
         config.randomness = {**config.get("randomness", {}), "seed": int(seed)}
@@ -127,7 +128,7 @@ def train(
         else:
             weights = None
         if weights is not None:
-            whole = is_whole_model(weights)  # read before a folder is made, which a bad file would leave behind
+            whole = is_whole_model(weights)  # read before the folder is made, so that a bad file leaves no folder
         hold_out(config, state, seed)
         task.configure(config, Path(data) if data is not None else None)
         if state is not None:
@@ -149,12 +150,12 @@ def train(
         if is_main_process():
             hooks.remove_leftovers(folder)
             if resume:
-                print(f"resuming from {state.path}" if state else f"nothing to resume in {folder}: starting anew")
+                print(f"resuming from {state.path}" if state else f"nothing to resume in {folder}: starting a new run")
         run = (state.run if state else "") or run_folder.new_run()
         place.begin(run)
         if state is not None:
             config.resume = True  # hooks ask for it
-            if seed is None:  # loaders are built before mmengine looks at the checkpoint's seed
+            if seed is None:  # loaders are built before mmengine reads the checkpoint's seed
                 config.randomness = {**config.get("randomness", {}), "seed": state.seed}
         origin = f"resumed from {state.path}" if state is not None else str(weights or "")
         lineage = state.lineage if state is not None else tuple(provenance.start_of(weights, config))
@@ -182,7 +183,7 @@ def train(
             if runner.iter:
                 place.keep()
             else:
-                runner.visualizer.close()  # whose files go
+                runner.visualizer.close()  # the files of which are removed
             close_progress(runner)
     return metrics
 
@@ -200,23 +201,23 @@ def test(
     pictures: bool = False,  # noqa: PT028
     split: str = "val",  # noqa: PT028
 ) -> dict[str, float]:
-    """Measure a checkpoint on the test set, or on the validation set where the config has no test set.
+    """Measure a checkpoint on the test set, or on the validation set if the config has no test set.
 
-    Class by class, with what was taken for what, the results are in `results.json` (see `hybridzoo.train.results`) in
-    the work folder.
+    The scores of each class and the confusion matrix are in `results.json` (see `hybridzoo.train.results`) in the work
+    folder.
 
     Args:
-        config: as it was trained; None takes what the checkpoint holds.
-        checkpoint: its weights, which have to fit completely, or the folder of the run that left them.
-        work_dir: for the results and the log. Default: the run's folder that the checkpoint lies in, where no config is
-            given, else ``work_dirs/<config name>``.
+        config: the config of the training; None uses the checkpoint's.
+        checkpoint: its weights, which must fit completely, or the folder of the run that wrote them.
+        work_dir: folder for the results and the log. Default: without a config, the run's folder with the checkpoint;
+            otherwise ``work_dirs/<config name>``.
         launcher: as in :func:`train`.
-        data: as in :func:`train`. Classes are matched by name, whatever their order.
+        data: as in :func:`train`. Classes are matched by name, in any order.
         device: as in :func:`train`.
         tta: average over flipped and, for detection and segmentation, resized images.
         slide: segmentation: predict windows of this size and step, and merge them.
         pictures: also draw the results, see `hybridzoo.train.results.draw`.
-        split: "val", or "test" of data that have one; a config's own test set counts as "val" where it has one.
+        split: "val", or "test" for data that has one; a config's own test set counts as "val".
 
     Returns:
         Metric -> value.
@@ -238,7 +239,7 @@ def test(
         folder = set_up(config, work_dir or own_folder, launcher)
         if device is not None:
             config.device = check_device(device)
-        add_wandb(config, folder, on=False)  # a run's config still has its training's
+        add_wandb(config, folder, on=False)  # a run's config still contains that of the training
         testing.arrange(config)
         drop_missing_hooks(config)
         resuming.compare_classes(path, names, resuming.class_names(config))
@@ -267,18 +268,18 @@ def test(
 def build_for_inference(
     config: Config | None, checkpoint: str | Path, device: str | torch.device | None = None
 ) -> nn.Module:
-    """The trained model in evaluation mode, without any data.
+    """The trained model in evaluation mode, without data.
 
     Args:
-        config: as it was trained; None takes what the checkpoint holds.
-        checkpoint: its weights, which have to fit completely, or the folder of the run that left them.
-        device: default a GPU where there is one.
+        config: the config of the training; None uses the checkpoint's.
+        checkpoint: its weights, which must fit completely, or the folder of the run that wrote them.
+        device: default a GPU if there is one.
 
     Returns:
-        The model; ``model.dataset_meta["classes"]`` has the class names in the checkpoint, else the classes' numbers.
+        The model; ``model.dataset_meta["classes"]`` has the class names in the checkpoint, or the class indices.
 
     Raises:
-        UserError: unreadable checkpoint, one of another model, or a config that contradicts it.
+        UserError: an unreadable checkpoint, another model's checkpoint, or a config that contradicts it.
     """
     path = trained.find(checkpoint)
     if config is None:
@@ -290,7 +291,7 @@ def build_for_inference(
     names = class_names(path)
     if names:
         set_num_classes(config.model, len(names))
-    else:  # weights that somebody else trained
+    else:  # weights that were not trained here
         names = tuple(str(index) for index in range(count_classes(config.model)))
     config.model.pop("pretrained", None)
     scope = config.get("default_scope", "mmengine")
@@ -302,21 +303,21 @@ def build_for_inference(
 
 
 def class_names(checkpoint: str | Path) -> tuple[str, ...]:
-    """The classes that a checkpoint of ours was trained on; empty for weights that somebody else trained."""
+    """The classes that our checkpoint was trained on; empty for other weights."""
     return resuming.names_in(checkpoint, trained.meta_of(Path(checkpoint)))
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that ``--resume`` goes on from: of the folder's own run the one with most progress.
+    """The checkpoint from which ``--resume`` continues: the one of the folder's run with the most progress.
 
     Raises:
-        UserError: there are checkpoints, but none can be read, or they are of several runs.
+        UserError: there are checkpoints, but none can be read, or they belong to several runs.
     """
     return next(run_folder.newest_first(Path(folder)), None)
 
 
 def _beginning(place: run_folder.RunFolder, resume: bool) -> resuming.State | None:
-    """What the run goes on from, if anything; a fresh run wants a folder without another run's files."""
+    """The state from which the run continues, if any; a new run needs a folder without another run's files."""
     state: resuming.State | None = None
 
     def decide() -> Path | None:

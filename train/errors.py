@@ -1,4 +1,4 @@
-"""Errors a person can act on, and what the libraries' errors mean to a person."""
+"""Errors that the user can correct, and explanations of libraries' errors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from hybridzoo.train.plain import printable
 class UserError(Exception):
     """Bad input: the message is one line that names the argument, the value and what to do instead.
 
-    The command line prints it and exits with code 2; everything else is a defect of ours and keeps its traceback. Names
-    of files may contain anything: what is no visible sign is escaped, wherever the message is shown.
+    The command line prints it and exits with code 2. All other errors are our bugs and keep their traceback. File names
+    may contain anything: characters that are not visible are escaped.
     """
 
     def __init__(self, message: str = "") -> None:
         name = type(self).__name__
-        if message.startswith(f"Caught {name} in "):  # a worker of PyTorch's loader: its traceback ends in the line
+        if message.startswith(
+            f"Caught {name} in "
+        ):  # from a worker of PyTorch's loader: the message is the last line of its traceback
             message = message.strip().rpartition(f"{name}: ")[2]
         super().__init__(printable(message))
 
@@ -28,7 +30,7 @@ class Terminated(SystemExit):
     """The process was asked to end (SIGTERM); its exit status is 143, as a shell has it.
 
     Args:
-        message: one line for the person, which the command line prints.
+        message: one line, which the command line prints.
     """
 
     def __init__(self, message: str) -> None:
@@ -44,9 +46,9 @@ _NO_GPU = ("No CUDA GPUs are", "Torch not compiled with CUDA", "Found no NVIDIA 
 
 
 def explain(error: BaseException) -> str | None:
-    """One line that tells a person what an error means and what to do, or None for a defect of ours.
+    """One line that explains an error and says what to do, or None for a bug of ours.
 
-    Errors of torch and of the operating system are known by their names and texts: this module imports nothing.
+    Errors of torch and of the operating system are recognised by name and text, so that nothing is imported.
     """
     text = str(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -61,11 +63,11 @@ def explain(error: BaseException) -> str | None:
         return f"out of memory: {LESS_MEMORY}, or fewer loader workers"
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         return (
-            "a process that loads images died, mostly for want of memory (in a container: of shared memory): use fewer "
-            "workers, or none (train_dataloader.num_workers=0)"
+            "a process that loads images died, probably because memory (in a container: shared memory) ran out: use "
+            "fewer workers, or none (train_dataloader.num_workers=0)"
         )
     if "Expected more than 1 value per channel" in text:
-        return "a BatchNorm met a single value per channel: use a batch of at least two images, or larger images"
+        return "BatchNorm needs more than one value per channel: use a batch of at least two images, or larger images"
     outside = re.search(r"Target (-?\d+) is out of bounds", text)
     if outside is not None or "device-side assert" in text:
         label = f"the label {outside[1]}" if outside else "a label, most likely,"
@@ -81,7 +83,7 @@ LESS_MEMORY = "use a smaller batch (train_dataloader.batch_size), smaller images
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a library's error, or where it has no words the line of code that raised it."""
+    """The first line of a library's error; without a text, the line of code that raised it."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if text.strip():
         return text.strip().splitlines()[0]
@@ -91,7 +93,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def building(place: str) -> Iterator[None]:
-    """What goes wrong while something is made as a config says is the config's mistake.
+    """Turn errors while something is built from a config into errors of the config.
 
     Raises:
         UserError: names the place in the config and gives the library's reason.

@@ -1,6 +1,6 @@
-"""What ends the help text of every verb."""
+"""Examples at the end of every verb's help."""
 
 
 def examples(*commands: str) -> str:
-    """The end of a verb's help; the tests run each line that starts with a dollar sign."""
+    """Example lines for a verb's help; the tests run each line that starts with a dollar sign."""
     return "\n\n".join(["[bold]Example[/bold]", *(f"$ hybridzoo {command}" for command in commands)])

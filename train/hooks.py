@@ -1,6 +1,6 @@
-"""What every run does beside training: seeds, safe checkpoints, a stop on NaN, a moving average of the weights.
+"""Hooks of every run: seeds, safe checkpoints, a stop on NaN, a moving average of the weights.
 
-All of it is the same for the three tasks and is switched on in ``configs/_base_/runtime.py``.
+They are the same for the three tasks and are enabled in ``configs/_base_/runtime.py``.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from hybridzoo.train.sharding import local
 
 
 def by_epoch(runner: Any) -> bool:
-    """Whether the run is counted in epochs (else in iterations)."""
+    """Whether the run counts epochs (or iterations)."""
     return isinstance(runner.train_loop, EpochBasedTrainLoop)
 
 
 @register_backend("atomic")
 class AtomicBackend(LocalBackend):
-    """Local files that appear complete or not at all, whatever kills the process or fills the disk."""
+    """Local files that are complete or absent, even if the process is killed or the disk is full."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj`` beside ``filepath``, flush it to the disk, then take the name.
+        """Write ``obj`` to a temporary file, flush it to the disk, then rename it to ``filepath``.
 
         Raises:
-            UserError: the file cannot be written; what stood under the name before is untouched.
+            UserError: the file cannot be written; an older file with this name is unchanged.
         """
         target = Path(filepath)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -53,11 +53,11 @@ class AtomicBackend(LocalBackend):
             os.replace(temporary, target)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            if not isinstance(error, OSError):  # somebody stops the run
+            if not isinstance(error, OSError):  # the run is being stopped
                 raise
             raise UserError(
                 f"cannot save checkpoint {target}: {error.strerror}; earlier checkpoints are intact: "
-                "make room and continue with --resume"
+                "free disk space and continue with --resume"
             ) from error
 
 
@@ -69,12 +69,12 @@ def remove_leftovers(folder: Path) -> None:
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's checkpoints, written atomically; an old one goes only after the new one is on the disk.
+    """mmengine's checkpoints, written atomically; an old one is deleted only after the new one is on the disk.
 
-    A checkpoint holds plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it, and carries in
-    ``meta`` what inference needs: ``task``, ``class_names``, ``setup`` (see :mod:`hybridzoo.train.trained`),
-    ``hybridzoo_version``; for a person ``cfg``, the resolved config, which nobody evaluates; and what going on needs:
-    ``run``, the name of the run, and ``started``, whether it began from weights; for a model card ``training``, see
+    A checkpoint holds plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it, and its
+    ``meta`` has what inference needs: ``task``, ``class_names``, ``setup`` (see :mod:`hybridzoo.train.trained`),
+    ``hybridzoo_version``; for readers ``cfg``, the resolved config, which is never evaluated; for resuming ``run``, the
+    name of the run, and ``started``, whether it started from weights; for the model card ``training``, see
     :mod:`hybridzoo.train.provenance`.  mmengine's ``last_checkpoint`` file
     is not written: see ``run_folder.newest_first``.
     """
@@ -85,7 +85,7 @@ class AtomicCheckpointHook(CheckpointHook):
         super().__init__(backend_args={"backend": "atomic"}, **kwargs)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
-        # In distributed runs another process may have met the NaN: this one sees it in the weights.
+        # In distributed runs another process may have got the NaN; this one finds it in the weights.
         for key, value in runner.model.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(local(value)).all():
                 raise UserError(f"{key} is not finite at {position(runner)}: training stopped{last_good(runner)}")
@@ -117,7 +117,7 @@ class AtomicCheckpointHook(CheckpointHook):
             raise UserError(f"default_hooks.checkpoint.save_best={lacking[0]!r}: validation gives {given}; choose one")
         if len(wanted) != 1:
             return super()._save_best_checkpoint(runner, metrics)
-        # mmengine deletes the old best before it writes the new one: hide it until then.
+        # mmengine deletes the old best before it writes the new one: hide the old one until then.
         old, self.best_ckpt_path = self.best_ckpt_path, None
         super()._save_best_checkpoint(runner, metrics)
         if self.best_ckpt_path is None:
@@ -139,14 +139,14 @@ class AtomicCheckpointHook(CheckpointHook):
         meta[trained.KEY] = trained.describe(runner.cfg)
         meta[provenance.KEY] = provenance.describe(runner)
         hub = checkpoint["message_hub"]
-        # The smoothed curves start anew after a resume: their buffers are objects, and scalars.json has the values.
+        # The smoothed curves start again after a resume: their buffers are objects, and scalars.json has the values.
         hub["log_scalars"] = {}
         hub["resumed_keys"] = {key: value for key, value in hub["resumed_keys"].items() if key in hub["runtime_info"]}
         checkpoint["meta"], checkpoint["message_hub"] = _plain(meta), _plain(hub)
 
 
 def _plain(value: Any) -> Any:
-    """Nested data without NumPy's and mmengine's own types."""
+    """Nested data without NumPy's and mmengine's types."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -159,12 +159,12 @@ def _plain(value: Any) -> Any:
 
 
 def number(value: Tensor | float) -> float:
-    """A scalar, also one that autograd still follows."""
+    """A scalar, also from a tensor that requires gradients."""
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def position(runner: Any) -> str:
-    """Where the run is, in words: ``iteration 123 (epoch 4)``, counted from 1."""
+    """The position in the run, in words: ``iteration 123 (epoch 4)``, counted from 1."""
     epoch = f" (epoch {runner.epoch + 1})" if by_epoch(runner) else ""
     return f"iteration {runner.iter + 1}{epoch}"
 
@@ -192,13 +192,13 @@ class StopOnNaNHook(Hook):
                 fault = bad_batch.describe(data_batch, files, bad_batch.number_of_classes(model))
                 raise UserError(
                     f"{name} is {number(value)} at {position(runner)}: training stopped{last_good(runner)}; "
-                    + (fault or "the batch is sound: try a lower learning rate, clip_grad or no --amp")
+                    + (fault or "the batch is correct: try a lower learning rate, clip_grad or --no-amp")
                 )
 
 
 @HOOKS.register_module()
 class SeedHook(Hook):
-    """Make what happens in an iteration a function of (seed, rank, iteration), and an epoch one of gradients too.
+    """Make each iteration a function of (seed, rank, iteration), and let no gradients pass the end of an epoch.
 
     See :mod:`hybridzoo.train.seeding`.  Gradients accumulated at the end of an epoch are applied there, scaled by their
     number: a checkpoint does not hold gradients.
@@ -214,18 +214,18 @@ class SeedHook(Hook):
             getattr(loader.dataset, "set_epoch", lambda epoch: None)(runner.epoch)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        # After the batch was loaded: loading in this process leaves the generators anywhere.
+        # After the batch is loaded: loading in this process changes the generators.
         seed_all(runner.seed, runner.rank, runner.iter)
 
 
 @MODELS.register_module()
 class TimmEMA(ExponentialMovingAverage):
-    """Moving average as timm keeps it: of parameters and of floating-point buffers.
+    """Moving average as in timm: of parameters and of floating-point buffers.
 
     Args:
-        model: to average.
-        decay: per update of the weights.
-        use_warmup: let the decay grow as ``1 - (1 + step) ** -(2 / 3)`` up to ``decay``: for short runs.
+        model: the model to average.
+        decay: decay per update of the weights.
+        use_warmup: let the decay grow as ``1 - (1 + step) ** -(2 / 3)`` up to ``decay``, for short runs.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_warmup: bool = False) -> None:
@@ -244,11 +244,11 @@ class TimmEMAHook(EMAHook):
     Args:
         decay: see :class:`TimmEMA`.
         use_warmup: see :class:`TimmEMA`.
-        evaluate: the weights that validation measures and that a checkpoint's ``state_dict`` holds, ``"ema"`` or
-            ``"raw"``.  The other ones are in ``ema_state_dict``.
+        evaluate: the weights for validation and for a checkpoint's ``state_dict``: ``"ema"`` or ``"raw"``. The others
+            are in ``ema_state_dict``.
     """
 
-    priority = "ABOVE_NORMAL"  # swaps before mmengine's hook averages the buffers over processes
+    priority = "ABOVE_NORMAL"  # swap before mmengine's hook averages the buffers over processes
 
     def __init__(self, decay: float = 0.9999, use_warmup: bool = False, evaluate: str = "ema") -> None:
         if evaluate not in ("ema", "raw"):
@@ -259,7 +259,7 @@ class TimmEMAHook(EMAHook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        if runner.optim_wrapper.should_update():  # else gradients are still being accumulated
+        if runner.optim_wrapper.should_update():  # otherwise gradients are still being accumulated
             self.ema_model.update_parameters(self.src_model)
 
     def _swap_ema_parameters(self) -> None:

@@ -1,17 +1,18 @@
-"""Finding and reading pictures: the one way for training, testing, predicting and checking, in all three tasks.
+"""Finding and reading pictures, for training, testing, predicting and checking in all three tasks.
 
-What is read: the formats in `FORMATS`, by content, whatever the suffix says; of several frames or pages the first.
-What comes out is RGB with 8 bits a channel, turned upright as the EXIF orientation says:
+The formats in `FORMATS` are read, recognised by content, not by suffix; of several frames or pages, the first one. The
+result is RGB with 8 bits per channel, turned upright by its EXIF orientation:
 
 - grey is repeated in the three channels; 1-bit pictures are black and white; palettes, CMYK and YCbCr are converted;
 - transparent pixels are laid over white; colour profiles are not applied;
 - 16-bit colour keeps the upper 8 bits;
 - grey with more than 8 bits is scaled so that `white_value` becomes 255.  The default is the largest value of the
-  file's bit depth (65535 for 16 bits, 4095 for a TIFF that says 12), 1.0 for floating point, which may not go beyond.
+  file's bit depth (65535 for 16 bits, 4095 for a TIFF that says 12), 1.0 for floating point; larger values are an
+  error.
 
-Refused, with a line that names the file: other formats, damaged files, more than `MAX_PIXELS`, a side more than
-`MAX_RATIO` times the other.  Reading takes at most some 16 bytes a pixel, 1.6 GB; a classifier's resize of the shorter
-side to S pixels gives at most `MAX_RATIO` S x S.
+Refused, with an error that names the file: other formats, damaged files, more than `MAX_PIXELS`, a side more than
+`MAX_RATIO` times the other. Reading takes about 16 bytes per pixel at most, 1.6 GB; a classifier's resize of the
+shorter side to S pixels gives at most `MAX_RATIO` S x S.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from PIL import Image, UnidentifiedImageError
 from hybridzoo.train.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
-# In any case of letters; what else lies in a folder is left out, counted and named.
+# In upper or lower case; other files are left out, counted and named.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".pbm", ".pgm", ".ppm", ".pnm",
             ".jp2", ".avif"}  # fmt: skip
 MAX_PIXELS = 100_000_000
 MAX_RATIO = 100
-MANY, SAMPLE = 10_000, 2_000  # of more images in a split than MANY, about SAMPLE are opened before training
-DARK = 4096  # a 16-bit picture none of whose values reaches this is read as nearly black: it looks like 12-bit data
+MANY, SAMPLE = 10_000, 2_000  # if a split has more images than MANY, about SAMPLE are opened before training
+DARK = 4096  # a 16-bit picture with only smaller values would be nearly black: it is probably 12-bit data
 
-# What Pillow raises for damaged files, and for absurd sizes inside them.
+# Pillow's exceptions for damaged files, and for impossible sizes in them.
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
               NotImplementedError, RuntimeError, struct.error, Image.DecompressionBombError)  # fmt: skip
 
@@ -65,7 +66,7 @@ _END_MARKS = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}
 _OTHER_FORMATS = {b"GIF8": "GIF", b"%!PS": "PostScript", b"%PDF": "PDF", b"8BPS": "Photoshop", b"<svg": "SVG",
                   b"<?xm": "XML", b"<htm": "HTML", b"<!DO": "HTML", b"\0\0\1\0": "ICO"}  # fmt: skip
 
-# Pillow warns at 89 million pixels; our own limit, which is close, refuses.
+# Pillow warns at 89 million pixels; our limit is close and raises an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -74,12 +75,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 @dataclass
 class Found:
-    """What lies below a folder.
+    """The files below a folder.
 
     Attributes:
         images: files with a picture's suffix, in natural order ("2" before "10").
-        hidden: names beginning with a dot, and what systems leave (Thumbs.db, @eaDir, ...); not looked into.
-        others: the other files, links in a circle included.
+        hidden: names that begin with a dot, and system files (Thumbs.db, @eaDir, ...); such folders are not searched.
+        others: the other files, and circular links.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -88,9 +89,9 @@ class Found:
 
 
 def find_images(folder: Path) -> Found:
-    """Look through a folder and all folders below it, through links too.
+    """Search a folder and all subfolders, also through links.
 
-    A link that leads nowhere counts as an image if its name does, so that reading it says what is missing.
+    A broken link counts as an image if its name does, so that reading it names the missing file.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -124,7 +125,8 @@ def _look(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Non
 
 
 def looked_at(images: Sequence[Path]) -> Sequence[Path]:
-    """All of them, or of more than `MANY` some `SAMPLE` at even distances: what is opened before training starts."""
+    """The images that are opened before training: all, or about `SAMPLE` evenly spaced ones if there are more than
+    `MANY`."""
     return images if len(images) <= MANY else images[:: math.ceil(len(images) / SAMPLE)]
 
 
@@ -146,11 +148,11 @@ def natural_key(name: str | Path) -> tuple[list[Any], str]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as it was read.
+    """A picture that was read.
 
     Attributes:
         image: RGB, upright.
-        highest: of pictures stored with more than 8 bits in whole numbers, the largest value in 0..65535; else None.
+        highest: the largest value, in 0..65535, of pictures stored as integers with more than 8 bits; otherwise None.
     """
 
     image: Image.Image
@@ -158,7 +160,7 @@ class Picture:
 
 
 def read_image(source: Path | BinaryIO, *, name: str = "", white_value: float | None = None) -> Image.Image:
-    """See `read_picture`; the image alone."""
+    """See `read_picture`; returns only the image."""
     return read_picture(source, name=name, white_value=white_value).image
 
 
@@ -167,11 +169,11 @@ def read_picture(source: Path | BinaryIO, *, name: str = "", white_value: float 
 
     Args:
         source: a path, or an open file.
-        name: what an error calls it; default the path.
-        white_value: what becomes 255 in grey pictures of more than 8 bits; larger values become 255, too.
+        name: name for errors; default the path.
+        white_value: the value that becomes 255 in grey pictures with more than 8 bits; larger values become 255 too.
 
     Raises:
-        UserError: a picture that cannot be read, or is refused, see above.
+        UserError: the picture cannot be read, or is refused, see above.
     """
     name = name or str(source)
     try:
@@ -193,10 +195,10 @@ def read_picture(source: Path | BinaryIO, *, name: str = "", white_value: float 
 def read_mask(path: Path) -> NDArray[Any]:
     """Decode a mask: (H, W) class ids, upright.
 
-    The ids are the stored values: of a palette the indices, of 1 bit 0 and 1.
+    The ids are the stored values: the indices of a palette, 0 and 1 for 1 bit.
 
     Raises:
-        UserError: the file cannot be read, or does not have one channel of whole numbers.
+        UserError: the file cannot be read, or does not have one channel of integers.
     """
     try:
         with _open(path, f"mask {path}") as image:
@@ -217,18 +219,18 @@ def without_zero(ids: NDArray[Any]) -> NDArray[Any]:
 
 
 class ImageError(UserError):
-    """A picture or mask that cannot be read, or is refused."""
+    """A picture or mask cannot be read, or is refused."""
 
 
 class MaskError(UserError):
-    """A mask that can be decoded and holds no class ids."""
+    """A mask can be decoded, but does not hold class ids."""
 
 
 def shown_size(path: Path) -> tuple[tuple[int, int], bool]:
-    """(width, height) that `read_image` gives, from the header alone, and whether EXIF exchanges the stored two.
+    """(width, height) of `read_image`'s result, from the header only, and whether EXIF exchanges the two.
 
     Raises:
-        UserError: as `read_image`, of what a header shows.
+        UserError: errors of `read_image` that the header shows.
     """
     try:
         status = path.stat()
@@ -243,9 +245,9 @@ def _shown_size(path: Path, changed: int, size: int) -> tuple[tuple[int, int], b
         with _open(path, str(path)) as image:
             width, height = image.size
             if image.format == "PNG" and "exif" not in image.info and not _late_exif(path):
-                return (width, height), False  # Pillow would decode all pixels to look behind them
+                return (width, height), False  # Pillow would decode all pixels to find data after them
             turned = _orientation(image) >= 5
-            if turned and image.format != "TIFF":  # of which Pillow gives the turned size
+            if turned and image.format != "TIFF":  # formats for which Pillow gives the turned size
                 width, height = height, width
             return (width, height), turned
     except UNREADABLE as error:
@@ -253,16 +255,16 @@ def _shown_size(path: Path, changed: int, size: int) -> tuple[tuple[int, int], b
 
 
 def check_image(path: Path, *, full: bool, white_value: float | None = None) -> int | None:
-    """Look whether `read_image` can read a picture, without making it.
+    """Check whether `read_image` can read a picture.
 
     Args:
-        full: decode it; else look at the header and, of PNG and JPEG, at the end mark, and decode the others.
+        full: decode it. Otherwise only check the header and the end of PNG and JPEG files, and decode other formats.
 
     Returns:
-        `Picture.highest`, where the picture was decoded.
+        `Picture.highest`, if the picture was decoded.
 
     Raises:
-        UserError: as `read_image`.
+        UserError: see `read_image`.
     """
     if not full and _ends_well(path):
         shown_size(path)
@@ -278,8 +280,8 @@ def check_image(path: Path, *, full: bool, white_value: float | None = None) -> 
 
 
 def _open(source: Path | BinaryIO, name: str) -> Image.Image:
-    """An image whose header is read and whose size is in bounds."""
-    if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would wait for ever
+    """Open an image: read its header and check its size."""
+    if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # reading from a pipe would never end
         raise ImageError(f"{name}: not a file")
     image = Image.open(source, formats=FORMATS)
     width, height = image.size
@@ -294,7 +296,7 @@ def _open(source: Path | BinaryIO, name: str) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits a channel as stored, as far as the header tells."""
+    """Stored bits per channel, according to the header."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
     if image.mode.startswith(("I", "F")):
@@ -305,7 +307,7 @@ def _bits(image: Image.Image) -> int:
 
 
 def _scaled(image: Image.Image, white_value: float | None, name: str) -> tuple[Image.Image, int | None]:
-    """A grey picture of more than 8 bits as RGB, and its largest value of 0..65535."""
+    """A grey picture with more than 8 bits as RGB, and its largest value in 0..65535."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if image.mode == "F":
@@ -326,7 +328,7 @@ def _scaled(image: Image.Image, white_value: float | None, name: str) -> tuple[I
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB"), highest
 
 
-_SCALE_IT = "store it with 8 or 16 bits, or set white_value, the value that is white"
+_SCALE_IT = "store it with 8 or 16 bits, or set white_value, the value of white"
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -339,11 +341,11 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none or it makes no sense."""
+    """EXIF's orientation, 1 to 8; 1 if it is missing or invalid."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except UNREADABLE:
-        return 1  # damaged metadata beside good pixels
+        return 1  # damaged metadata, but good pixels
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -352,7 +354,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _late_exif(path: Path) -> bool:
-    """Whether a PNG has its EXIF data, or text that may hold XMP, anywhere: by hopping from chunk to chunk."""
+    """Whether a PNG has EXIF data, or text that may hold XMP, in any chunk."""
     with path.open("rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
@@ -377,13 +379,13 @@ def _ends_well(path: Path) -> bool:
 
 
 def _reason(error: BaseException, source: Path | BinaryIO) -> str:
-    """Why a file cannot be read, in a few words."""
+    """The reason why a file cannot be read."""
     if isinstance(error, FileNotFoundError):
-        return "a link that leads nowhere" if isinstance(source, Path) and source.is_symlink() else "no such file"
+        return "a broken link" if isinstance(source, Path) and source.is_symlink() else "no such file"
     if isinstance(error, UnidentifiedImageError):
         return _what_it_is(source)
     if isinstance(error, MemoryError):
-        return "needs more memory than there is"
+        return "needs more memory than is available"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]

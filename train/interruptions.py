@@ -1,4 +1,4 @@
-"""What may end a run from outside, and what is said then in one line; and what libraries say meanwhile."""
+"""Events that end a run from outside, reported in one line; and filters for libraries' messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARED_MEMORY = re.compile(r"bus error|shared memory|No space left on device", 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' advice to their own callers off the terminal: a person can do nothing about it."""
+    """Hide libraries' warnings that the user cannot do anything about."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(mmengine|mmcv|mmdet|mmseg)\.")
         yield
@@ -29,7 +29,8 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """Say in one line what a person can do about: a full disk, little shared memory, a lost file, a request to end."""
+    """Turn these events into one line that says what to do: a full disk, too little shared memory, a missing file,
+    SIGTERM."""
     intact = "the checkpoints there are intact"
     try:
         with quiet(), terminable(folder):
@@ -44,11 +45,11 @@ def running(folder: Path) -> Iterator[None]:
         ):
             raise UserError(f"work_dir {folder}: cannot be written ({error.strerror}); choose another") from error
         if "DataLoader worker" in str(error) or isinstance(error, FileNotFoundError):
-            raise UserError(f"{_last_line(error)}; {intact}: bring it back and use --resume") from error
+            raise UserError(f"{_last_line(error)}; {intact}: restore the file and use --resume") from error
         raise
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        if "DataLoader worker" in text and "Terminated" in text:  # whoever ends them wants all to end
+        if "DataLoader worker" in text and "Terminated" in text:  # SIGTERM is meant for the whole run
             raise Terminated(_ended(folder)) from error
         if _SHARED_MEMORY.search(text):
             raise UserError(
@@ -66,7 +67,7 @@ def running(folder: Path) -> Iterator[None]:
 
 
 def _last_line(error: BaseException) -> str:
-    """What an error says, without the traceback of a loader's worker."""
+    """An error's message, without the traceback of a loader's worker."""
     line = str(error).strip().splitlines()[-1]
     return line.partition("Error: ")[2] or line
 
@@ -77,7 +78,7 @@ def _ended(folder: Path) -> str:
 
 @contextlib.contextmanager
 def terminable(folder: Path) -> Iterator[None]:
-    """SIGTERM (a cluster's scheduler, `kill`) ends the run as an exception does; a loader's worker ends at once."""
+    """SIGTERM (from a scheduler or `kill`) raises an exception in the run; a loader's worker ends at once."""
     owner = os.getpid()
 
     def end(number: int, frame: Any) -> None:
@@ -87,7 +88,7 @@ def terminable(folder: Path) -> Iterator[None]:
 
     try:
         before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not in the main thread, which alone gets signals
+    except ValueError:  # only the main thread gets signals
         yield
         return
     try:

@@ -1,4 +1,4 @@
-"""Who starts the processes of a run: torchrun, on one machine or several, or Slurm; and what these do together."""
+"""Processes of a run: started by torchrun, on one or several machines, or by Slurm; and their communication."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NEEDED = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
 
 def settle_environment(launcher: str) -> None:
-    """Give this process the variables that torchrun would have given it.
+    """Set the environment variables that torchrun sets.
 
     Args:
         launcher: "none", "pytorch" (torchrun has set them) or "slurm".
@@ -35,11 +35,11 @@ def settle_environment(launcher: str) -> None:
 
 
 def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables of one of srun's processes.
+    """torchrun's environment variables for one of srun's processes.
 
     Args:
-        environment: its variables. `MASTER_ADDR` and `MASTER_PORT`, where they are set, stay; else the first
-            node is the meeting place, at a port that follows from the job's number.
+        environment: the process's variables. `MASTER_ADDR` and `MASTER_PORT` are kept if they are set; otherwise the
+            first node is used, with a port computed from the job's number.
 
     Raises:
         UserError: srun did not start the process.
@@ -72,24 +72,26 @@ def first_node(nodes: str) -> str:
 
 @contextlib.contextmanager
 def process_group(launcher: str) -> Iterator[None]:
-    """Join the run's other processes.  mmengine would ask for a GPU even where they talk over gloo."""
+    """Join the run's process group. mmengine would require a GPU even with gloo."""
     if launcher != "none" and not torch.distributed.is_initialized():
         settle_environment(launcher)
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
-        # Once for the life of the process: a second group over torchrun's store may meet the first one's addresses.
+        # Only once per process: a second group on torchrun's store may find the first one's addresses.
         atexit.register(torch.distributed.destroy_process_group)
     try:
         yield
     except BaseException:
-        atexit.unregister(torch.distributed.destroy_process_group)  # it would wait for processes that wait for this one
+        atexit.unregister(
+            torch.distributed.destroy_process_group
+        )  # it would wait for processes that wait for this process
         raise
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """What `decide` says in the first of torchrun's processes, in all of them: files may change between two looks."""
+    """The result of `decide` in the first process, for all processes: files may change between two checks."""
     answer: list[Any] = [None, None]
     if is_main_process():
         try:

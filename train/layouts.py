@@ -11,7 +11,7 @@ A scenes folder, for detection, segmentation or both::
     ROOT/masks/{train,val}/**/*.png     segmentation: one channel, the pixel's class id, 255 is ignored
     ROOT/classes.txt                    segmentation: a name per line, the first line names id 0
 
-COCO, ADE20K and Cityscapes as they are published count too, and whatever a config's datasets name, see `Layout`::
+The published layouts of COCO, ADE20K and Cityscapes are read too, and those in a config's datasets, see `Layout`::
 
     ROOT/{train,val}2017/*.jpg, or below ROOT/images/; ROOT/annotations/instances_{train,val}2017.json
     ROOT/{train,valid,test}/*.jpg with _annotations.coco.json beside them   (Roboflow's COCO)
@@ -21,11 +21,11 @@ COCO, ADE20K and Cityscapes as they are published count too, and whatever a conf
 YOLO is described in `hybridzoo.train.data.yolo`, Pascal VOC in `voc`, ImageNet's archives in `imagenet`.  A third split
 is called `test`; `train` may also be `training`, `val` also `valid` or `validation`, `test` also `testing`.
 
-Which pictures are read, and how, says `hybridzoo.train.images`; what annotations are repaired, `hybridzoo.train.coco`.
-Every check names the first thing that is wrong, where, and what to do, as a UserError.  Images that cannot be decoded
-stop the run or, with ``on_bad="skip"``, are counted and handed back in `Report.skipped`; everything else that is wrong
-always stops it, because training would go on with wrong labels.  Of a split of more than `images.MANY` only a sample is
-opened; what is wrong with the others shows when they are loaded.
+`hybridzoo.train.images` documents which pictures are read, and how; `hybridzoo.train.coco` which annotations are
+repaired. Every check raises a UserError for the first error, with its place and what to do. Images that cannot be
+decoded stop the run or, with ``on_bad="skip"``, are counted and returned in `Report.skipped`. All other errors stop the
+run, because training would continue with wrong labels. In a split with more than `images.MANY` images, only a sample is
+opened; errors in the others are found when they are loaded.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def check_classification(root: Path, *, on_bad: OnBad = "stop", skipped: list[Pa
     """Check a classification folder and return its class names in the order of their ids.
 
     Args:
-        on_bad: what to do about an image that cannot be decoded: "stop" or "skip".
-        skipped: a list that collects those images when they are skipped.
+        on_bad: what to do if an image cannot be decoded: "stop" or "skip".
+        skipped: a list that collects skipped images.
 
     Raises:
         UserError: see `inspect_classification`.
@@ -86,12 +86,12 @@ def check_classification(root: Path, *, on_bad: OnBad = "stop", skipped: list[Pa
 def check_detection(
     root: Path, *, masks: bool = False, on_bad: OnBad = "stop", skipped: list[Path] | None = None
 ) -> list[str]:
-    """Check a scenes folder for detection, see `inspect_detection`; the rest as in `check_classification`."""
+    """Check a scenes folder for detection, see `inspect_detection` and `check_classification`."""
     return _classes(inspect_detection(root, How(on_bad), masks=masks), skipped)
 
 
 def check_segmentation(root: Path, *, on_bad: OnBad = "stop", skipped: list[Path] | None = None) -> list[str]:
-    """Check a scenes folder for segmentation, see `inspect_segmentation`; the rest as in `check_classification`."""
+    """Check a scenes folder for segmentation, see `inspect_segmentation` and `check_classification`."""
     return _classes(inspect_segmentation(root, How(on_bad)), skipped)
 
 

@@ -1,7 +1,7 @@
-"""OpenMMLab's loading of pictures, done by our reader.
+"""OpenMMLab's loading of pictures, with our reader.
 
-Importing this file, as our engine does, puts the class in the place of mmcv's under the same name. So anybody's config
-reads here what is read everywhere, and the config that a run leaves behind works with mmdet's and mmseg's own tools.
+Importing this file replaces mmcv's class of the same name. So all configs use our reader here, and the config in a
+run's folder also works with mmdet's and mmseg's own tools.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class LoadImageFromFile(mmcv.transforms.LoadImageFromFile):
 
     Args:
         white_value: see `hybridzoo.train.images`.
-        **options: mmcv's.  Pictures that a config wants otherwise ("unchanged", "grayscale") are left to mmcv.
+        **options: mmcv's. For other modes ("unchanged", "grayscale"), mmcv reads the picture.
 
     Raises:
-        UserError: a picture that cannot be read, or has another size than its annotations say.
+        UserError: the picture cannot be read, or has another size than in its annotations.
     """
 
     def __init__(self, *args: Any, white_value: float | None = None, **options: Any) -> None:

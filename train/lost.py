@@ -1,4 +1,4 @@
-"""Training images that could be read when the run began and cannot any more."""
+"""Training images that could be read at the start of the run, but not any more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridzoo.train.plain import printable
 
 
 class Lost:
-    """Counts them over all of a loader's workers, and names each once, in the worker that meets it.
+    """Counts them over all workers of a loader, and reports each once, in the worker that finds it.
 
     Args:
         count: images in the dataset.
@@ -22,10 +22,10 @@ class Lost:
         self.seen = torch.zeros(count, dtype=torch.uint8).share_memory_()
 
     def add(self, index: int, error: ImageError) -> None:
-        """Count the image at a place of the dataset.
+        """Count the image at an index of the dataset.
 
         Raises:
-            UserError: more than half of the images are lost: the data have gone, not an image.
+            UserError: more than half of the images are lost, so the data itself is missing.
         """
         if self.seen[index]:
             return

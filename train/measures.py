@@ -1,7 +1,7 @@
-"""Results class by class, of the three tasks: counts of what was taken for what, and the scores that follow from them.
+"""Results of each class, for the three tasks: confusion counts, and scores computed from them.
 
-Scores have the unit of the task's own metrics: per cent for classification (accuracy) and segmentation (IoU), 0 to 1
-for detection (AP). A score of a class that never occurs is NaN here and null in `results.json`.
+Scores have the unit of the task's metrics: percent for classification (accuracy) and segmentation (IoU), 0 to 1 for
+detection (AP). The score of a class that never occurs is NaN here and null in `results.json`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
 SCORE = 0.3  # least confidence of a detector's object in the confusion matrix, as in the pictures of `predict`
-IOU = 0.5  # least overlap of an object with the truth that it is matched with
-NOTHING = "(nothing)"  # the confusion matrix's name for an object that was missed or invented
+IOU = 0.5  # least overlap of an object with its matched annotation
+NOTHING = "(nothing)"  # label in the confusion matrix for missed objects and false detections
 
 
 @dataclass
 class Details:
-    """What a validation or test saw beside its metrics.
+    """Results of a validation or test in addition to its metrics.
 
     Attributes:
-        images: that were looked at.
-        rows: of each class its `class` and its scores by name, in the order of the classes.
+        images: number of images.
+        rows: for each class its `class` and its scores by name, in the order of the classes.
         counts: (true, predicted) numbers of images, objects or pixels.
-        labels: names of the rows and columns of `counts`; a detector's last one is `NOTHING`.
+        labels: names of the rows and columns of `counts`; the last one is `NOTHING` for detectors.
         unit: what is counted: "images", "objects" or "pixels".
         curves: name ("box", "mask") -> class -> precision at recall 0, 0.01 ... 1 and an IoU of 0.5; detection only.
     """
@@ -44,8 +44,8 @@ def shares(counts: Counts, scale: float) -> dict[str, NDArray[np.float64]]:
     """precision, recall and f1 of each class.
 
     Args:
-        counts: (true, predicted) numbers; more rows and columns than classes are counted as misses and inventions.
-        scale: of a whole: 100 for per cent.
+        counts: (true, predicted) numbers; further columns and rows count missed objects and false detections.
+        scale: 100 for percent.
     """
     right = np.diagonal(counts).astype(float)
     precision, recall = _ratio(right, counts.sum(0)), _ratio(right, counts.sum(1))
@@ -61,13 +61,13 @@ def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def counted(true: Sequence[int], predicted: Sequence[int], classes: int) -> Counts:
-    """(true, predicted) numbers out of two lists of class indices."""
+    """(true, predicted) numbers from two lists of class indices."""
     pairs = np.asarray(true, np.int64) * classes + np.asarray(predicted, np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def classification(true: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> Details:
-    """Images, precision, recall and F1 in per cent of each class; recall is the class's accuracy."""
+    """Images, precision, recall and F1 of each class, in percent; recall is the class's accuracy."""
     counts = counted(true, predicted, len(names))
     scores = shares(counts, 100)
     rows = [
@@ -78,11 +78,11 @@ def classification(true: Sequence[int], predicted: Sequence[int], names: Sequenc
 
 
 def segmentation(images: int, counts: Counts, names: Sequence[str]) -> Details:
-    """Pixels, IoU, accuracy (recall), precision and F1 (Dice) in per cent of each class.
+    """Pixels, IoU, accuracy (recall), precision and F1 (Dice) of each class, in percent.
 
     Args:
         images: that were looked at.
-        counts: (true, predicted) numbers of pixels, the ignored ones left out.
+        counts: (true, predicted) numbers of pixels, without ignored ones.
         names: of the classes.
     """
     right = np.diagonal(counts).astype(float)
@@ -142,14 +142,14 @@ def matched(
 ) -> list[tuple[int, int]]:
     """(true, predicted) classes of an image's objects; -1 is nothing.
 
-    The surest object chooses first among those that it overlaps by `IOU` or more, the one it overlaps most: of whatever
-    class, so that a right box with a wrong name counts as a confusion.
+    In the order of confidence, each object is matched with the annotation that it overlaps most, by `IOU` or more, of
+    any class. So a correct box with a wrong class counts as a confusion.
 
     Args:
         true: (N,) class indices of the annotations.
-        found: (M,) class indices of the objects found, surest first.
+        found: (M,) class indices of the detected objects, highest confidence first.
         overlaps: (M, N) intersection over union.
-        crowd: (N,) whether an annotation stands for many objects; what falls on one counts neither way.
+        crowd: (N,) whether an annotation means many objects; detections on it are ignored.
     """
     free = ~crowd
     pairs: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Necks that mmdet lacks."""
+"""Necks that mmdet does not have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybridzoo.train.errors import UserError
 
 @MODELS.register_module()
 class FinerFPN(BaseModule):
-    """A feature pyramid that reaches finer strides than its backbone: EfficientViT's (MSRA) and SHViT's for detection.
+    """A feature pyramid with finer strides than its backbone, as in EfficientViT (MSRA) and SHViT for detection.
 
     Maps (B, in_channels[i], H_i, W_i), fine to coarse -> maps (B, out_channels, ..), fine to coarse, for instance
     strides 16, 32, 64 -> 4, 8, 16, 32, 64 with ``finer=2``. 1 x 1 laterals; sums from coarse to fine with
@@ -29,7 +29,7 @@ class FinerFPN(BaseModule):
             backbone's last map.
 
     Raises:
-        UserError: another number of maps than `in_channels` names.
+        UserError: the number of maps differs from `in_channels`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""timm networks by name, for a classifier or a backbone: a wrong name or argument is said in one line."""
+"""Creates timm networks by name, for a classifier or a backbone; a wrong name or argument is a one-line error."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from hybridzoo.train.names import suggest
 _UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
-def create(place: str, name: str, arguments: dict[str, Any], **settled: Any) -> Any:  # Any: what every timm model has
-    """`timm.create_model`, with its complaints made readable.
+def create(
+    place: str, name: str, arguments: dict[str, Any], **settled: Any
+) -> Any:  # Any: attributes that every timm model has
+    """`timm.create_model`, with readable errors.
 
     Args:
-        place: of the network in the config, for messages: `model` or `model.backbone`.
-        name: ours, timm's own, or one that another package registered with timm.
-        arguments: of the network, from the config.
-        settled: further ones that the config did not choose.
+        place: the network's key in the config, for messages: `model` or `model.backbone`.
+        name: our, timm's, or another package's registered name.
+        arguments: the network's arguments in the config.
+        settled: further arguments that are not in the config.
 
     Raises:
-        UserError: unknown name or tag; an argument that this network does not have, or a value that it refuses.
+        UserError: unknown name or tag; an argument that this network does not have, or an invalid value.
     """
     check_name(name)
     arch = name.partition(".")[0]
@@ -60,21 +62,21 @@ def check_name(name: str) -> None:
 
 
 def check(place: str, name: str, arguments: dict[str, Any]) -> None:
-    """Find an unknown name or argument of a network in a second, without its memory; see `create`.
+    """Find an unknown name or argument of a network within a second, without allocating memory; see `create`.
 
     Raises:
-        UserError: as `create` would. A value that it refuses may be told only there.
+        UserError: see `create`. Some invalid values are found only there.
     """
     with torch.device("meta"):
         try:
             create(place, name, arguments)
         except UserError as error:
             if not isinstance(error.__cause__, RuntimeError | NotImplementedError) or "no such tag" in str(error):
-                raise  # other errors may be the meta device's
+                raise  # other errors may come from the meta device
 
 
 def _takes(name: str) -> set[str]:
-    """Names of a network's arguments, as far as its class shows them."""
+    """Names of a network's arguments, as far as its class lists them."""
     with torch.device("meta"):
         network = timm.create_model(name)
     parameters = inspect.signature(type(network).__init__).parameters
@@ -83,4 +85,4 @@ def _takes(name: str) -> set[str]:
 
 
 def _refused(name: str, listed: str, error: Exception) -> UserError:
-    return UserError(f"{listed or name}: {name} cannot be made so; {reason(error)}")
+    return UserError(f"{listed or name}: {name} cannot be built with these arguments; {reason(error)}")

@@ -1,4 +1,4 @@
-"""What a person wants to know of a run when it begins: data, network, weights, device, length."""
+"""The lines at the start of a run: data, network, weights, device, length."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from hybridzoo.train.compose import network_of
 
-_NAMED = 8  # classes that are told by name
+_NAMED = 8  # classes that are listed by name
 
 
 def lines(runner: Any) -> Iterator[str]:
-    """The lines, of a runner that is about to train."""
+    """The lines for a runner that is about to train."""
     loop = runner.train_loop
     sizes = [f"{_count(loop.dataloader.dataset)} training images"]
     if runner.val_loop is not None:

@@ -1,4 +1,4 @@
-"""Parameter groups as timm makes them, and mixed precision that also runs on a CPU."""
+"""Parameter groups as in timm, and mixed precision that also runs on a CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIMIZERS.register_module(module=Lamb)
 
 @OPTIM_WRAPPERS.register_module()
 class AutocastOptimWrapper(OptimWrapper):
-    """bfloat16 autocast on any device.  bfloat16 has float32's range, so no loss is scaled."""
+    """bfloat16 autocast on any device. bfloat16 has float32's range, so the loss needs no scaling."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -66,9 +66,9 @@ class TimmParamGroups:
     Biases and other 1-D parameters are not decayed.  A detector's or segmentor's neck and heads learn at the full rate.
 
     Args:
-        optim_wrapper_cfg: of the wrapper, with ``optimizer``.
+        optim_wrapper_cfg: config of the wrapper, with ``optimizer``.
         paramwise_cfg: ``layer_decay``: factor from each layer to the one below it, counted from the head, default none;
-            ``decay_1d``: decay 1-D parameters too, default False.
+            ``decay_1d``: also decay 1-D parameters, default False.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
@@ -114,7 +114,7 @@ class TimmParamGroups:
         for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad and id(p) not in inside):
             rest.register_parameter(str(index), parameter)
         if any(True for _ in rest.parameters()):
-            # The head is outside the trunk here: timm gave the last layer the full rate, which is the head's.
+            # The head is not part of the trunk here: timm gave the last layer the full rate, which belongs to the head.
             for group in groups:
                 group["lr_scale"] *= self.layer_decay
             groups += param_groups_weight_decay(rest, weight_decay, self.exclude_1d)

@@ -1,4 +1,4 @@
-"""What several verbs of the command line take and print; nothing here imports torch or mmengine before it is needed."""
+"""Arguments and output that several verbs share; torch and mmengine are imported only when needed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CfgOptions = Annotated[
     list[str] | None,
     typer.Option("--cfg-options", metavar="K=V ...", help="Change the config: train_cfg.max_epochs=5 ..."),
 ]
-Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Your own data; its classes are found by themselves.")]
+Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Your own data; its classes are detected.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any.")]
 Processes = Annotated[Launcher, typer.Option("--launcher", help="Who started the process: torchrun (pytorch) or srun.")]
 
 
 def load(name: str, options: Sequence[str] | None, **settings: Any) -> mmengine.Config:
-    """A config by name or file; a misspelt name is told before mmengine is imported.
+    """A config by name or file; a misspelt name is an error before mmengine is imported.
 
     Raises:
         UserError: see `hybridzoo.train.config.load_config`.
@@ -47,12 +47,12 @@ def load(name: str, options: Sequence[str] | None, **settings: Any) -> mmengine.
 
 
 def first_process() -> bool:
-    """Whether this is the one of torchrun's processes that speaks for all."""
+    """Whether this is the one of torchrun's processes that prints."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def print_results(scores: dict[str, float], folder: Path) -> None:
-    """The metrics, the classes' table, and where the rest is."""
+    """Print the metrics, the table of classes, and the folder with the rest."""
     if not first_process():
         return
     tables.show(tables.scores(scores))

@@ -1,4 +1,4 @@
-"""`--cfg-options key.subkey=value` into a config. Every option has to change something in what is run."""
+"""Applies `--cfg-options key.subkey=value` to a config. Every option must change something in the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybridzoo.train import config_check
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import TASKS
 
-# Top-level keys that mmengine reads beside the sections of its runner, or our engine; all others are variables.
+# Top-level keys that mmengine (besides its runner's sections) or our engine reads; all others are variables.
 READ = {
     *("activation_checkpointing", "amp_dtype", "class_names", "compile", "custom_imports", "data_root", "device"),
     *(
@@ -41,49 +41,49 @@ SHORT = {
     "launcher": "--launcher",
 }
 _WORDS = {option.strip("-").replace("-", "_"): option for option in SHORT.values()}
-# What we add to, put into words of our own, or take out before a run.
+# Keys that we extend, rewrite or remove before a run.
 _TAKEN = {"custom_imports", "load_from", "resume", "start", "val_fraction"}
 _ABSENT = object()
 
 
 def put(config: Config, options: Sequence[str]) -> set[str]:
-    """Put options into a config, in place; the config knows their keys from then on.
+    """Apply options to a config, in place; the config remembers their keys.
 
     Args:
         options: ``key.subkey=value`` strings; a value is a Python literal, a bare word or a comma-separated list.
 
     Returns:
-        The dotted keys of all values that they set.
+        The dotted keys of all values that were set.
 
     Raises:
-        UserError: a malformed option, or one that nothing would read.
+        UserError: a malformed option, or one that nothing reads.
     """
     keys = []
     for option in options:
         key, value = _parse(option, config)
         _assign(config, key, value, option)
         keys.append(key)
-    config.pop("options", None)  # of a config that was read and written before
+    config.pop("options", None)  # left in a config that was saved and read again
     if keys:
         config.options = list(dict.fromkeys(keys))
     return {path for key in keys for path in _paths(_at(config, key), key)}
 
 
 def values(config: Config) -> dict[str, Any]:
-    """Key -> value, now, of the options that were put into a config; without those that somebody took out again."""
+    """Key -> current value of the options that were applied to a config; removed ones are left out."""
     found = {key: _at(config, key) for key in config.get("options") or ()}
     return {key: copy.deepcopy(value) for key, value in found.items() if value is not _ABSENT}
 
 
 def check_kept(config: Config, before: Mapping[str, Any]) -> None:
-    """Look whether a config still says what the options said.
+    """Check that a config still has the options' values.
 
     Args:
-        config: as it would be run.
-        before: their `values`.
+        config: the config of the run.
+        before: the options' `values`.
 
     Raises:
-        UserError: what follows from the network, the data or the machine has taken an option's place.
+        UserError: a value that follows from the network, the data or the machine has replaced an option.
     """
     for key, value in before.items():
         found = _at(config, key)
@@ -91,8 +91,8 @@ def check_kept(config: Config, before: Mapping[str, Any]) -> None:
             instead = "nothing" if found is _ABSENT else _short(found)
             hint = f"use {SHORT[key]}" if key == "launcher" else "leave it out"
             raise UserError(
-                f"option '{key}={_short(value)}': would change nothing, what is run has {instead} there, as another "
-                f"option, the network, the data or the machine has it; {hint}"
+                f"option '{key}={_short(value)}': would change nothing: the run has {instead} there, which another "
+                f"option, the network, the data or the machine sets; {hint}"
             )
 
 
@@ -103,7 +103,7 @@ def _parse(option: str, config: Config) -> tuple[str, Any]:
         raise UserError(f"option {option!r}: expected key=value, e.g. train_cfg.max_epochs=10")
     top = key.split(".")[0]
     model = config.get("model")
-    own = isinstance(model, dict) and model.get("data_preprocessor")  # the runner's is for models without one
+    own = isinstance(model, dict) and model.get("data_preprocessor")  # the runner's key is for models without one
     if top not in READ or (top == "data_preprocessor" and own):
         raise UserError(f"option {option!r}: {_instead(top, config)}")
     value = parse_value(text.strip(), option)
@@ -115,12 +115,12 @@ def _parse(option: str, config: Config) -> tuple[str, Any]:
 
 
 def _instead(name: str, config: Config) -> str:
-    """What is wrong with a top-level key that nothing reads, and what to set in its place."""
+    """The error of a top-level key that nothing reads, and the key to set instead."""
     sections = {key: value for key, value in config.items() if key in READ and key != name}
     value = config.get(name)
     places = [path for path, _ in _everything(sections) if path.rpartition(".")[2] == name]
     split, underscore, last = name.rpartition("_")
-    if not places and underscore and f"{split}_dataloader" in sections:  # train_pipeline and its like
+    if not places and underscore and f"{split}_dataloader" in sections:  # train_pipeline and similar variables
         places = [path for path, _ in _everything(sections) if path == f"{split}_dataloader.dataset.{last}"]
     if not places and isinstance(value, str | dict | list | tuple) and value:
         places = [path for path, found in _everything(sections) if type(found) is type(value) and found == value]
@@ -138,7 +138,7 @@ def _instead(name: str, config: Config) -> str:
 
 
 def _everything(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that lies in nested dicts and lists."""
+    """(dotted key, value) of everything in nested dicts and lists."""
     items: Any = ()
     if isinstance(node, dict | Config):
         items = node.items()
@@ -170,7 +170,7 @@ def _at(config: Config, key: str) -> Any:
 
 
 def _holds(wanted: Any, found: Any) -> bool:
-    """Whether a value is still there; a dict may have gained keys."""
+    """Whether a value is unchanged; a dict may have more keys."""
     if isinstance(wanted, dict) and isinstance(found, dict):
         return all(key in found and _holds(value, found[key]) for key, value in wanted.items())
     if isinstance(wanted, list | tuple) and isinstance(found, list | tuple):
@@ -179,7 +179,7 @@ def _holds(wanted: Any, found: Any) -> bool:
 
 
 def _assign(config: Config, key: str, value: Any, option: str) -> None:
-    """Put ``value`` in the place ``key``; a dict replaces what was there, unlike in a config file."""
+    """Set ``key`` to ``value``; a dict replaces the old value, unlike in a config file."""
     path = key.split(".")
     node: Any = config
     for depth, part in enumerate(path):
@@ -201,7 +201,7 @@ def _assign(config: Config, key: str, value: Any, option: str) -> None:
 
 
 def parse_value(text: str, option: str) -> Any:
-    """The value of an option's text: a Python literal, a bare word or a comma-separated list."""
+    """Parse an option's value: a Python literal, a bare word or a comma-separated list."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -209,7 +209,7 @@ def parse_value(text: str, option: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         if text[:1] in "[({" and text:
-            raise UserError(f"option {option!r}: {text!r} is no Python literal (quote the words inside)") from None
+            raise UserError(f"option {option!r}: {text!r} is not a Python literal (quote the words inside)") from None
         return [parse_value(part.strip(), option) for part in text.split(",")] if "," in text else text
 
 

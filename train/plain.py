@@ -1,13 +1,13 @@
-"""Names and messages as a terminal or a picture may show them, whoever chose them."""
+"""Makes names and messages safe to show on a terminal or in a picture."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""`text` with an escape in place of what is no visible sign: "a\nb" becomes "a\\nb".
+    r"""`text` with escapes for characters that are not visible: "a\nb" becomes "a\\nb".
 
-    Control characters move a terminal's cursor or change its colours, others turn the direction of writing, and a
-    picture's text takes no line break. Letters of every script stay as they are.
+    Control characters move a terminal's cursor or change colours, others change the writing direction, and text in a
+    picture cannot have line breaks. Letters of every script are kept.
     """
     if text.isprintable():
         return text
@@ -15,7 +15,7 @@ def printable(text: str) -> str:
 
 
 def shown(value: object, most: int = 40) -> str:
-    """Any value as a part of one line: text and numbers as Python writes them, of all else the kind."""
+    """Any value in one line: text and numbers as Python literals, otherwise the type."""
     if isinstance(value, str | bytes | int | float | None):
         text = repr(value[: 2 * most] if isinstance(value, str | bytes) else value)
         return text if len(text) <= most else f"{text[:most]}..."

@@ -1,4 +1,4 @@
-"""Prediction on images: read, run a trained model, draw.  One function serves the three tasks."""
+"""Prediction on images: reads them, runs a trained model, draws the results, for all three tasks."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from hybridzoo.train.errors import UserError
 from hybridzoo.train.notes import Notes
 from hybridzoo.train.plain import printable
 
-TOP = 5  # classes that a classifier's prediction lists
-LINE_EVERY = 30.0  # seconds: where no terminal shows a bar
+TOP = 5  # classes in a classifier's prediction
+LINE_EVERY = 30.0  # seconds between lines without a progress bar
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model saw in one image; the lists run in parallel, best first.
+    """A model's prediction for one image; the lists are parallel, best first.
 
     Attributes:
         image: the file that was read.
-        drawn: the picture that was written; None where none was asked for.
+        drawn: the picture that was written, or None.
         task: "classification", "detection" or "segmentation".
-        labels: class names: the five likeliest, one for each object found, or those present in the map.
-        scores: probability, confidence, or share of the image's pixels; each 0 to 1.
+        labels: class names: the five most probable, one for each object, or those present in the map.
+        scores: probability, confidence, or fraction of the image's pixels; 0 to 1.
         boxes: (N, 4) left, top, right, bottom in pixels of the image; detection only.
         areas: pixels in each object's mask; detectors with masks only.
-        indices: of the classes in `labels`.
-        name: of the image, for people and files: below the folder that was given.
+        indices: indices of the classes in `labels`.
+        name: the image's path below the given folder, for messages and files.
         size: (width, height) of the image in pixels, upright.
-        runs: each object's or class's mask as COCO's compressed run lengths, where they were asked for.
+        runs: each object's or class's mask as COCO's compressed run lengths, if requested.
     """
 
     image: Path
@@ -77,17 +77,17 @@ def predict(
     Files that cannot be read are named on stderr and left out. For many images, see `Predictions`.
 
     Args:
-        config: the config that the checkpoint was trained with; None takes what the checkpoint holds.
+        config: the config of the training; None uses the checkpoint's.
         checkpoint: a file that training wrote, or the folder of a run.
         source: an image file or a folder, or several.
-        out: folder for the pictures; made when missing.
+        out: folder for the pictures; created if missing.
         score: objects below this confidence are left out (detection only).
         device: "cpu", "cuda", "cuda:1", ...; default: the first GPU, else the CPU.
         tta, slide: see `hybridzoo.train.views.apply`.
 
     Raises:
-        UserError: there is no image, none can be read, a picture would replace an input or cannot be written, or
-            `build_for_inference` refuses the checkpoint.
+        UserError: no image, no readable image, a picture that would replace an input or cannot be written, or an error
+            of `build_for_inference`.
     """
     seen = Predictions(config, checkpoint, source, out, score=score, device=device, tta=tta, slide=slide)
     found = list(seen)
@@ -96,23 +96,23 @@ def predict(
 
 
 class Predictions:
-    """A model on its way over images, one at a time: to be iterated over once, giving a `Prediction` for each.
+    """An iterator over images that gives a `Prediction` for each; can be used once.
 
-    Images are visited in the order of their paths. One that cannot be read or predicted does not end it, but is noted
-    in `failed`. Pictures are PNG files that keep the folder's structure; no input is ever overwritten.
+    Images come in the order of their paths. An image that cannot be read or predicted is added to `failed`. Pictures
+    are PNG files in the same folder structure; an input is never overwritten.
 
     Args:
-        config, checkpoint, source, out, score, device, tta, slide: as `predict` takes them.
+        config, checkpoint, source, out, score, device, tta, slide: see `predict`.
         pictures: draw each result.
         masks: keep masks as run lengths in `Prediction.runs`.
 
     Attributes:
-        task: of the checkpoint.
-        paths: of all images.
+        task: the checkpoint's task.
+        paths: paths of all images.
         failed: a line for each image that could not be read or predicted.
 
     Raises:
-        UserError: as `predict`, while it is made or iterated over.
+        UserError: see `predict`; raised at creation or during iteration.
     """
 
     def __init__(
@@ -181,14 +181,14 @@ class Predictions:
         return Prediction(image=path, drawn=drawn, task=self.task, name=self._names[path], size=image.size, **seen)
 
     def tell(self) -> None:
-        """Say on stderr which images were left out, and what else was noticed."""
+        """Print to stderr which images were left out, and other notes."""
         console = Console(stderr=True)
         for line in [*(f"skipped: {line}" for line in self.failed), *self.notes.lines()]:
             console.print(printable(line), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _named(sources: Sequence[Path], notes: Notes) -> dict[Path, str]:
-    """All images of some files and folders, each once, and what they are called."""
+    """All images in some files and folders, each once, with their names."""
     named: dict[Path, str] = {}
     for source in sources:
         for path in find_images(source, notes):
@@ -198,13 +198,13 @@ def _named(sources: Sequence[Path], notes: Notes) -> dict[Path, str]:
 
 
 def find_images(source: Path, notes: Notes | None = None) -> list[Path]:
-    """`source` itself, or the image files below it in the order of their paths, hidden ones left out.
+    """`source` itself, or the image files below it in the order of their paths, without hidden ones.
 
     Args:
         notes: collects what is left out of a folder.
 
     Raises:
-        UserError: nothing is there, or the folder holds no image.
+        UserError: the path does not exist, or the folder has no image.
     """
     if source.is_file():
         return [source]
@@ -215,7 +215,7 @@ def find_images(source: Path, notes: Notes | None = None) -> list[Path]:
         raise UserError(f"{source}: no image below this folder (looked for {' '.join(sorted(images.SUFFIXES))})")
     notes = notes if notes is not None else Notes()
     for path in found.others:
-        notes.add("files that are no pictures by their suffix: left out", path)
+        notes.add("files without a picture's suffix: left out", path)
     return sorted(found.images)
 
 
@@ -223,18 +223,18 @@ def read_image(path: Path, white_value: float | None = None) -> Image.Image:
     """Decode a whole image as RGB, upright, see `hybridzoo.train.images`.
 
     Raises:
-        UserError: it cannot be read, or holds 16 bits and is nearly black.
+        UserError: it cannot be read, or has 16 bits and is nearly black.
     """
     picture = images.read_picture(path, white_value=white_value)
     if picture.highest is not None and 0 < picture.highest < images.DARK and white_value is None:
         raise UserError(
             f"{path}: 16 bits and no value above {picture.highest}, which would be nearly black; set white_value, "
-            "the value that is white (65535 if it is dark indeed)"
+            "the value of white (65535 if the picture is really dark)"
         )
     return picture.image
 
 
-# Each of the three returns what looks at one image: (image, least score, whether to keep masks, whether to draw) ->
+# Each of the three returns a function for one image: (image, least score, whether to keep masks, whether to draw) ->
 # (fields of Prediction, drawn picture).
 See = Callable[[Image.Image, float, bool, bool], tuple[dict[str, Any], Image.Image | None]]
 
@@ -312,9 +312,9 @@ def _runs(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def _names(model: Any, indices: Tensor) -> list[str]:
-    """Names for all class indices up to the largest given: those of the training data, else numbers.
+    """Names of all class indices up to the largest given: those of the training data, or numbers.
 
-    Published weights, unlike what `train` writes, carry no names.
+    Published weights, unlike checkpoints from `train`, have no names.
     """
     known = list(model.dataset_meta["classes"])
     needed = int(indices.max()) + 1 if indices.numel() else 0
@@ -322,7 +322,7 @@ def _names(model: Any, indices: Tensor) -> list[str]:
 
 
 def _mm_inference(config: Config, model: Any, tta: bool) -> Callable[[Image.Image], Any]:
-    """Image -> mmdet's or mmseg's data sample, through the test pipeline without its reading of files."""
+    """Image -> mmdet's or mmseg's data sample, with the test pipeline without its file reading."""
     steps = (config.get("test_dataloader") or config.val_dataloader).dataset.pipeline
     steps = [step for step in steps if not step["type"].split(".")[-1].startswith("Load")]
     steps = [{"type": "LoadImageFromNDArray"}, *steps]
@@ -342,12 +342,12 @@ def _mm_inference(config: Config, model: Any, tta: bool) -> Callable[[Image.Imag
 
 
 def _pictures(paths: Sequence[Path], sources: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """Where each image's drawing goes: out/<path below the folder>.png, with the old suffix kept if two would meet."""
+    """The path of each image's drawing: out/<path below the folder>.png; keeps the old suffix if two would be equal."""
     inputs = {image.resolve() for image in paths}
     for source in sources:
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-            # The next run would take the drawings for images.
-            raise UserError(f"--out {out}: lies in the folder of the images; choose a folder outside {source}")
+            # The next run would read the drawings as images.
+            raise UserError(f"--out {out}: is in the folder of the images; choose a folder outside {source}")
     pictures: dict[Path, Path] = {}
     taken: set[Path] = set()
     for image in paths:

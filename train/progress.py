@@ -1,6 +1,6 @@
-"""What a person sees of a run: a bar on a terminal, in a file a line at least every half a minute.
+"""The output of a run: a progress bar on a terminal, or a line at least every half minute in a file.
 
-The details go to the log file.
+Details are written to the log file.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from hybridzoo.train.hooks import by_epoch, number
 from hybridzoo.train.plain import printable
 from hybridzoo.train.weights import tell
 
-QUIET = 30.0  # seconds: the longest that a log shows nothing new, if no iteration takes as long
+QUIET = 30.0  # seconds between lines in a log, if no iteration takes longer
 
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """A few lines at the start, then a bar per epoch with loss, learning rate and time left, a line when the epoch is
-    done, the metrics below.
+    """Prints a few lines at the start, a bar per epoch, and at the epoch's end one line with the metrics below.
 
-    Runs counted in iterations show one stretch between validations as an epoch's bar.  Only the first process shows
-    anything.  Where the output is no terminal, lines stand for the bar.
+    The bar shows loss, learning rate and remaining time.
+
+    For runs that count iterations, the interval between validations is shown like an epoch. Only the first process
+    prints. If the output is not a terminal, lines replace the bar.
     """
 
     priority = "LOWEST"
@@ -44,7 +45,7 @@ class ProgressHook(Hook):
         self._clock = _Clock()
 
     def close(self) -> None:
-        """Give the terminal back, also after an error."""
+        """Restore the terminal, also after an error."""
         if self._bar is not None:
             self._bar.stop()
         self._bar = None
@@ -55,7 +56,7 @@ class ProgressHook(Hook):
         self._said = time.perf_counter()
 
     def before_train_epoch(self, runner: Any) -> None:
-        if by_epoch(runner):  # the first iteration's loading is the epoch's too
+        if by_epoch(runner):  # the loading of the first iteration belongs to the epoch
             self._began = self._step = time.perf_counter()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -103,12 +104,12 @@ class ProgressHook(Hook):
         self._print(f"test  {_format(metrics)}")
 
     def _took(self) -> float:
-        """Seconds since this was last asked: of one iteration, its loading included."""
+        """Seconds since the last call: one iteration, with its loading."""
         before, self._step = self._step, time.perf_counter()
         return self._step - before
 
     def _stretch(self, runner: Any, batch_idx: int) -> tuple[int, int, str]:
-        """(iterations done, iterations in all, title) of the epoch, or of the stretch up to the next validation."""
+        """(iterations done, total iterations, title) of the epoch, or of the interval up to the next validation."""
         if by_epoch(runner):
             return batch_idx + 1, len(runner.train_dataloader), f"epoch {runner.epoch + 1}/{runner.max_epochs}"
         interval = max(1, min(int(runner.val_interval), runner.max_iters))
@@ -121,7 +122,7 @@ class ProgressHook(Hook):
             return
         if not self.console.is_terminal:
             waited = time.perf_counter() - self._said
-            if done < total and waited + took > QUIET:  # the next iteration would come too late
+            if done < total and waited + took > QUIET:  # the next iteration would be too late
                 self._print("  ".join(filter(None, (title, f"{done}/{total}", text, f"{took:.2f} s each{left}"))))
             elif done == total and not text and waited > QUIET / 2:
                 self._print(f"{title}  {done}/{total}  computing the scores")
@@ -141,7 +142,7 @@ class ProgressHook(Hook):
 
 
 class _Clock:
-    """How long the rest of a run takes, by what its iterations and validations took."""
+    """Estimates the remaining time of a run from the times of its iterations and validations."""
 
     def __init__(self) -> None:
         self.iteration = self.validation = 0.0  # seconds, running means
@@ -158,13 +159,13 @@ class _Clock:
         self.validation += (seconds - self.validation) / self._validations
 
     def left(self, iterations: int, validations: int) -> str:
-        """ ", 3 min left", or nothing where nothing is left."""
+        """ ", 3 min left", or an empty text if nothing is left."""
         seconds = iterations * self.iteration + validations * self.validation
         return f", {in_words(seconds)} left" if iterations > 0 else ""
 
 
 def in_words(seconds: float) -> str:
-    """A time as people say it: 40 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    """A duration in words: 40 s, 12 min, 3 h 05 min, 2 d 4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -175,7 +176,7 @@ def in_words(seconds: float) -> str:
 
 
 def _validations_left(runner: Any) -> int:
-    """How many validations are to come, the one after this stretch included."""
+    """Number of remaining validations, including the one after this interval."""
     if runner.val_loop is None:
         return 0
     done, whole = (runner.epoch, runner.max_epochs) if by_epoch(runner) else (runner.iter, runner.max_iters)

@@ -1,4 +1,4 @@
-"""The weights that a network's name stands for: ours from their cards, timm's own from the hub, kept in a cache."""
+"""The published weights of a network's name: ours from their cards, timm's from the hub, kept in a cache."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hybridzoo.checkpoints import store
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import find_weights
 
-PATIENCE = 5  # seconds for a first answer: whoever has no network should not wait for every retry
+PATIENCE = 5  # seconds for a first answer: without a network, nobody should wait for all retries
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class Unavailable(Exception):
-    """No weights are published of a network, or they cannot be had here; the text says which."""
+    """A network has no published weights, or they cannot be downloaded here; the text says which."""
 
 
 def weights_of(name: str) -> Path:
@@ -34,7 +34,7 @@ def weights_of(name: str) -> Path:
         name: `model` or `model.tag`.
 
     Raises:
-        Unavailable: there are none, or they cannot be downloaded.
+        Unavailable: no weights are published, or they cannot be downloaded.
     """
     model, _, tag = name.partition(".")
     own = [card for card in checkpoints.cards(model, task=None) if card.model == model]
@@ -52,7 +52,7 @@ def weights_of(name: str) -> Path:
 
 
 def _timms(name: str) -> Path:
-    """timm's own weights as a file of ours: timm downloads them and gives them the model's names."""
+    """timm's weights as one of our files: timm downloads them and converts their names."""
     cfg = get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise Unavailable("none are published")
@@ -72,7 +72,7 @@ def _timms(name: str) -> Path:
             model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Unavailable:
         raise
-    except Exception as error:  # whatever the hub's client, PyTorch or timm raise
+    except Exception as error:  # the hub's client, PyTorch and timm raise many types
         raise Unavailable(_short(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
@@ -99,7 +99,7 @@ def _hub_file(cfg: Any) -> Path:
 
 
 def knock(url: str) -> None:
-    """Return if the host of an address answers, or if a proxy or mirror stands before it."""
+    """Raise `Unavailable` unless the host of an address answers. With a proxy or mirror, nothing is checked."""
     if store.offline():
         raise Unavailable("HF_HUB_OFFLINE is set")
     if os.environ.get("HYBRIDZOO_MIRROR") or urllib.request.getproxies():

@@ -1,7 +1,7 @@
-"""Configs of ours that others read and build: mmengine's `Config.fromfile`, mmdet's and mmseg's builders.
+"""Lets mmengine's `Config.fromfile` and mmdet's and mmseg's builders read our configs.
 
-`hybridzoo::NAME` is a base for them too, and what follows from the network is put in when a config is read, and again
-when its detector or segmentor is built, because the network may have got another name in between.
+`hybridzoo::NAME` works as a base there too. The values that follow from the network are set when a config is read, and
+again when its detector or segmentor is built, because the network's name may have changed in between.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from mmengine.registry import MODELS, Registry
 from hybridzoo.train.names import find_config, recipes
 from hybridzoo.train.weights import tell
 
-# `mmseg::` bases: mmengine looks for a distribution called mmsegmentation, which may be onedl's.
+# `mmseg::` bases: mmengine looks for a distribution named mmsegmentation, but it may be onedl's.
 MODULE2PACKAGE["mmseg"] = "mmseg"
 
-read = Config.fromfile  # mmengine's own: what a file says, without what follows from its network
+read = Config.fromfile  # mmengine's function: the content of a file, without the values that follow from its network
 _mmengines_path = Config._get_cfg_path
 _mmengines_build = MODELS.build_func
 
 
 def _path_of_base(base: str, filename: str) -> tuple[str, str | None]:
-    """mmengine's way from a `_base_` to its file, and ours where it is `hybridzoo::NAME`.
+    """The file of a `_base_`: mmengine's rule, and ours for `hybridzoo::NAME`.
 
-    mmengine looks for `package::folder/file.py` inside a package, and first parses the package's lists of models, a
-    hundred files, for another place; most often the file just lies there. A published run of ours has no file, and no
-    recipe a folder.
+    For `package::folder/file.py`, mmengine first parses the package's model indexes, a hundred files; usually the file
+    is simply inside the package, so that is tried first. Our published runs have no file, and our recipes no folder.
     """
     package, colons, name = base.partition("::")
     if not colons:
@@ -63,14 +62,14 @@ def _in_package(package: str, name: str) -> Path | None:
 
 @functools.cache
 def _folder_of_runs() -> str:
-    """A folder for published runs as files, which goes when the process ends."""
+    """A temporary folder for published runs as files, deleted when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="hybridzoo-recipes-")
     atexit.register(folder.cleanup)
     return folder.name
 
 
 def _read_whole(*args: Any, **kwargs: Any) -> Config:
-    """mmengine's `Config.fromfile`; in a recipe of ours, or a config that begins from one, the network is put in."""
+    """mmengine's `Config.fromfile`; for our recipes, and configs based on them, the network's values are set."""
     config = read(*args, **kwargs)
     mark = config.get("settle")
     if isinstance(mark, dict) and mark.pop("network", False):
@@ -83,14 +82,14 @@ def _read_whole(*args: Any, **kwargs: Any) -> Config:
 
 
 def _build(cfg: Any, registry: Registry, *args: Any, **kwargs: Any) -> Any:
-    """mmengine's building of a model; a detector or segmentor around any timm network gets that network's widths."""
+    """mmengine's builder of models; a detector or segmentor with any timm network gets that network's widths."""
     backbone = cfg.get("backbone") if isinstance(cfg, dict) else None
     if isinstance(backbone, dict) and backbone.get("type") == "PyramidBackbone":
         from hybridzoo.train import compose
 
         changed = compose.completed(cfg)
         if changed is not None:
-            tell(f"model {cfg['type']}: necks and heads take the widths of {backbone['name']}")
+            tell(f"model {cfg['type']}: necks and heads get the widths of {backbone['name']}")
             cfg = changed
     return _mmengines_build(cfg, registry, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Make mmengine, mmdet and mmseg know this package: imported by `hybridzoo.train`, for its effects."""
+"""Registers this package with mmengine, mmdet and mmseg when `hybridzoo.train` imports it."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: its curves as a picture, and the table of results that ends the demo."""
+"""The curves of a run as a picture, and the table of results at the end of the demo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hybridzoo.train.errors import UserError
 
 @dataclass(frozen=True)
 class Metric:
-    """A score that is shown.  key: its name in the engine's results.  scale: what makes it per cent."""
+    """A score that is shown. key: its name in the engine's results. scale: factor to percent."""
 
     name: str
     key: str
@@ -33,7 +33,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the table; score and target in per cent."""
+    """A line of the table; score and target in percent."""
 
     task: str
     metric: str
@@ -47,8 +47,8 @@ def results(task: str, scores: Mapping[str, float], minutes: float, targets: Map
 
     Args:
         scores: what `engine.train` or `engine.test` returned.
-        minutes: that the task took.
-        targets: metric name ("top-1", "box AP50", ...) -> per cent; a metric without one is only shown.
+        minutes: duration of the task.
+        targets: metric name ("top-1", "box AP50", ...) -> percent; a metric without a target is only shown.
     """
     return [
         Result(task, metric.name, metric.scale * scores[metric.key], targets.get(metric.name), minutes)
@@ -58,7 +58,7 @@ def results(task: str, scores: Mapping[str, float], minutes: float, targets: Map
 
 
 def table(lines: Iterable[Result]) -> Table:
-    """Task, metric, score, target, whether it was reached, minutes; a task's name and minutes stand once."""
+    """Task, metric, score, target, whether it was reached, minutes; a task's name and minutes appear once."""
     shown = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
     for name in ("task", "metric", "score", "target", "reached", "minutes"):
         shown.add_column(name, justify="right" if name in ("score", "target", "minutes") else "left", no_wrap=True)
@@ -86,25 +86,25 @@ def table(lines: Iterable[Result]) -> Table:
 
 
 class NoLogError(UserError):
-    """A run's folder in which no loss was logged."""
+    """No loss was logged in a run's folder."""
 
 
 @dataclass
 class Curves:
-    """loss and each score as points (iteration, value), in the order of training."""
+    """Loss and each score as points (iteration, value), in the order of training."""
 
     loss: list[tuple[int, float]] = field(default_factory=list)
     scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
 def read_curves(work_dir: Path) -> Curves:
-    """Read what mmengine logged into ``<work_dir>/<timestamp>/vis_data/scalars.json``.
+    """Read mmengine's log in ``<work_dir>/<timestamp>/vis_data/scalars.json``.
 
-    A resumed run has several of these files: each one replaces the points that it ran again.  Validation lines give
-    the epoch or nothing, so a score stands at the last iteration that was logged before it.
+    A resumed run has several of these files; each one replaces the points that were run again. Validation lines have
+    only the epoch or nothing, so a score belongs to the last iteration logged before it.
 
     Raises:
-        NoLogError: nothing was logged there, as of a run of fewer iterations than the log's interval.
+        NoLogError: nothing was logged, e.g. in a run with fewer iterations than the log's interval.
     """
     curves = Curves()
     for file in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
@@ -115,7 +115,7 @@ def read_curves(work_dir: Path) -> Curves:
                     _forget(curves, int(record["iter"]))
                 iteration = int(record["iter"])
                 curves.loss.append((iteration, record["loss"]))
-            elif iteration:  # else a test run: it has no place on the curve
+            elif iteration:  # otherwise a test run, which is not part of the curve
                 for name, value in record.items():
                     if name != "step" and isinstance(value, int | float):
                         curves.scores.setdefault(name, []).append((iteration, value))
@@ -128,23 +128,23 @@ def _records(file: Path) -> Iterable[dict[str, float]]:
     for line in file.read_text().splitlines():
         try:
             yield json.loads(line)
-        except ValueError:  # the last line of a killed run may be cut
+        except ValueError:  # the last line of a killed run may be incomplete
             continue
 
 
 def _forget(curves: Curves, start: int) -> None:
-    """Drop what came after the checkpoint that a resumed run, whose first logged iteration is `start`, began from."""
+    """Drop points after the checkpoint of a resumed run whose first logged iteration is `start`."""
     curves.loss[:] = [point for point in curves.loss if point[0] < start]
     for points in curves.scores.values():
         points[:] = [point for point in points if point[0] < start]
 
 
 def draw_curves(runs: Mapping[str, Path], out: Path, targets: Mapping[str, float] | None = None) -> Path:
-    """Loss above, scores in per cent below, a column per task; `out` is the PNG that is written and returned.
+    """Loss above, scores in percent below, one column per task; writes the PNG `out` and returns it.
 
     Args:
         runs: task -> the run's work_dir.
-        targets: metric name -> per cent, drawn as a dashed line.
+        targets: metric name -> percent, drawn as a dashed line.
 
     Raises:
         UserError: a run logged nothing.

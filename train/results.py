@@ -1,4 +1,4 @@
-"""What a validation leaves in its folder: `results.json`, and pictures of it.
+"""Results of a validation in its folder: `results.json`, and pictures.
 
 `results.json` holds (see `docs/results.md`): `format`, `hybridzoo_version`, `task`, `split`, `data`, `checkpoint`,
 `images`, `classes`, `metrics`, `per_class`, `confusion_matrix`, for detection `pr_curves`, and `options`.
@@ -25,19 +25,19 @@ from hybridzoo.train.plain import printable
 NAME = "results.json"
 FORMAT = 1
 PICTURES = ("confusion_matrix.png", "pr_curves.png", "curves.png")
-MOST_NAMED = 40  # classes of a confusion matrix whose names are written beside it
-MOST_NUMBERS = 15  # classes of one in whose cells the numbers are written
-MOST_CURVES = 12  # classes that have a curve of their own in a picture
+MOST_NAMED = 40  # most classes of a confusion matrix with names
+MOST_NUMBERS = 15  # most classes of a confusion matrix with numbers in the cells
+MOST_CURVES = 12  # most classes with their own curve
 
 
 def write(folder: Path, task: str, metrics: Mapping[str, float], details: Details | None, **facts: Any) -> Path:
-    """Write `results.json`, whole or not at all.
+    """Write `results.json`, completely or not at all.
 
     Args:
-        folder: that it is written into.
+        folder: the folder of the file.
         task: of the run.
         metrics: name -> value.
-        details: class by class, where the metric knows it.
+        details: values of each class, if the metric has them.
         **facts: `split`, `data`, `checkpoint`, `options`.
 
     Raises:
@@ -71,10 +71,10 @@ def write(folder: Path, task: str, metrics: Mapping[str, float], details: Detail
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `write` wrote.
+    """Read the file that `write` wrote.
 
     Raises:
-        UserError: it is not there, or no results.
+        UserError: the file does not exist, or does not hold results.
     """
     file = folder / NAME
     try:
@@ -82,12 +82,12 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{file}: no results in format {FORMAT}")
+        raise UserError(f"{file}: not results in format {FORMAT}")
     return content
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    """A key a line and, in lists, an entry a line: a person can read it, and a large matrix stays small."""
+    """JSON with one key per line, and one list entry per line: readable, and small for a large matrix."""
     lines = []
     for key, value in content.items():
         value = _without_nan(value)
@@ -122,17 +122,17 @@ def _without_nan(value: Any) -> Any:
 
 
 def draw(folder: Path, *, training: bool = False) -> list[Path]:
-    """Draw what a folder's `results.json` holds, as PNG files beside it.
+    """Draw the content of a folder's `results.json` as PNG files in the same folder.
 
     Args:
-        folder: of a run or a test.
-        training: also draw the curves of the training that was logged there.
+        folder: folder of a run or a test.
+        training: also draw the curves of the training logged there.
 
     Returns:
         The files: `confusion_matrix.png`, `pr_curves.png` (detection) and `curves.png` (training that logged a loss).
 
     Raises:
-        UserError: there are no results, or a picture cannot be written.
+        UserError: no results, or a picture cannot be written.
     """
     content = read(folder)
     drawn: list[Path] = []
@@ -150,7 +150,7 @@ def draw(folder: Path, *, training: bool = False) -> list[Path]:
 
 
 def draw_confusion(matrix: Mapping[str, Any], out: Path) -> Path:
-    """Rows are what is true, columns what was predicted; colours and numbers are shares of the row, in per cent."""
+    """Rows are true classes, columns predicted classes; colours and numbers are percentages of the row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -179,7 +179,7 @@ def draw_confusion(matrix: Mapping[str, Any], out: Path) -> Path:
 
 
 def draw_pr(curves: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
-    """Precision against recall at an IoU of 0.5, a panel for boxes and one for masks, a line a class and their mean."""
+    """Precision against recall at an IoU of 0.5; panels for boxes and masks, one line for each class, and the mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -211,6 +211,6 @@ def draw_pr(curves: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: P
 
 
 def _short(name: str) -> str:
-    """A class's name as a picture has room for; a dollar sign would begin a formula."""
+    """A class's name, shortened for a picture; a dollar sign would start a formula."""
     name = printable(name).replace("$", r"\$")
     return name if len(name) <= 24 else f"{name[:23]}…"

@@ -1,8 +1,8 @@
-"""What a run goes on from: a checkpoint that was read safely, checked against the config, and cut to what is needed.
+"""The state from which a run resumes: a checkpoint, read safely, compared with the config, reduced to what is needed.
 
-mmengine's own way would evaluate the text of a config in the file, open the file once more with Python's pickle where
-the safe reader refuses it, delete and write the files that it names, and take any numbers. It gets `State.content`
-instead, in which nothing is left but numbers and tensors that fit the run.
+mmengine itself would evaluate the config text in the file, open files that the safe reader refuses with Python's
+pickle, delete and write files named in it, and accept any numbers. Instead it gets `State.content`, which has only
+numbers and tensors that fit the run.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from hybridzoo.train.errors import UserError
 from hybridzoo.train.plain import printable, shown
 from hybridzoo.train.weights import read_checkpoint, unlike
 
-MOST_CLASSES = 100_000  # a head of so many is built before the weights are there to be compared
-LONGEST_NAME = 200  # letters of a class's name
-_OTHER = "use the config and data that it was trained with, or start anew in another --work-dir"
+MOST_CLASSES = 100_000  # a head with this many is built before the weights can be compared
+LONGEST_NAME = 200  # characters of a class name
+_OTHER = "use the config and data that it was trained with, or start a new run in another --work-dir"
 
 
 @dataclass
 class State:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
         path: the file.
-        content: of the file: `meta` with `epoch` and `iter`, `state_dict`, `optimizer`, `message_hub`, and
-            `ema_state_dict` and `param_schedulers` where the run has them.
-        seed: of the run.
-        run: its name, empty of a run before runs had names.
-        started: it began from weights.
-        holdout: how it divides its training images.
-        lineage: the weights that it began from, see `hybridzoo.train.provenance`.
+        content: content of the file: `meta` with `epoch` and `iter`, `state_dict`, `optimizer`, `message_hub`, and
+            `ema_state_dict` and `param_schedulers` if the run has them.
+        seed: seed of the run.
+        run: name of the run; empty for files of old versions.
+        started: the run started from weights.
+        holdout: how the run divides its training images.
+        lineage: the weights that it started from, see `hybridzoo.train.provenance`.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class State:
         """Compare with a configured run: its task, its classes, every tensor of its network.
 
         Raises:
-            UserError: it is another run's; a tensor is not finite.
+            UserError: it belongs to another run; a tensor is not finite.
         """
         meta = self.content["meta"]
         if meta["task"] not in ("", config.task):
@@ -78,17 +78,17 @@ class State:
             if key == "ema_state_dict":
                 steps = state.pop("steps", None)
                 if steps is None or steps.numel() != 1 or steps.is_floating_point() or steps.is_complex():
-                    raise self.unfit("ema_state_dict.steps is no count")
+                    raise self.unfit("ema_state_dict.steps is not a count")
                 inside = "module."
                 state = {k.removeprefix(inside) if k.startswith(inside) else f"?{k}": v for k, v in state.items()}
             if reasons := unlike(own, state):
                 raise self.unfit(f"{key} does not fit {config.model.get('name') or config.model.type}: {reasons}")
 
     def check_built(self, optimizer: Any, schedulers: Any) -> None:
-        """Compare with the optimizer (mmengine's wrapper) and the schedules that are to go on.
+        """Compare with the optimizer (mmengine's wrapper) and the schedules that will continue.
 
         Raises:
-            UserError: they are of another kind, for other parameters, or hold what is no number.
+            UserError: they have another type, belong to other parameters, or hold values that are not numbers.
         """
         found, own = self.content["optimizer"], optimizer.state_dict()
         parameters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
@@ -99,7 +99,7 @@ class State:
         for i, (mine, theirs) in enumerate(zip(own["param_groups"], groups, strict=True)):
             where = f"optimizer.param_groups[{i}]"
             if not isinstance(theirs, dict) or not _numbers(theirs.get("params"), mine["params"]) or "lr" not in theirs:
-                raise self.unfit(f"{where} is of other parameters")
+                raise self.unfit(f"{where} has other parameters")
             kept["param_groups"].append(self._settings(mine, theirs, where))
         expected = _fresh_state(optimizer.optimizer, parameters)
         if expected and not state and self.content["meta"]["iter"]:
@@ -115,10 +115,10 @@ class State:
                 like = expected.get(key)
                 counts = isinstance(like, Tensor) and like.ndim == 0 and _is_number(value)  # steps of an older PyTorch
                 if isinstance(like, Tensor) and not (isinstance(value, Tensor) or counts):
-                    raise self.unfit(f"{place} is no tensor")
+                    raise self.unfit(f"{place} is not a tensor")
                 self._check_value(value, parameters[index], place)
         for key in found.keys() - {"state", "param_groups"}:
-            if key not in own:  # another precision's scaler
+            if key not in own:  # the scaler of another precision
                 del kept[key]
             else:
                 check = self._settings if key == "base_param_settings" else self._like
@@ -138,16 +138,16 @@ class State:
             if not torch.isfinite(value).all():
                 raise self.unfit(f"{where} is not finite")
         elif not (value is None or isinstance(value, bool) or _is_number(value)):
-            raise self.unfit(f"{where} is no number")
+            raise self.unfit(f"{where} is not a number")
 
     def _settings(self, own: dict[str, Any], found: Any, where: str) -> dict[str, Any]:
-        """An optimizer's numbers; their keys come and go with PyTorch's versions and with schedules."""
+        """An optimizer's settings; their keys differ between PyTorch's versions and schedules."""
         if not isinstance(found, dict):
-            raise self.unfit(f"{where} holds no settings")
+            raise self.unfit(f"{where} has no settings")
         return {**own, **{key: self._like(own[key], found[key], f"{where}.{key}") for key in own if key in found}}
 
     def _like(self, own: Any, found: Any, where: str) -> Any:
-        """`found`, in the types of `own`, which it has to resemble: the same keys, lengths and kinds of values."""
+        """`found`, converted to the types of `own`; both must have the same keys, lengths and types of values."""
         if isinstance(own, collections.Counter):
             if isinstance(found, dict) and all(type(n) is int for pair in found.items() for n in pair):
                 return type(own)(found)
@@ -182,10 +182,10 @@ class State:
 
 
 def find(folder: Path) -> State | None:
-    """The newest checkpoint of the folder's run that can be read; None where there is none at all.
+    """The newest readable checkpoint of the folder's run; None if there is no checkpoint.
 
     Raises:
-        UserError: the folder holds what a run left, but nothing to go on from; or the newest is not a run's state.
+        UserError: the folder has files of a run, but none to resume from; or the newest is not a run's state.
     """
     problem = ""
     for path in run_folder.newest_first(folder):
@@ -206,7 +206,7 @@ def read(path: Path) -> State:
     """A checkpoint as a run's state.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: it cannot be read, or is not a run's state.
     """
     return _state(path, read_checkpoint(path))
 
@@ -242,7 +242,7 @@ def _state(path: Path, content: Mapping[str, Any]) -> State:
         if not isinstance(tensors, dict):
             raise UserError(f"checkpoint {path}: cannot be resumed: has another kind of {key!r}; {_OTHER}")
         for name, value in tensors.items():
-            kind = strange(value) if isinstance(value, Tensor) else "is no tensor"
+            kind = strange(value) if isinstance(value, Tensor) else "is not a tensor"
             if not isinstance(name, str) or kind:
                 what = f"{key}.{name}" if isinstance(name, str) else f"{key}: {shown(name)}"
                 raise UserError(f"checkpoint {path}: cannot be resumed: {what} {kind or 'is no name'}; {_OTHER}")
@@ -254,14 +254,14 @@ def _state(path: Path, content: Mapping[str, Any]) -> State:
 
 
 def holdout_in(path: str | Path, meta: Any) -> Holdout | None:
-    """How a run divided its training images, by its checkpoint's `meta`; None where it did not.
+    """How a run divided its training images, from its checkpoint's `meta`; None if it did not.
 
     Raises:
-        UserError: it is no such division.
+        UserError: the value is invalid.
     """
     options = meta.get("val_fraction") if isinstance(meta, dict) else None
     if options is not None and not isinstance(options, dict):
-        raise UserError(f"checkpoint {path}: meta.val_fraction is {shown(options)}, no share and seed")
+        raise UserError(f"checkpoint {path}: meta.val_fraction is {shown(options)}, which is not a fraction and a seed")
     try:
         return holdout_of(options)
     except UserError as error:
@@ -269,7 +269,7 @@ def holdout_in(path: str | Path, meta: Any) -> Holdout | None:
 
 
 def _message_hub(path: Path, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """The best score so far, and which files of the run's own folder go when a newer or better one comes."""
+    """The best score so far, and the files in the run's folder that newer or better ones replace."""
     info = hub.get("runtime_info", {})
     kept: dict[str, Any] = {"last_ckpt": str(path)}
     for key, value in info.items() if isinstance(info, dict) else ():
@@ -281,7 +281,7 @@ def _message_hub(path: Path, hub: Mapping[str, Any]) -> dict[str, Any]:
             wrong = not _is_number(value)
             kept[key] = value
         elif isinstance(key, str) and re.fullmatch(r"best_ckpt\w*(/\w+)?", key):
-            # Wherever the folder was when the file was written, a run's best checkpoint lies in its own folder.
+            # The folder may have been moved; a run's best checkpoint is always in the run's own folder.
             wrong = not isinstance(value, str)
             name = "" if wrong else Path(value).name
             if re.fullmatch(r"best_[^/\\]+\.pth", name) and path.with_name(name).is_file():
@@ -295,28 +295,28 @@ def _message_hub(path: Path, hub: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names_in(path: str | Path, meta: Any) -> tuple[str, ...]:
-    """The class names that a checkpoint's `meta` holds; none where there are none.
+    """The class names in a checkpoint's `meta`, or an empty list.
 
     Raises:
-        UserError: they are no names: not text, empty or very long, or one is there twice.
+        UserError: a name is not text, empty, very long, or repeated.
     """
     names = meta.get("class_names") if isinstance(meta, dict) else None
     if names is None:
         return ()
     if not isinstance(names, list | tuple) or len(names) > MOST_CLASSES:
-        raise UserError(f"checkpoint {path}: its class names are no list of at most {MOST_CLASSES:,} names")
+        raise UserError(f"checkpoint {path}: its class names are not a list of at most {MOST_CLASSES:,} names")
     seen: set[str] = set()
     for name in names:
         if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME or name in seen:
             twice = isinstance(name, str) and name in seen
-            why = "is there twice" if twice else f"is no name (1 to {LONGEST_NAME} letters)"
+            why = "is repeated" if twice else f"is not a name (1 to {LONGEST_NAME} letters)"
             raise UserError(f"checkpoint {path}: the class name {shown(name)} {why}")
         seen.add(name)
     return tuple(names)
 
 
 def class_names(config: Config) -> tuple[str, ...]:
-    """The class names of a configured run's training data, in the order of their indices; none where nobody knows."""
+    """The class names of a configured run's training data, in the order of their indices; empty if unknown."""
     for node in _dicts((config.get("train_dataloader") or config.get("test_dataloader") or {}).get("dataset")):
         names = node.get("classes") or (node.get("metainfo") or {}).get("classes")
         if names is None and node.get("type"):
@@ -329,10 +329,10 @@ def class_names(config: Config) -> tuple[str, ...]:
 
 
 def compare_classes(path: str | Path, theirs: Sequence[str], ours: Sequence[str]) -> None:
-    """Refuse weights of other classes: their numbers would mean something else.
+    """Refuse weights for other classes: their class indices would have another meaning.
 
     Raises:
-        UserError: both are known and differ; it lists both.
+        UserError: both are known and differ; the message lists both.
     """
     if theirs and ours and tuple(theirs) != tuple(ours):
         raise UserError(
@@ -342,7 +342,7 @@ def compare_classes(path: str | Path, theirs: Sequence[str], ours: Sequence[str]
 
 
 def skeleton(config: Config) -> nn.Module:
-    """The config's model without any numbers, to compare names and shapes with."""
+    """The config's model without values, to compare names and shapes."""
     model = copy.deepcopy(config.model)
     for node in _dicts(model):
         for key in ("pretrained", "weights", "init_cfg"):
@@ -363,7 +363,7 @@ def _dicts(node: Any) -> Any:
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """What an optimizer keeps of a parameter after its first step; of a new one of the same kind."""
+    """The state of an optimizer for a parameter after its first step, from a new optimizer of the same type."""
     if not parameters:
         return {}
     probe = nn.Parameter(torch.zeros(1, 1))
@@ -384,5 +384,5 @@ def _list(names: Any, most: int = 8) -> str:
 
 
 def _numbers(found: Any, own: list[int]) -> bool:
-    """Whether a file's list holds these whole numbers, and not something that compares as it likes."""
+    """Whether a file's list has exactly these integers, and no objects with their own comparison."""
     return isinstance(found, list) and all(type(number) is int for number in found) and found == own

@@ -1,8 +1,8 @@
-"""The folder of a run: who may write to it, which run its files belong to, and which checkpoint is the newest.
+"""The folder of a run: locking, the run that its files belong to, and its newest checkpoint.
 
-One process at a time trains in a folder. It holds a lock on `run.json`, which the system frees when the process ends,
-however it ends. The file names the run; every checkpoint names it too (`meta["run"]`), so that what an earlier run or
-a copy left in the folder is never taken for this run's.
+One run at a time trains in a folder. It locks `run.json`, and the system releases the lock when the process ends for
+any reason. The file has the run's name, and so has every checkpoint (`meta["run"]`), so that files of earlier runs or
+copies are never used for this run.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from hybridzoo.train.weights import peek
 
 try:
     import fcntl
-except ImportError:  # Windows: runs are not kept apart there
+except ImportError:  # Windows: no locking there
     fcntl = None  # type: ignore[assignment]
 
 NAME = "run.json"
-CHECKPOINTS = ("epoch_*.pth", "iter_*.pth")  # what a run can be resumed from
+CHECKPOINTS = ("epoch_*.pth", "iter_*.pth")  # files from which a run can be resumed
 OUTPUTS = (*CHECKPOINTS, "best_*.pth", "final.pth")
-_LOGS = re.compile(r"\d{8}_\d{6}")  # mmengine's folder of logs, by the time
-_held: set[Path] = set()  # this process's locks: the system's do not keep a process from itself
+_LOGS = re.compile(r"\d{8}_\d{6}")  # mmengine's folder of logs, named by the time
+_held: set[Path] = set()  # this process's locks: the system's locks do not exclude the same process
 
 
 class RunFolder:
-    """A folder that one run works in, once it has claimed it; free again when the context ends.
+    """The folder of one run: `claim` locks it, and the end of the context releases it.
 
     Args:
-        path: the folder, which need not be there yet.
-        config: name of the file in it that will hold the run's config.
+        path: the folder, which may not exist yet.
+        config: name of the file in it for the run's config.
     """
 
     def __init__(self, path: Path, config: str = "") -> None:
@@ -48,7 +48,7 @@ class RunFolder:
         self._file: int | None = None
         self._key = path / NAME
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        self._found: set[str] = set()  # what was there when it was claimed
+        self._found: set[str] = set()  # files at the time of the claim
         self._keep = False
 
     def __enter__(self) -> RunFolder:
@@ -57,23 +57,23 @@ class RunFolder:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._file is None:
             return
-        if not os.fstat(self._file).st_size:  # no run began
+        if not os.fstat(self._file).st_size:  # no run has started
             self._key.unlink(missing_ok=True)
         elif error is not None and not self._keep and explain(error) is not None:
             self._remove()
-        os.close(self._file)  # frees the lock
+        os.close(self._file)  # releases the lock
         _held.discard(self._key)
         self._file = None
         for folder in self._made if error is not None and not self._keep else ():
-            with contextlib.suppress(OSError):  # somebody else's files are in it
+            with contextlib.suppress(OSError):  # it has other files
                 folder.rmdir()
 
     def keep(self) -> None:
-        """A step was made, or an earlier run goes on: an error leaves the folder as it is from now on."""
+        """A step was made, or a run is resumed: from now on an error does not change the folder."""
         self._keep = True
 
     def _remove(self) -> None:
-        """Remove what a run writes before its first step, which a mistake has ended: its config, its log, its name."""
+        """Remove the files that a run writes before its first step, after an early error: its config, log and name."""
         for file in self.path.iterdir():
             early = file.name in (NAME, "wandb", self._config) or _LOGS.fullmatch(file.name)
             if early and file.name not in self._found:
@@ -83,32 +83,32 @@ class RunFolder:
                     file.unlink(missing_ok=True)
 
     def claim(self) -> None:
-        """Make the folder, and keep others from training in it.
+        """Create the folder, and prevent other runs from training in it.
 
         Raises:
-            UserError: another run is in it, or it cannot be written.
+            UserError: another run is training in it, or it cannot be written.
         """
         if self._file is not None:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._key = self.path.resolve() / NAME
-            # POSIX locks belong to a process alone: a loader's worker that outlives it does not keep the folder.
+            # POSIX locks belong to one process: a loader's worker that lives longer does not keep the lock.
             while self._key not in _held and not self._lock():
                 pass
         except OSError as error:
-            what = "cannot be made" if not self.path.is_dir() else "cannot be written"
+            what = "cannot be created" if not self.path.is_dir() else "cannot be written"
             raise UserError(f"work_dir {self.path}: {what} ({error.strerror}); choose another --work-dir") from error
         if self._file is None:
             raise UserError(
-                f"work_dir {self.path}: another run is training in it; wait for its end, or choose another --work-dir"
+                f"work_dir {self.path}: another run is training in it; wait until it ends, or choose another --work-dir"
             )
         _held.add(self._key)
         fresh = not os.fstat(self._file).st_size
         self._found = {file.name for file in self.path.iterdir()} - ({NAME} if fresh else set())
 
     def _lock(self) -> bool:
-        """Open and lock the file; False where it was deleted meanwhile, and no open file where another has the lock."""
+        """Open and lock the file; False if it was deleted meanwhile, None if another process has the lock."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         file = os.open(self._key, flags, 0o666)
         if fcntl is not None:
@@ -142,15 +142,15 @@ class RunFolder:
 
 
 def new_run() -> str:
-    """A name that no other run has."""
+    """A unique name."""
     return uuid.uuid4().hex
 
 
 def refuse_old_files(folder: Path, *, resume: bool = False) -> None:
-    """A fresh run must not mix with another one's files.
+    """Refuse to start a new run in a folder with another run's files.
 
     Args:
-        resume: the run was to be resumed, but there is nothing to go on from.
+        resume: the run should be resumed, but there is no checkpoint.
 
     Raises:
         UserError: the folder holds checkpoints or weights of a run.
@@ -158,12 +158,12 @@ def refuse_old_files(folder: Path, *, resume: bool = False) -> None:
     found = sorted(path.name for pattern in OUTPUTS for path in folder.glob(pattern))
     if found:
         files = f"{', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
-        what = "but nothing to go on from: choose" if resume else "add --resume to go on with it, or choose"
+        what = "but no checkpoint to resume from: choose" if resume else "add --resume to continue it, or choose"
         raise UserError(f"work_dir {folder}: holds a run's {files}{',' if resume else ';'} {what} another --work-dir")
 
 
 def run_of(folder: Path) -> str:
-    """The run that the folder belongs to, empty where nothing says it."""
+    """The name of the folder's run, empty if unknown."""
     try:
         found = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -173,13 +173,13 @@ def run_of(folder: Path) -> str:
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
-    """The checkpoints of the folder's run, the one with most progress first, whatever their names and dates say.
+    """The checkpoints of the folder's run, most progress first, independent of file names and dates.
 
-    Where the folder does not name its run, as after copying checkpoints into a new one, they have to be of one run.
-    What is left aside is told.
+    If the folder does not name its run, for example after copying checkpoints into a new folder, all must belong to one
+    run. Skipped files are reported.
 
     Raises:
-        UserError: there are checkpoints, but none of this run's can be read, or nothing tells which run is this.
+        UserError: there are checkpoints, but none of this run can be read, or it is unknown which run this is.
     """
     found: list[tuple[tuple[int, int], Path, str]] = []
     problems: list[str] = []
@@ -190,19 +190,19 @@ def newest_first(folder: Path) -> Iterator[Path]:
         except UserError as error:
             problems.append(str(error))
             continue
-        if "optimizer" not in content:  # weights alone
+        if "optimizer" not in content:  # only weights
             continue
         meta = content.get("meta")
         if isinstance(meta, dict) and (progress := _progress(meta)) is not None:
             run = meta.get("run")
             found.append((progress, path, run if isinstance(run, str) else ""))
         else:
-            problems.append(f"checkpoint {path}: does not say how far its run had come")
+            problems.append(f"checkpoint {path}: does not say how many iterations its run had done")
     runs, own = {run for _, _, run in found}, run_of(folder)
     if own not in runs and len(runs) > 1:
         raise UserError(
             f"work_dir {folder}: holds checkpoints of {len(runs)} runs ({', '.join(p.name for _, p, _ in found)}); "
-            "leave those of one run in it"
+            "keep those of one run only"
         )
     mine = own if own in runs else next(iter(runs), "")
     for problem in problems:
@@ -216,7 +216,7 @@ def newest_first(folder: Path) -> Iterator[Path]:
 
 
 def _progress(meta: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(iterations, epochs) that a checkpoint's run had done."""
+    """(iterations, epochs) done in a checkpoint."""
     iterations, epochs = meta.get("iter"), meta.get("epoch")
     if any(type(number) is not int or not 0 <= number < 1 << 53 for number in (iterations, epochs)):
         return None

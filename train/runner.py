@@ -1,4 +1,4 @@
-"""mmengine's runner as all tasks use it, and the files that it, mmdet or mmseg read: by our reader."""
+"""mmengine's runner for all tasks, and our reader for the files that mmengine, mmdet or mmseg read."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from hybridzoo.train.weights import read_checkpoint, start_from
 
 
 class Runner(MMRunner):
-    """mmengine's runner with a quiet terminal, seeded samples and initial weights that have to fit."""
+    """mmengine's runner with little terminal output, seeded samples and checked initial weights."""
 
     initial_weights: Path | None = None
     resumed: resuming.State | None = None
-    run = ""  # name of the run, which its checkpoints hold
-    started = False  # from weights, which they hold too
-    sharded = False  # by FSDP
-    origin = ""  # where the weights come from, in words
-    lineage: tuple[provenance.Start, ...] = ()  # the same with licences, for whoever takes the result
+    run = ""  # name of the run, stored in its checkpoints
+    started = False  # whether it started from weights, stored there too
+    sharded = False  # with FSDP
+    origin = ""  # origin of the weights, in words
+    lineage: tuple[provenance.Start, ...] = ()  # the same with licences, for users of the result
     _train_dataloader: Any
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(log_level, log_file, **kwargs)
-        for handler in logger.handlers:  # everything is in the log file; a person sees ProgressHook
+        for handler in logger.handlers:  # everything is in the log file; the terminal shows ProgressHook's output
             if isinstance(handler, logging.FileHandler):
-                handler.handleError = _raise  # type: ignore[method-assign]  # of a full disk; logging would print it
+                handler.handleError = _raise  # type: ignore[method-assign]  # e.g. of a full disk; logging would print it
             else:
                 handler.setLevel(logging.ERROR)
         return logger
@@ -63,7 +63,7 @@ class Runner(MMRunner):
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         if self.cfg.get("fsdp"):
-            return model.to(get_device())  # divided when its first weights are in it
+            return model.to(get_device())  # divided after its first weights are loaded
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         return wrapped.to(self.cfg.device) if self.cfg.get("device") else wrapped
 
@@ -89,7 +89,7 @@ class Runner(MMRunner):
             return super().build_param_scheduler(scheduler)
 
     def _init_model_weights(self) -> None:
-        """mmengine's, which comes after the optimizer is built: too late where the model is divided among processes."""
+        """mmengine calls this after the optimizer is built, which is too late if the model is divided."""
         if not self.sharded:
             super()._init_model_weights()
 
@@ -99,7 +99,7 @@ class Runner(MMRunner):
 
     def load_or_resume(self) -> None:
         if not self.sharded:
-            self._load_initial_weights()  # mmengine has initialised the model by now
+            self._load_initial_weights()  # mmengine has initialised the model before this
         if self.resumed is not None:
             self.resumed.check_built(self.optim_wrapper, self.param_schedulers)
             if self.sharded:
@@ -108,7 +108,7 @@ class Runner(MMRunner):
             self.resume(str(self.resumed.path))
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What was read and checked before the run began, instead of mmengine's own reading of the file."""
+        """Returns the checkpoint that was read and checked before, instead of reading it with mmengine."""
         assert self.resumed is not None
         checkpoint = dict(self.resumed.content)
         checkpoint["meta"] = {**checkpoint["meta"], "seed": self.resumed.seed}
@@ -124,19 +124,19 @@ class Runner(MMRunner):
             super().save_checkpoint(*args, **kwargs)
 
     def dump_config(self) -> None:
-        if self._train_loop is not None:  # a test leaves the training's config as it is
+        if self._train_loop is not None:  # a test does not change the training's config
             super().dump_config()
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Every local file that mmengine, mmdet or mmseg read, such as an `init_cfg` names, is read as all others are."""
+    """Read local files for mmengine, mmdet and mmseg, e.g. from an `init_cfg`, with our reader."""
     return read_checkpoint(filename)
 
 
 @CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
 def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """A file from the network: downloaded into PyTorch's cache, and read as all others are."""
+    """Download a file into PyTorch's cache, and read it with our reader."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(urlsplit(filename).path).name)[-200:] or "weights.pth"
     target = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
@@ -147,14 +147,14 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def validation_metrics(runner: Runner) -> dict[str, float]:
-    """Metric -> value of the last validation; empty where there was none."""
+    """Metric -> value of the last validation; empty if there was none."""
     scalars = runner.message_hub.log_scalars
     names = [name for name in scalars if name.startswith("val/") and name not in ("val/time", "val/data_time")]
     return {name.removeprefix("val/"): float(scalars[name].current()) for name in names}
 
 
 def save_final(runner: Runner) -> None:
-    """Write `final.pth`: weights and meta, nothing of the optimizer."""
+    """Write `final.pth`: weights and meta, without the optimizer."""
     meta = {"epoch": runner.epoch, "iter": runner.iter}
     runner.save_checkpoint(
         runner.work_dir,
@@ -167,7 +167,7 @@ def save_final(runner: Runner) -> None:
 
 
 def close_progress(runner: Runner) -> None:
-    """Leave the terminal as it was, also after an error."""
+    """Restore the terminal, also after an error."""
     for hook in runner.hooks:
         if isinstance(hook, progress.ProgressHook):
             hook.close()

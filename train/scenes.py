@@ -1,4 +1,4 @@
-"""What detection and segmentation share: where the data lies, and putting class names and counts into a config."""
+"""Shared by detection and segmentation: the data's folder, and class names and counts in a config."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hybridzoo.train.errors import UserError
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without what others print and warn: mmdet and mmseg about missing extras, pycocotools about its progress."""
+    """Suppress output and warnings of libraries: mmdet's and mmseg's missing extras, pycocotools' progress."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def find_root(config: Config, data: Path | None) -> Path:
-    """The data folder: the user's, else the embedded digits if the config asks for them, else the config's own.
+    """The data folder: the user's, or the embedded digits if the config asks for them, or the config's own.
 
     Raises:
         UserError: the config names no data and the user gave none.
@@ -54,17 +54,17 @@ def evaluators(config: Config, kind: str) -> Iterator[Any]:
 
 
 def read_by_ours(config: Config) -> None:
-    """Let every pipeline of `config` load its pictures by our reader, with the config's `white_value`."""
+    """Make every pipeline of `config` load its pictures with our reader and the config's `white_value`."""
     for step in dicts(list(config.values())):
         kind = step.get("type")
         if isinstance(kind, type) and issubclass(kind, mmcv.transforms.LoadImageFromFile):
-            step["type"] = kind = kind.__name__  # a class in a config would pass the registry by
+            step["type"] = kind = kind.__name__  # a class in a config does not use the registry
         if isinstance(kind, str) and kind.split(".")[-1] == "LoadImageFromFile" and config.get("white_value"):
             step["white_value"] = config.white_value
 
 
 def set_classes(config: Config, names: Sequence[str]) -> None:
-    """Name the classes in every dataset, and count them in every head of the model."""
+    """Set the class names in every dataset, and their number in every head of the model."""
     for split in ("train", "val"):
         for dataset in datasets(config, split):
             dataset.metainfo = {"classes": tuple(names)}
@@ -77,7 +77,7 @@ def set_classes(config: Config, names: Sequence[str]) -> None:
 
 
 def say(node: Any, **values: Any) -> None:
-    """Put values into a config's dict, and take those that are None out of it."""
+    """Set values in a config's dict, and remove those that are None."""
     for key, value in values.items():
         node.pop(key, None)
         if value is not None:
@@ -85,12 +85,12 @@ def say(node: Any, **values: Any) -> None:
 
 
 def below(path: Path, root: Path) -> str:
-    """A path as a config has it: below its data root, or the whole."""
+    """A path for a config: relative to its data root, or the whole path."""
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def dicts(node: Any) -> Iterator[Any]:
-    """`node` and everything below it that is a dict."""
+    """`node` and all dicts inside it."""
     if isinstance(node, dict):
         yield node
         node = list(node.values())

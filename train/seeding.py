@@ -1,8 +1,8 @@
-"""Randomness that depends on the run's seed and the place in the run, never on what ran before.
+"""Randomness that depends only on the run's seed and the position in the run.
 
-A resumed run then equals an uninterrupted one, and the images a run sees do not depend on the number of loader workers
-or, for equal global batches, of processes.  mmengine's own scheme seeds each worker with the same number every epoch,
-so that epochs repeat their augmentations, and with persistent workers cannot be resumed at all.
+A resumed run then equals an uninterrupted one. The images of a run do not depend on the number of loader workers or,
+for equal global batches, of processes. mmengine seeds each worker with the same number in every epoch, so that epochs
+repeat their augmentations; with persistent workers its runs cannot be resumed exactly.
 
 Every sample's augmentation is seeded by (seed, epoch, position in the epoch): the sampler sends the seed along with the
 index.  What happens on the device (mixup, drop path) is seeded by (seed, rank, iteration): see ``hooks.SeedHook``.
@@ -27,8 +27,8 @@ def seed_all(*key: int, devices: bool = True) -> None:
     """Seed ``random``, NumPy and torch from the non-negative integers in ``key``.
 
     Args:
-        key: any number of integers; other keys give unrelated streams.
-        devices: also the accelerators' generators; loader workers, which have none, leave it off.
+        key: any number of integers; different keys give independent streams.
+        devices: also seed the accelerators' generators; False in loader workers.
     """
     first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
     random.seed(first)
@@ -68,7 +68,7 @@ class DrawSampler(Sampler):
         self.epoch = 0
         self._skipped = 0
         self.sampler = DATA_SAMPLERS.build(sampler, default_args={"dataset": dataset, "seed": seed})
-        if hasattr(self.sampler, "skip"):  # mmengine asks for the attribute to decide how to resume
+        if hasattr(self.sampler, "skip"):  # mmengine uses this attribute to decide how to resume
             self.skip = self._skip
 
     def __iter__(self) -> Iterator[Draw]:
@@ -90,7 +90,7 @@ class DrawSampler(Sampler):
 
 
 class SeededDataset:
-    """A dataset whose samples are seeded by the :class:`Draw` they are asked for; otherwise the dataset itself.
+    """Wraps a dataset; a sample is seeded by the :class:`Draw` that indexes it.
 
     Args:
         dataset: config of the dataset to wrap.
@@ -108,12 +108,14 @@ class SeededDataset:
         return len(self._dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_dataset":  # copying and unpickling ask before there is a dataset
+        if (
+            name.startswith("__") or name == "_dataset"
+        ):  # copying and unpickling read attributes before there is a dataset
             raise AttributeError(name)
         return getattr(self._dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._dataset, name, value)  # hooks exchange pipelines this way
+        setattr(self._dataset, name, value)  # hooks replace pipelines this way
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_dataset": self._dataset}
@@ -125,7 +127,7 @@ class SeededDataset:
 def seeded_dataloader(dataloader: dict[str, Any], seed: int) -> dict[str, Any]:
     """The config of a training loader with its sampler and dataset wrapped.
 
-    A loader without sampler, as streaming datasets need, comes back unchanged: its order and randomness are its own.
+    A loader without a sampler (streaming datasets) is returned unchanged.
     """
     if not dataloader.get("sampler"):
         return dataloader

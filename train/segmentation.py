@@ -1,4 +1,4 @@
-"""Semantic segmentation for the engine: mmseg's segmentors on ADE20K, or on a folder of one's own scenes."""
+"""Semantic segmentation: mmseg's segmentors on ADE20K, or on the user's own folder."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ with scenes.quietly():
 
 @TRANSFORMS.register_module(name="LoadAnnotations", force=True)
 class LoadMask(LoadAnnotations):
-    """mmseg's loading of a mask by our reader: upright, palette indices and 1-bit values as they are stored.
+    """mmseg's loading of a mask, with our reader: upright, with stored palette indices and 1-bit values.
 
     Raises:
-        MaskError: a mask of another size than its image, or with ids beyond the classes of `MaskScenes`.
+        MaskError: a mask with another size than its image, or with ids outside the classes of `MaskScenes`.
     """
 
     def _load_seg_map(self, results: dict[str, Any]) -> None:
-        if self.backend_args:  # not a file of ours
+        if self.backend_args:  # another dataset's file
             super()._load_seg_map(results)
             return
         file = Path(results["seg_map_path"])
@@ -79,11 +79,11 @@ class LoadMask(LoadAnnotations):
 
 @DATASETS.register_module()
 class MaskScenes(BaseSegDataset):
-    """Images with one-channel masks of class ids, without those named in `skipped` (full paths).
+    """Images with one-channel masks of class ids, without the files in `skipped` (full paths).
 
-    Folders below do not matter, nor suffixes unless they are given, see `hybridzoo.train.layouts.masked_images`.
-    With `on_bad="skip"` a training image that cannot be read any more is skipped, which a line says, for another one.
-    `stored` is that of `hybridzoo.train.layouts.Layout`, `source` what its `Place.source` gives.
+    Subfolders do not matter, nor suffixes unless they are given, see `hybridzoo.train.layouts.masked_images`. With
+    `on_bad="skip"`, a training image that cannot be read any more is replaced by another one, with a message. `stored`
+    is that of `hybridzoo.train.layouts.Layout`, `source` the result of its `Place.source`.
     """
 
     def __init__(
@@ -128,10 +128,10 @@ class MaskScenes(BaseSegDataset):
 
 @METRICS.register_module()
 class MaskScenesMetric(IoUMetric):
-    """mmseg's metrics from exact counts of which class was taken for which.
+    """mmseg's metrics, computed from exact confusion counts.
 
     Args:
-        **kwargs: mmseg's.
+        **kwargs: passed to mmseg's class.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -147,11 +147,11 @@ class MaskScenesMetric(IoUMetric):
             predicted = sample["pred_sem_seg"]["data"].squeeze().long().cpu().numpy()
             true = sample["gt_sem_seg"]["data"].squeeze().long().cpu().numpy()
             known = true != self.ignore_index
-            # The pairs of classes that the image shows, which are few, and their numbers.
+            # The pairs of classes in the image, which are few, with their counts.
             self.results.append(np.unique(true[known] * classes + predicted[known], return_counts=True))
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """mmseg's metrics, rounded by it to two places."""
+        """mmseg's metrics, which it rounds to two decimals."""
         if self.format_only:
             return super().compute_metrics(results)
         names = self.dataset_meta["classes"]
@@ -172,13 +172,13 @@ def configure(
 
     A folder in the layout of the config's own dataset (the one that its `data_prefix` names, e.g. ADE20K's
     `images/training`) keeps the config's classes; any other is ADE20K or a scenes folder, see
-    `hybridzoo.train.layouts`. All are checked alike, but for datasets that read their files in a way of their own.
+    `hybridzoo.train.layouts`. All are checked in the same way, except datasets that read their files in their own way.
 
     Args:
         config: of a segmentation run.
         data: the user's folder; default the config's own data.
-        splits: the parts that will be used, which are looked through.
-        classes: names that a trained model knows, in order; default the data's.
+        splits: the parts that will be used; they are checked.
+        classes: names of a trained model's classes, in order; default the data's.
 
     Raises:
         UserError: no data, or data that cannot be trained on.
@@ -189,7 +189,7 @@ def configure(
     if "test" not in splits and all((root / dataset.data_prefix.img_path).is_dir() for dataset in used):
         layout = _own_layout(config, root, used)
         if layout is None:
-            print(f"data {root}: read by mmseg's {used[0].type}, and not looked through")
+            print(f"data {root}: read by mmseg's {used[0].type}, and not checked")
             for split in SPLITS:
                 for dataset in scenes.datasets(config, split):
                     dataset.data_root = str(root)
@@ -237,7 +237,7 @@ def layout_of(root: Path) -> Layout:
 
 
 def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | None:
-    """Where the config's own datasets lie; None where mmseg reads them in a way of their own."""
+    """The places of the config's own datasets; None if mmseg reads them in another way."""
     with DATASETS.switch_scope_and_registry(config.get("default_scope", "mmseg")) as registry:
         kinds = [registry.get(node.type) if isinstance(node.type, str) else node.type for node in used]
     ours = kinds[0] is MaskScenes
@@ -271,7 +271,7 @@ def _own_layout(config: Config, root: Path, used: Sequence[Any]) -> Layout | Non
 
 
 def _default(kind: type, name: str) -> Any:
-    """What a dataset's class takes where a config says nothing."""
+    """The default value of an argument of a dataset's class."""
     for owner in kind.__mro__:
         given = inspect.signature(owner.__init__).parameters.get(name)  # type: ignore[misc]
         if given is not None:

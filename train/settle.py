@@ -1,4 +1,4 @@
-"""What people change by a short option, and what an everyday recipe works out from the data and the machine."""
+"""Short options, and the values that an everyday recipe computes from the data and the machine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hybridzoo.train.weights import find_weights
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
-LONG_RUN = 2_000  # iterations from which on a moving average of the weights pays
-SHORTEST_SCHEDULE = 20  # iterations below which the learning rate stays the same
+LONG_RUN = 2_000  # from this many iterations on, a moving average of the weights helps
+SHORTEST_SCHEDULE = 20  # with fewer iterations, the learning rate is constant
 
 
 # Short options --------------------------------------------------------------------------------------------------------
@@ -37,15 +37,15 @@ def short_options(
     workers: int | None = None,
     options: Collection[str] = (),
 ) -> set[str]:
-    """Put what the command line's short options say into a config, in place; see `hybridzoo.train.config.load_config`.
+    """Apply the command line's short options to a config, in place; see `hybridzoo.train.config.load_config`.
 
-    `options` are dotted keys that somebody set by hand.
+    `options` are dotted keys that the user has set.
 
     Returns:
-        The dotted keys that are settled by them.
+        The dotted keys that they set.
 
     Raises:
-        UserError: a value out of range, or an option that this config has no use for.
+        UserError: a value out of range, or an option that this config does not use.
     """
     given: set[str] = set()
     at_least = {
@@ -85,15 +85,15 @@ def short_options(
 
 
 def stretch(config: Config, epochs: int, given: Collection[str] = ()) -> None:
-    """Make a run `epochs` long, in place; what its schedule counts in epochs keeps its share of the run.
+    """Make a run `epochs` long, in place; schedules counted in epochs are stretched in proportion.
 
     Args:
         config: of any task.
         epochs: its new length.
-        given: dotted keys that somebody set by hand; they stay.
+        given: dotted keys that the user has set; they stay unchanged.
 
     Raises:
-        UserError: the run is counted in iterations.
+        UserError: the run counts iterations.
     """
     loop = config.get("train_cfg") or {}
     old = loop.get("max_epochs")
@@ -130,8 +130,10 @@ def _schedules(config: Config) -> list[tuple[str, Any]]:
 
 
 def _resize(config: Config, side: int) -> set[str]:
-    """Scale all sizes of a config so that its training images have `side` pixels: the classifier's input, the shorter
-    side of a detector's test images, the segmentor's crop."""
+    """Scale all sizes of a config so that its training images have `side` pixels.
+
+    `side` is the classifier's input, the shorter side of a detector's test images, or the segmentor's crop.
+    """
     if config.task == "classification":
         keys = set()
         for key in LOADERS:
@@ -166,7 +168,7 @@ def _resize(config: Config, side: int) -> set[str]:
 
 
 def _steps(node: Any) -> Iterator[Any]:
-    """All dicts below a dataloader that name a type: the steps of its pipelines."""
+    """All dicts with a type in a dataloader's config: the steps of its pipelines."""
     if isinstance(node, dict):
         if "type" in node:
             yield node
@@ -180,17 +182,17 @@ def _steps(node: Any) -> Iterator[Any]:
 
 
 def starting_weights(config: Config, weights: str | Path | None) -> str | Path | None:
-    """The file that a run starts from: the one asked for, or the network's published weights if the recipe wants them.
+    """The file that a run starts from: the given one, or the network's published weights if the recipe asks for them.
 
     Args:
-        config: with `start`: "published", the name of published weights, or None.
+        config: its `start` is "published", the name of published weights, or None.
         weights: from the command line; "none" starts from scratch.
 
     Returns:
-        A file, or None: then a line has said that the run starts from scratch.
+        A file, or None for a run from scratch, which a line has reported.
 
     Raises:
-        UserError: `weights` cannot be had.
+        UserError: `weights` cannot be found or downloaded.
     """
     network = network_of(config).get("name", "")
     from hybridzoo.train import published
@@ -201,20 +203,20 @@ def starting_weights(config: Config, weights: str | Path | None) -> str | Path |
         try:
             return published.weights_of(str(weights))
         except published.Unavailable as reason:
-            raise UserError(f"weights {weights}: cannot be had here ({reason}); give a file") from reason
+            raise UserError(f"weights {weights}: cannot be downloaded here ({reason}); give a file") from reason
     wanted = None if weights is not None else config.get("start")
     if not wanted:
         return None
     try:
         return published.weights_of(network if wanted == "published" else wanted)
     except published.Unavailable as reason:
-        if is_main_process():  # a line of its own: no logger exists yet
+        if is_main_process():  # printed directly: no logger exists yet
             print(f"from scratch: no weights of {network} here ({reason}); give --weights FILE")
         return None
 
 
 def _is_timms(weights: str) -> bool:
-    """Whether weights are named after a model of timm's own, as `convnext_tiny.fb_in22k` is."""
+    """Whether a name of weights belongs to one of timm's models, e.g. `convnext_tiny.fb_in22k`."""
     model = weights.partition(".")[0]
     return not Path(weights).exists() and model in names.timm_models() and model not in names.our_models()
 
@@ -223,7 +225,7 @@ def _is_timms(weights: str) -> bool:
 
 
 def count_images(config: Config) -> int | None:
-    """Number of training images of a configured run; None where the data cannot say."""
+    """Number of training images of a configured run; None if unknown."""
     with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine")):
         dataset = DATASETS.build(config.train_dataloader.dataset)
     try:
@@ -233,12 +235,12 @@ def count_images(config: Config) -> int | None:
 
 
 def fit_data(config: Config, images: int | None, *, started: bool) -> None:
-    """Settle the rest of an everyday recipe, in place: `settle` is gone after it.
+    """Set the remaining values of an everyday recipe, in place, and remove `settle`.
 
     Args:
-        config: with its data configured.
-        images: in the training set.
-        started: from weights, not from scratch.
+        config: config after its data is configured.
+        images: number of training images.
+        started: the run starts from weights, not from scratch.
     """
     settle = dict(config.pop("settle", None) or {})
     if not settle.get("data"):
@@ -251,7 +253,7 @@ def fit_data(config: Config, images: int | None, *, started: bool) -> None:
         if "optim_wrapper.paramwise_cfg.layer_decay" not in given:
             (config.optim_wrapper.get("paramwise_cfg") or {}).pop("layer_decay", None)
         if "model.backbone.norm_eval" not in given:
-            network_of(config).pop("norm_eval", None)  # statistics have to be learned
+            network_of(config).pop("norm_eval", None)  # statistics must be learned
         if "optim_wrapper.optimizer.lr" not in given:
             optimizer.lr = scratch.get("lr", optimizer.lr)
     workers = _workers()
@@ -275,7 +277,7 @@ def fit_data(config: Config, images: int | None, *, started: bool) -> None:
     steps = an_epoch * config.train_cfg.max_epochs
     if steps < SHORTEST_SCHEDULE and not any(key.startswith("param_scheduler") for key in given):
         config.param_scheduler = []
-    least = 2.5 / an_epoch  # two iterations once rounded down: a warm-up of one stays at its start factor for good
+    least = 2.5 / an_epoch  # at least two iterations: a warm-up of one would keep its start factor for ever
     for place, schedule in _schedules(config):
         whole = not schedule.get("convert_to_iter_based") or f"{place}.end" in given
         if not whole and schedule.get("end", 0) * an_epoch < 2:
@@ -288,7 +290,7 @@ def fit_data(config: Config, images: int | None, *, started: bool) -> None:
 
 
 def _batch_size(usual: int, images: int) -> int:
-    """At most the recipe's, and such that an epoch has at least four steps; even, for BatchNorm's sake two at least."""
+    """At most the recipe's batch size, with at least four steps per epoch; even, and at least two for BatchNorm."""
     return max(2, min(usual, images // 4 // 2 * 2))
 
 
@@ -298,5 +300,5 @@ def _workers() -> int:
 
 
 def use_amp_here(device: str | None = None) -> bool:
-    """Whether mixed precision in bfloat16 pays on this machine: a GPU that has it."""
+    """Whether mixed precision in bfloat16 is useful here: whether a GPU supports it."""
     return device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -2,7 +2,7 @@
 
 PyTorch's `fully_shard` is used rather than mmengine's wrapper around the older FullyShardedDataParallel: parameters
 keep their names and shapes, so that weight decay, layer decay, clipping and checks of checkpoints stay the same.
-Checkpoints hold whole tensors: a run without it can resume from them, and the other way round.
+Checkpoints have whole tensors, so that runs with and without it can resume from each other's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-SMALLEST = 100_000  # parameters of a block that is gathered by itself; smaller ones are gathered with what is around
+SMALLEST = (
+    100_000  # least parameters of a block that is gathered separately; smaller ones are gathered with their parent
+)
 
 
 def shard(model: nn.Module) -> None:
-    """Divide a model's parameters among all processes, in place: the first process's values.
+    """Divide a model's parameters among all processes, in place, with the first process's values.
 
-    Every block of a sequence or list of modules is a unit, which is gathered when it is called.
+    Every block in a sequence or list of modules is a unit, which is gathered when it is called.
     """
     for tensor in model.state_dict().values():
         broadcast(tensor, 0)
@@ -42,17 +44,17 @@ def shard(model: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def divided(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole tensors, divided as those of the same name are; others as they are."""
+    """Whole tensors, divided like the model's tensors of the same name; others unchanged."""
     return {name: _divide(value, like.get(name)) for name, value in state.items()}
 
 
 def divided_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state of whole tensors, divided as its parameters are."""
+    """An optimizer's state with whole tensors, divided like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     per_parameter = {
         index: {key: _divide(value, parameters[index]) for key, value in values.items()}
@@ -69,9 +71,9 @@ def _divide(value: Any, like: Any) -> Any:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Meanwhile the `state_dict()` of both gives whole tensors, on the CPU, in the first process.
+    """In this context, `state_dict()` of both returns whole tensors, on the CPU, in the first process.
 
-    All processes have to come here.
+    All processes must enter it.
     """
     states = _whole(model.state_dict()), _whole(optimizer.state_dict())
     model.state_dict = lambda *args, **kwargs: states[0]  # type: ignore[method-assign]

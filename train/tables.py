@@ -1,4 +1,4 @@
-"""The tables that the command line prints: aligned on a terminal, whole and plain on a pipe."""
+"""The tables of the command line: fitted to a terminal, plain text in a pipe."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,7 +71,7 @@ def recipes(entries: Iterable["Recipe"]) -> Table:
 
 
 def model(f: "Facts") -> Table:
-    """Everything known about one model, a fact a line; what nobody published is a dash."""
+    """Everything known about one model, one fact per line; unpublished values are a dash."""
     published = [f"{name} {value:g} %" for name, value in (("top-1", f.top1), ("top-5", f.top5)) if value is not None]
     lines = {
         "model": f.name,
@@ -104,7 +104,7 @@ def scores(values: dict[str, float]) -> Table:
 
 
 def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per class with all that is known of it; of many classes the worst, by the first score."""
+    """One line per class with all its values; of many classes, those with the lowest first score."""
     counts = {"class", "images", "objects", "pixels"}
     columns = list(rows[0])
     first = next(name for name in columns if name not in counts)
@@ -176,7 +176,7 @@ def data(report: "Report") -> Iterator[Table]:
 
 
 def weights(found: Iterable[tuple["Card", Path | None]]) -> Table:
-    """One line per published file; its size where it is known, and whether it is on this machine."""
+    """One line per published file; its size if known, and whether it is on this machine."""
     table = new_table("weights!", "link", "size>", "here", "licence")
     for card, path in found:
         size = path.stat().st_size if path is not None else card.size
@@ -187,7 +187,7 @@ def weights(found: Iterable[tuple["Card", Path | None]]) -> Table:
 
 
 def verification(f: "Verification") -> Table:
-    """What was found out about a file of weights, a fact a line."""
+    """The results of a check of a weights file, one per line."""
     compared = {
         "card": "as the card says",
         "record": "as when it first came",
@@ -223,14 +223,14 @@ def pixels(input_size: Sequence[int]) -> str:
 
 
 class _Plain(Table):
-    """A table whose cells are texts: names of people's own may hold what rich takes for markup, "tank [/mk2]"."""
+    """A table whose cells are plain text: names may contain rich's markup, e.g. "tank [/mk2]"."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         super().add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 def _facts(lines: Mapping[str, str | None]) -> Table:
-    """A fact a line, label and value; what nobody knows is a dash."""
+    """One fact per line, label and value; unknown values are a dash."""
     table = _Plain(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -246,6 +246,6 @@ def new_table(*columns: str) -> Table:
     )
     for title in columns:
         justify: Literal["left", "right"] = "right" if title.endswith(">") else "left"
-        # Where a narrow terminal would cut a text, folding keeps every letter of it.
+        # In a narrow terminal, fold text instead of cutting it.
         table.add_column(title.rstrip(">!"), justify=justify, no_wrap=title[-1] in ">!", overflow="fold")
     return table

@@ -1,4 +1,4 @@
-"""What a test does beside running: a config without its training, a network made faster, and what is left behind."""
+"""Prepares a test (config without training, fused network) and writes its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from hybridzoo.layers.inference import Fusible
 from hybridzoo.train import results
 
-WORTH_FUSING = 8  # images: to fuse a network takes about as long as to look at one or two
+WORTH_FUSING = 8  # images: fusing takes about as long as one or two images
 _OF_TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
 _HOOKS_OF_TRAINING = (
     *("batch_norm", "checkpoint", "param_scheduler", "sampler_seed", "seed", "stop_on_nan", "sync_buffers"),
@@ -32,7 +32,7 @@ def arrange(config: Config) -> None:
 
 
 def fuse(model: nn.Module, images: int) -> None:
-    """Fuse the networks of ours in a model, in place, where so many images are worth it."""
+    """Fuse our networks in a model, in place, if there are enough images."""
     if images >= WORTH_FUSING:
         for network in [module for module in model.modules() if isinstance(module, Fusible)]:
             network.fuse()
@@ -41,7 +41,7 @@ def fuse(model: nn.Module, images: int) -> None:
 def leave(
     config: Config, loop: Any, folder: Path, metrics: Mapping[str, float], *, pictures: bool, **facts: Any
 ) -> None:
-    """Write what a validation or test saw into its folder, see `hybridzoo.train.results`.
+    """Write the results of a validation or test into its folder, see `hybridzoo.train.results`.
 
     Args:
         config: of the run, with its data configured.

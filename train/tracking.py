@@ -1,4 +1,4 @@
-"""Trackers: Weights & Biases, which must never stop or delay a training, and TensorBoard, for those who ask for it."""
+"""Trackers: Weights & Biases, which never stops or delays a training, and optional TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HOST_TIMEOUT = 2.0  # seconds
 
 @VISBACKENDS.register_module()
 class WandbBackend(WandbVisBackend):
-    """mmengine's, without the copy of every source file below the working directory."""
+    """mmengine's backend, without copying every source file below the working directory."""
 
     def add_config(self, config: Config, **kwargs: Any) -> None:
         self.experiment.config.update(config.to_dict(), allow_val_change=True)
@@ -33,7 +33,7 @@ class WandbBackend(WandbVisBackend):
 
 
 def add_wandb(config: Config, work_dir: Path, *, on: bool) -> None:
-    """Make wandb one of the config's visualizer backends, in place, or take it out.
+    """Add wandb to the config's visualizer backends, in place, or remove it.
 
     Args:
         config: its ``visualizer``, whatever the type, gains the backend.
@@ -53,12 +53,12 @@ def add_wandb(config: Config, work_dir: Path, *, on: bool) -> None:
 
 
 def add_tensorboard(config: Config, *, on: bool) -> None:
-    """Make TensorBoard one of the visualizer backends of a config that `add_wandb` has seen, in place, or take it out.
+    """Add TensorBoard to the visualizer backends of a config, in place, or remove it; call `add_wandb` first.
 
-    Its files lie beside the other logs, in `<work_dir>/<timestamp>/vis_data`.
+    Its files are with the other logs, in `<work_dir>/<timestamp>/vis_data`.
 
     Raises:
-        UserError: it is asked for, and the package is missing.
+        UserError: it is requested, but the package is missing.
     """
     backends = [b for b in config.visualizer.get("vis_backends", []) if not str(b["type"]).startswith("Tensorboard")]
     if on:

@@ -1,9 +1,9 @@
-"""What a checkpoint knows of itself: the network, the input, the classes and the metrics of the run that wrote it.
+"""The description of a run in its checkpoints: network, input, classes and metrics.
 
-Training puts it beside the weights, as `meta["setup"]`: plain data of numbers, short words, lists, tuples and dicts.
-Whoever reads it again may hold a stranger's file, so nothing of it is believed before it is checked: a `type` has to be
-the name of something that hybridzoo, mmdet, mmseg, mmcv, mmengine or PyTorch provide for its place, a word cannot be a
-path, an address or code, and no key names a file. Nothing is evaluated, imported, downloaded, written or deleted.
+Training stores it with the weights, as `meta["setup"]`: plain data of numbers, short words, lists, tuples and dicts.
+The file may come from a stranger, so everything is checked before it is used: a `type` must be the name of something
+that hybridzoo, mmdet, mmseg, mmcv, mmengine or PyTorch provide for its place, a word cannot be a path, an address or
+code, and no key names a file. Nothing is evaluated, imported, downloaded, written or deleted.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hybridzoo.train.overrides import put
 from hybridzoo.train.plain import shown
 from hybridzoo.train.weights import peek, read_state_dict, unlike
 
-KEY = "setup"  # of a checkpoint's `meta`
+KEY = "setup"  # key in a checkpoint's `meta`
 OWN = "from_checkpoint"  # in a config: it is what the checkpoint says, changed at most by whoever asked
 FORMAT = 1
 
-# Keys, or words of keys, under which networks and pipelines take files, addresses or configs.
+# Keys, or parts of keys, under which networks and pipelines take files, addresses or configs.
 _FILES = {
     *("ckpt", "checkpoint", "config", "dir", "file", "filename", "import", "imports", "init", "path", "pretrain"),
     *("pretrained", "root", "url", "weights"),
 }
 _FILE_KEYS = {"backend_args", "file_client_args"}
-_TRAINING_ONLY = {"init_cfg", "pretrained", "weights"}  # of a model's config; what they name is in the weights now
+_TRAINING_ONLY = {"init_cfg", "pretrained", "weights"}  # keys of a model's config; what they name is now in the weights
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+.-]{0,99}")
 _A_FILE = re.compile(r"\.(py|pyc|pth?|pkl|ckpt|bin|safetensors|npy|npz|json|ya?ml|txt|zip|tar|gz)$", re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z]\w{0,63}")
@@ -51,14 +51,14 @@ _DEEPEST, _MOST = 24, 50_000
 _LARGEST = 1 << 31
 
 _OF_A_RUN = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
-# What a metric may be told; of other metrics the config has to be named.
+# Known arguments of metrics; with other metrics the config must be named.
 _METRICS = {
     "classification": ("TopK", ("topk",)),
     "detection": ("CocoScenesMetric", ("metric", "iou_thrs", "metric_items", "proposal_nums")),
     "segmentation": ("MaskScenesMetric", ("beta", "iou_metrics", "nan_to_num")),
 }
 _SAME_METRICS = {"CocoMetric": "CocoScenesMetric", "IoUMetric": "MaskScenesMetric"}
-# Settings of a model that only training reads: two configs that differ in nothing else describe one network.
+# Settings that only training reads: configs that differ only in them describe the same network.
 _OF_TRAINING = {
     *_TRAINING_ONLY,
     "test_cfg",  # how its answers are read
@@ -71,7 +71,7 @@ _OF_TRAINING = {
 
 
 def describe(config: Config) -> dict[str, Any] | None:
-    """What a configured run's checkpoint has to know, as plain data; None of a config that plain data cannot hold.
+    """The description of a configured run as plain data; None for a config that plain data cannot express.
 
     Args:
         config: of the run, with its data configured.
@@ -98,7 +98,7 @@ def describe(config: Config) -> dict[str, Any] | None:
     try:
         setup = _plain(setup)
         check(setup, "this run")
-    except (TypeError, UserError):  # a class of the user's own, for one: the config has to be named then
+    except (TypeError, UserError):  # for example a user's class: then the config must be named
         return None
     return setup
 
@@ -121,10 +121,10 @@ def _without(node: Any, keys: set[str]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Config data as Python's own types; the classes that a config may name by themselves become their names.
+    """Config data as Python's types; classes of the known packages become their names.
 
     Raises:
-        TypeError: there is something else in it.
+        TypeError: it contains something else.
     """
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -143,13 +143,13 @@ def _plain(value: Any) -> Any:
 
 
 def find(run_or_file: str | Path) -> Path:
-    """The checkpoint that a run's folder, or a file, stands for.
+    """The checkpoint of a run's folder, a folder for the hub or a file.
 
-    Of a run's folder: `final.pth` of a run that has ended, else its best checkpoint, else its newest. Of a folder for
-    the hub, see `hybridzoo.train.hub`, its weights; those of `hf-hub:USER/NAME` are downloaded where they are not here.
+    For a run's folder: `final.pth` if the run has ended, otherwise its best checkpoint, or its newest. For a folder for
+    the hub (`hybridzoo.train.hub`): its weights. `hf-hub:USER/NAME` is downloaded if needed.
 
     Raises:
-        UserError: nothing is there, or a folder without checkpoints.
+        UserError: the path does not exist, or the folder has no checkpoint.
     """
     if hub_folder.is_hub_name(run_or_file):
         from hybridzoo.train.hub import remote
@@ -172,7 +172,7 @@ def find(run_or_file: str | Path) -> Path:
 
 
 def folder_of(checkpoint: Path) -> Path | None:
-    """The run's folder that a checkpoint lies in, if it does."""
+    """The run's folder of a checkpoint, or None."""
     return checkpoint.parent if (checkpoint.parent / run_folder.NAME).is_file() else None
 
 
@@ -185,10 +185,10 @@ def _iterations(path: Path) -> int:
 
 
 def read(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint knows of itself, checked; None where it says nothing.
+    """The checked description in a checkpoint; None if it has none.
 
     Raises:
-        UserError: it cannot be read, or says what no run of ours writes.
+        UserError: it cannot be read, or has content that our runs do not write.
     """
     meta = meta_of(checkpoint)
     setup = meta.get(KEY) if isinstance(meta, dict) else None
@@ -199,27 +199,28 @@ def read(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def meta_of(checkpoint: Path) -> Any:
-    """A checkpoint's `meta`, unchecked: in the file, or beside it in a folder for the hub; None where it has none."""
+    """A checkpoint's unchecked `meta`: from the file, or from `config.json` in a folder for the hub; None if
+    missing."""
     beside = hub_folder.meta(checkpoint)
     return beside if beside is not None else peek(checkpoint).get("meta")
 
 
 def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
-    """The config for inference and for a test that a checkpoint holds, complete, and fitting its weights.
+    """The complete config for inference and tests from a checkpoint, which fits its weights.
 
     Args:
         checkpoint: the file.
-        options: `key.subkey=value`, to change it afterwards; those of a training do nothing here.
+        options: `key.subkey=value`, applied to the config; options of training have no effect here.
 
     Raises:
-        UserError: it holds none, or one that is not safe, not known here or of another network than its weights; or an
-            option that it has no place for.
+        UserError: it has no config, or an unsafe or unknown one, or one that does not fit its weights; or an unknown
+            option.
     """
     setup = read(checkpoint)
     if setup is None:
         raise UserError(
-            f"checkpoint {checkpoint}: does not hold its config, as weights of others, or of an older "
-            f"hybridzoo; name the config before it: CONFIG {checkpoint}"
+            f"checkpoint {checkpoint}: does not contain its config (weights of others, or of an older "
+            f"hybridzoo); name the config before it: CONFIG {checkpoint}"
         )
     config = _config(setup)
     preparing.task_module(config.task)
@@ -240,7 +241,8 @@ def load(checkpoint: Path, options: Sequence[str] = ()) -> Config:
 
 
 def _skeleton(config: Config, most: int, checkpoint: Path) -> Mapping[str, torch.Tensor]:
-    """Names and shapes of the network, built without memory and in bounded time, for the file may ask for any."""
+    """Names and shapes of the network, built without memory and in bounded time, because the file may name any
+    network."""
     count = 0
 
     def register(module: Any, name: str, value: Any) -> None:
@@ -258,16 +260,16 @@ def _skeleton(config: Config, most: int, checkpoint: Path) -> Mapping[str, torch
             return resuming.skeleton(config).state_dict()
     except UserError:
         raise
-    except Exception as error:  # whatever a wrong argument makes a library raise
+    except Exception as error:  # a wrong argument may raise any error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"checkpoint {checkpoint}: no network can be made of its config ({reason})") from error
+        raise UserError(f"checkpoint {checkpoint}: no network can be built from its config ({reason})") from error
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _config(setup: Mapping[str, Any]) -> Config:
-    """A complete config of what is recorded; everything else is ours."""
+    """A complete config from the recorded values; all other values are our defaults."""
     task = setup["task"]
     runtime = Config.fromfile(Path(find_config("finetune")).parent / "_base_" / "runtime.py")
     loader: dict[str, Any] = {"batch_size": setup["batch_size"], "num_workers": 0, "persistent_workers": False}
@@ -307,10 +309,10 @@ def _config(setup: Mapping[str, Any]) -> Config:
 
 
 def compare(config: Config, checkpoint: Path) -> None:
-    """Refuse a config that contradicts what a checkpoint knows of itself; weights of others contradict nothing.
+    """Refuse a config that contradicts a checkpoint's description; checkpoints without one accept every config.
 
     Raises:
-        UserError: it names the first difference.
+        UserError: the message names the first difference.
     """
     setup = None if config.get(OWN) else read(checkpoint)
     if setup is None:
@@ -325,7 +327,7 @@ def compare(config: Config, checkpoint: Path) -> None:
             place, theirs, ours = found  # the values there
             raise UserError(
                 f"checkpoint {checkpoint}: was trained with {place}={shown(theirs)}, the config says {shown(ours)}; "
-                "leave the config out, the checkpoint knows it"
+                "leave the config out: the checkpoint contains it"
             )
 
 
@@ -333,14 +335,14 @@ _ABSENT = "nothing"
 
 
 def _unread(steps: Any) -> Any:
-    """A pipeline without its reading of files, which follows from the data."""
+    """A pipeline without its file reading, which depends on the data."""
     if not isinstance(steps, list):
         return steps
     return [step for step in steps if not str(step.get("type")).rpartition(".")[2].startswith("Load")]
 
 
 def _difference(one: Any, other: Any, place: str) -> tuple[str, Any, Any] | None:
-    """The first place where two configs say something else; a number is itself, lists and tuples are alike."""
+    """The first difference of two configs; lists and tuples are treated as equal."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in [*one, *(key for key in other if key not in one)]:
             mine, theirs = one.get(key), other.get(key)
@@ -361,13 +363,13 @@ def _difference(one: Any, other: Any, place: str) -> tuple[str, Any, Any] | None
 
 
 def check(setup: Any, whose: str) -> None:
-    """Look through what a file says of itself, before anything is made of it.
+    """Check the description in a file before anything is built from it.
 
     Raises:
-        UserError: it is not what `describe` writes.
+        UserError: `describe` would not write this.
     """
     if not isinstance(setup, dict) or type(setup.get("format")) is not int:
-        raise UserError(f"{whose}: its {KEY} is no setup of a run")
+        raise UserError(f"{whose}: its {KEY} is not the setup of a run")
     if setup["format"] != FORMAT:
         raise UserError(f"{whose}: its {KEY} has format {setup['format']}, this hybridzoo reads {FORMAT}: update it")
     if set(setup) != {"format", "name", "task", "scope", "model", "input", "metric", "batch_size", "white_value",
@@ -430,7 +432,7 @@ def _values(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
 
 
 def _problem(place: tuple[Any, ...], value: Any) -> str:
-    """What is wrong with a value at a place, in words; empty for what a run of ours writes."""
+    """The error of a value at a place, in words; empty for values that our runs write."""
     key = place[-1]
     if len(place) > _DEEPEST:
         return "lies deeper than anything in a config"
@@ -462,10 +464,10 @@ def _harmless(value: Any) -> bool:
 
 
 def _check_types(setup: Mapping[str, Any], whose: str) -> None:
-    """Whether every `type` names what the packages of the task provide for its place; they have to be imported.
+    """Check that every `type` names a class of the task's packages that fits its place; they must be imported.
 
     Raises:
-        UserError: one that is not known here.
+        UserError: an unknown type.
     """
     for part, registries in (("model", (MODELS, TASK_UTILS)), ("input", (TRANSFORMS,))):
         for place, value in _values(setup[part], (part,)):
@@ -480,7 +482,7 @@ def _check_types(setup: Mapping[str, Any], whose: str) -> None:
 
 
 def _entries(registry: Any, name: str) -> Iterator[Any]:
-    """What a name stands for in a registry and in those of mmdet and mmseg below it."""
+    """The classes of a name in a registry, and in mmdet's and mmseg's registries below it."""
     scope, _, bare = name.rpartition(".")
     for place in (registry, *registry.children.values()):
         if bare in place.module_dict and scope in ("", place.scope):

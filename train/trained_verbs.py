@@ -1,4 +1,4 @@
-"""`hybridzoo test` and `hybridzoo predict`: what to do with a run, or a checkpoint of it."""
+"""`hybridzoo test` and `hybridzoo predict`: evaluate a run or checkpoint, and predict with it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,10 @@ class Part(str, Enum):
 RunOrFile = Annotated[
     str, typer.Argument(metavar="RUN_OR_FILE", help="A run, a checkpoint, a folder for the hub, or hf-hub:USER/NAME.")
 ]
-ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="NAME", help="The config of weights that do not know it.")
-]
-Tta = Annotated[bool, typer.Option("--tta", help="Look at mirrored and, but for classes, resized images too.")]
+ConfigOption = Annotated[str | None, typer.Option("--config", metavar="NAME", help="Config, for weights without one.")]
+Tta = Annotated[bool, typer.Option("--tta", help="Also use mirrored images, and (except for classes) resized ones.")]
 SlideOption = Annotated[
-    int | None, typer.Option("--slide", metavar="PX", help="Segmentation: in windows of this side.")
+    int | None, typer.Option("--slide", metavar="PX", help="Segmentation: evaluate in windows of this side.")
 ]
 StrideOption = Annotated[
     int | None, typer.Option("--stride", metavar="PX", help="Step of the windows; default two thirds of the side.")
@@ -66,7 +64,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Results and log; default the run's folder, or work_dirs/NAME.")
     ] = None,
     part: Annotated[
-        Part, typer.Option("--split", help="The part of the data: val, or test where there is one.")
+        Part, typer.Option("--split", help="The part of the data: val, or test if there is one.")
     ] = Part.val,
     device: Device = None,
     tta: Tta = False,
@@ -74,11 +72,11 @@ def evaluate(
     stride: StrideOption = None,
     launcher: Processes = Launcher.none,
 ) -> None:
-    """Measure a run on its validation data, or on --data: class by class, as tables, results.json and pictures.
+    """Evaluate a run on its validation data, or on --data: scores of each class as tables, results.json and pictures.
 
-    A run's folder or checkpoint knows its config, classes and input.
-    A config before it, or --config, is for weights that do not, such as
-    published ones; one that contradicts the checkpoint is an error.
+    A run's folder or checkpoint contains its config, classes and input size.
+    Weights without a config, such as published ones, need one before them, or
+    --config. A config that contradicts the checkpoint is an error.
     """
     name, place, rest = split([run, checkpoint] if checkpoint else [run], config, "test")
     if rest:
@@ -112,13 +110,13 @@ def evaluate(
 )
 def predict(
     run: RunOrFile,
-    pictures: Annotated[list[str], typer.Argument(metavar="PICTURES", help="Images, and folders and all below.")],
+    pictures: Annotated[list[str], typer.Argument(metavar="PICTURES", help="Images, or folders with subfolders.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the drawn pictures.")] = Path("predictions"),
     json: Annotated[
         str | None, typer.Option("--json", metavar="[FILE]", help="Write predictions.json (objects: COCO's format).")
     ] = None,
     csv: Annotated[str | None, typer.Option("--csv", metavar="[FILE]", help="Write predictions.csv.")] = None,
-    draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Draw what was seen.")] = True,
+    draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Draw the predictions.")] = True,
     score: Annotated[
         float, typer.Option(min=0, max=1, metavar="X", help="Detection: leave out boxes below this score.")
     ] = 0.3,
@@ -129,12 +127,12 @@ def predict(
     cfg_options: CfgOptions = None,
     device: Device = None,
 ) -> None:
-    """Print, draw and write what a run's folder or checkpoint sees in images.
+    """Print, draw and write the predictions of a run's folder or checkpoint for images.
 
-    A run's folder or checkpoint knows its config, classes and input.
-    A config before it, or --config, is for weights that do not, such as
-    published ones. An image that cannot be read is named and left out;
-    the exit code is then 1.
+    A run's folder or checkpoint contains its config, classes and input size.
+    Weights without a config, such as published ones, need one before them, or
+    --config. Images that cannot be read are named and left out; the exit code
+    is then 1.
     """
     name, place, sources = split([run, *pictures], config, "predict")
     if not sources:
@@ -173,7 +171,7 @@ def predict(
 
 
 def find_trained(name: str | None, place: Path, options: Sequence[str] | None) -> tuple[Path, mmengine.Config]:
-    """The checkpoint that was asked for and its config: the named one, or what it holds."""
+    """The requested checkpoint and its config: the given config, or the checkpoint's."""
     loaded = load(name, options) if name is not None else None
     from hybridzoo.train import trained
 
@@ -188,7 +186,7 @@ def find_trained(name: str | None, place: Path, options: Sequence[str] | None) -
 def _windows(slide: int | None, stride: int | None) -> views.Slide | None:
     if slide is None:
         if stride is not None:
-            raise UserError(f"--stride {stride}: is the step of --slide, which is missing")
+            raise UserError(f"--stride {stride}: is the step of --slide; give --slide too")
         return None
     from hybridzoo.train.views import Slide
 

@@ -1,8 +1,8 @@
-"""More than one look at an image: test-time augmentation, and windows that slide over a large picture.
+"""Test-time augmentation, and sliding windows over large pictures.
 
-Classification averages the probabilities of an image and its mirror image. Detection and segmentation look at three
-sizes, each as it is and mirrored: mmseg averages the probabilities of every pixel, and of the objects found those that
-overlap are merged by their scores, their masks with them.
+Classification averages the probabilities of an image and its mirror image. Detection and segmentation use three sizes,
+each unchanged and mirrored: mmseg averages the probabilities of every pixel; overlapping objects are merged by their
+scores, with their masks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Slide(NamedTuple):
 
 
 def apply(config: Config, *, tta: bool = False, slide: Slide | None = None) -> None:
-    """Let a config's model and test pipeline look more than once, in place.
+    """Add test-time augmentation or windows to a config's model and test pipeline, in place.
 
     Raises:
-        UserError: an option that this task or model does not have.
+        UserError: this task or model does not have the option.
     """
     if slide is not None:
         _slide(config, slide)
@@ -56,7 +56,7 @@ def _slide(config: Config, slide: Slide) -> None:
 
 
 def wrapped(model: Any, config: Config) -> dict[str, Any]:
-    """The config of a model that merges what a detector or segmentor says of several views.
+    """The config of a model that merges a detector's or segmentor's results for several views.
 
     Args:
         model: built, or its config.
@@ -82,7 +82,7 @@ def pipeline(steps: Sequence[Any], task: str) -> list[dict[str, Any]]:
         task: "detection" or "segmentation".
 
     Raises:
-        UserError: it already looks at several views, or does not pack its images.
+        UserError: it already has several views, or does not pack its images.
     """
     steps = [copy.deepcopy(dict(step)) for step in steps]
     kinds = [str(step["type"]).rpartition(".")[2] for step in steps]
@@ -92,7 +92,7 @@ def pipeline(steps: Sequence[Any], task: str) -> list[dict[str, Any]]:
         )
     if kinds[-1] == "PackDetInputs" and (keys := steps[-1].get("meta_keys")):
         steps[-1]["meta_keys"] = (*keys, *(key for key in ("flip", "flip_direction") if key not in keys))
-    # The truth is loaded last: it is compared with what the merged views say of the image as it is.
+    # The truth is loaded last: it is compared with the merged result for the original image.
     truth = [step for step, kind in zip(steps, kinds, strict=True) if kind == "LoadAnnotations"]
     steps = [step for step, kind in zip(steps, kinds, strict=True) if kind != "LoadAnnotations"]
     steps[-1:-1] = truth

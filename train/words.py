@@ -1,6 +1,6 @@
 """What the words after `test` and `predict` mean: RUN_OR_FILE, or CONFIG and CHECKPOINT, and then pictures.
 
-Nothing here imports torch or mmengine: a wrong word is told at once.
+Nothing here imports torch or mmengine, so that a wrong word is an immediate error.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from hybridzoo.train.hub.folder import is_hub_name
 def split(words: Sequence[str], config: str | None, verb: str) -> tuple[str | None, Path, list[Path]]:
     """Which config, which run or checkpoint, and what follows.
 
-    A first word that names a recipe, a network or a `.py` file is the config, and the next one the checkpoint; anything
-    else, and every word with `--config`, is the run's folder or the checkpoint, which knows its config.
+    If the first word names a recipe, a network or a `.py` file, it is the config, and the next one the checkpoint. Any
+    other word, and every word with `--config`, is the run's folder or the checkpoint, which contains its config.
 
     Args:
         words: after the verb, without options.
-        config: of `--config`.
+        config: value of `--config`.
         verb: for messages.
 
     Returns:
         Config or None, the folder or file, and the words after it.
 
     Raises:
-        UserError: a word is missing, the first one means two things, or nothing is there.
+        UserError: a word is missing, the first one is ambiguous, or the path does not exist.
     """
     rest = list(words)
     first = rest[0]
@@ -56,6 +56,6 @@ def _is_config(word: str) -> bool:
 
 
 def _neighbours(place: Path) -> list[str]:
-    """Files and folders that may have been meant: those beside `place`, and the runs in `work_dirs`."""
+    """Files and folders that may have been meant: those next to `place`, and the runs in `work_dirs`."""
     folders = {place.parent, Path("work_dirs")}
     return sorted(str(path) for folder in folders if folder.is_dir() for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""Predictions as files for other programs: JSON and CSV, written as they come, whole at the end or not there.
+"""Writes predictions as JSON and CSV files for other programs, one by one; the file is complete or absent.
 
 Detection's JSON is COCO's format of results, so that pycocotools reads it: a list of `image_id` (1, 2, ... in the order
 of the images), `category_id` (1 + the index of the class), `bbox` (left, top, width, height), `score`, `segmentation`
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 class Written:
-    """A file of predictions, JSON or CSV by its `kind`; a context that ends with an error leaves none.
+    """A file of predictions, JSON or CSV by its `kind`; if the context ends with an error, no file is left.
 
     Args:
         path: of the file.
@@ -57,7 +57,7 @@ class Written:
         return self
 
     def add(self, found: Prediction) -> None:
-        """Write what was seen in one image."""
+        """Write the prediction for one image."""
         self._images += 1
         try:
             if self.kind == "csv":
@@ -85,7 +85,7 @@ class Written:
 
 
 def _entries(found: Prediction, number: int) -> Iterator[dict[str, Any]]:
-    """What an image adds to the list in a JSON file."""
+    """An image's entries in the list of a JSON file."""
     if found.task == "detection":
         yield from _objects(found, number)
         return
@@ -121,7 +121,7 @@ def _objects(found: Prediction, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _rows(found: Prediction) -> Iterator[tuple[Any, ...]]:
-    """What an image adds to a CSV file; an image in which nothing was found adds nothing."""
+    """An image's rows in a CSV file; none if nothing was detected."""
     for i, (label, index, score) in enumerate(zip(found.labels, found.indices, found.scores, strict=True)):
         if found.task == "classification":
             yield found.name, i + 1, label, index, round(score, 6)

@@ -1,7 +1,7 @@
-"""Four well-known networks that other papers put their attention into, written once for all of them.
+"""Four well-known networks in which other papers replace the attention, written once for all these papers.
 
-A host has everything but that attention: stem, stages, its own softmax attention, head. A family gives it a factory of
-its layers and the number of blocks at the start of each stage that use them (`linear` in a variant's row).
+A host has all parts except that attention: stem, stages, its own softmax attention, head. A family passes a factory of
+its layers, and the number of blocks at the start of each stage that use them (`linear` in a variant's row).
 """
 
 from hybridzoo.backbones.hosts.common import ALL, default_cfgs

@@ -22,7 +22,7 @@ from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_wind
 
 @dataclasses.dataclass(frozen=True)
 class CSwinConfig:
-    """A variant; `img_size` is the (square) size that tables are made for, the widest stripes have a 32nd of it."""
+    """A variant; `img_size` is the (square) image size of the tables; the widest stripes have a 32nd of it."""
 
     dim: int
     depths: tuple[int, ...]
@@ -39,8 +39,8 @@ class CSwinConfig:
 class StripeAttention(nn.Module):
     """Softmax attention of half the heads in vertical, half in horizontal stripes of a `(B, H, W, dim)` map.
 
-    A depthwise 3x3 convolution of the values, stripe by stripe, encodes positions (LePE). Where stripes do not divide
-    the map they are made equal, at most `stripe` wide; tokens beyond the edge are masked.
+    A depthwise 3x3 convolution of the values, stripe by stripe, encodes positions (LePE). If stripes do not divide the
+    map, they get equal widths of at most `stripe`; padding tokens are masked.
 
     Args:
         dim: channels, a multiple of `num_heads`.

@@ -39,7 +39,7 @@ class DeiTConfig:
 
 
 class Tokens(NamedTuple):
-    """What goes from block to block: tokens, class token first, and the size of the map that the others make."""
+    """The state between blocks: tokens, class token first, and the size of the map of the others."""
 
     x: Tensor
     size: tuple[int, int]
@@ -65,7 +65,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class TokenBlock(TransformerBlock):
-    """The block on tokens that know the size of their map."""
+    """The block for tokens with the size of their map."""
 
     def forward(self, tokens: Any) -> Any:  # type: ignore[override]  # nothing else for the attention
         return Tokens(super().forward(tokens.x, tokens.size), tokens.size)
@@ -73,7 +73,7 @@ class TokenBlock(TransformerBlock):
 
 @register_notrace_module
 class PatchTokens(nn.Module):
-    """Image -> tokens: patches (what does not fill one is cut off), class token, position embedding of any size."""
+    """Image -> tokens: patches (incomplete ones are cut off), class token, position embedding of any size."""
 
     def __init__(self, in_chans: int, dim: int, side: int) -> None:
         super().__init__()

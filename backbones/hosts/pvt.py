@@ -1,7 +1,7 @@
 """PVT: four stages of patch embedding, position embedding and transformer blocks; no class token, no final norm.
 
-Paper: "Pyramid Vision Transformer", Wang et al., ICCV 2021, arXiv 2102.12122. As a host all its attention is the
-family's own, at full resolution (a spatial reduction of 1).
+Paper: "Pyramid Vision Transformer", Wang et al., ICCV 2021, arXiv 2102.12122. As a host, all its attention is the
+family's, at full resolution (a spatial reduction of 1).
 
 image (B, 3, H, W) -> maps (B, dims[i], H/s, W/s), s = 4, 8, 16, 32, rounded down -> logits; NHWC inside.
 """

@@ -1,4 +1,4 @@
-"""What the three pyramids among the hosts have in common: four stages of NHWC maps, and a classifier."""
+"""Shared by the three hosts that are pyramids: four stages of NHWC maps, and a classifier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class Pyramid(Backbone):
-    """A network of four stages for images of any size from 32 x 32 pixels; a host says what these are made of.
+    """A network of four stages for images of any size from 32 x 32 pixels; a host defines their parts.
 
     Args:
         cfg: the variant, with `depths` and `dims`; its fields are also arguments of `timm.create_model`.
@@ -74,7 +74,7 @@ class Pyramid(Backbone):
         raise NotImplementedError
 
     def make_norm(self, dim: int) -> nn.Module:
-        """Of the last map, NCHW."""
+        """The norm of the last map, NCHW."""
         return LayerNorm2d(dim, eps=1e-5)
 
 

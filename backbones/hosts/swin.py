@@ -21,7 +21,7 @@ from hybridzoo.layers.memory import channels_last
 
 @dataclasses.dataclass(frozen=True)
 class SwinConfig:
-    """A variant; `img_size` is the (square) size that tables are made for, windows have a 32nd of it."""
+    """A variant; `img_size` is the (square) image size of the tables; windows have a 32nd of it."""
 
     dim: int
     depths: tuple[int, ...]

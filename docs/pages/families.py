@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hybridzoo.checkpoints import Card, cards
-from hybridzoo.checkpoints.markdown import readme_table
+from hybridzoo.checkpoints.markdown import series_table
 from hybridzoo.train import names
 from hybridzoo.train.bench import rows as results
 from pages.pictures import PICTURES, chain
@@ -47,7 +47,7 @@ def overview() -> str:
         + table(("family", "models", "papers", "in one sentence"), lines)
         + "## Sizes, accuracy and weights\n\n"
         "One line for each series of models; every published file is in [all models](../models.md).\n\n"
-        + readme_table()
+        + series_table()
         + "\nTop-1 is ImageNet-1k accuracy in percent, as the authors report it, or timm for its conversions. "
         "*Untested* means that the link could not be tried where this table was made.\n"
     )

@@ -1,4 +1,4 @@
-"""What makes inference faster, behind one door: `fuse()`. Layers and the papers' files do not know this room."""
+"""Faster inference by `fuse()`. Layers and the families' files do not import this folder."""
 
 from hybridzoo.layers.inference import attention, norms, packed, positions  # their rules
 from hybridzoo.layers.inference.fusing import SWAPPED, FusedError, Fusible, fuse

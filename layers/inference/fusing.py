@@ -1,8 +1,9 @@
-"""Fusing: what evaluation can merge into a neighbour is merged, and the network computes the same, faster.
+"""Fusing: merges modules for evaluation, so that the network computes the same result faster.
 
-One way, in place: folded weights are no longer those of a checkpoint, and training them would train another function.
-Rules say what becomes of one class of module: `folds` changes a module in place, `swaps` puts another in its place,
-from the innermost modules outwards. Layers' rules are in this folder, families' in `hybridzoo.backbones.fusing`.
+It works in place and cannot be undone: folded weights are no longer those of a checkpoint, and training them would
+train another function. A rule applies to one class of module: `folds` changes a module in place, `swaps` replaces it,
+from the innermost modules outwards. Rules for layers are in this folder, rules for families in
+`hybridzoo.backbones.fusing`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FOLDED, SWAPPED, SWAPPED_FOR_CPU = "folded", "swapped", "swapped for a CPU"
 
 
 class FusedError(RuntimeError):
-    """A fused network is asked for what only an ordinary one can do."""
+    """A fused network cannot do what was asked; only an unfused one can."""
 
     def __init__(self, asked: str) -> None:
         super().__init__(
@@ -35,12 +36,12 @@ class FusedError(RuntimeError):
 
 
 class Fusible(nn.Module):
-    """A network with the door to fast inference.
+    """A network with `fuse()`.
 
     Attributes:
-        forms: what `fuse()` has done: "folded", "swapped", "swapped for a CPU"; nothing before it is called. Then
-            `train()`, `load_state_dict()` and `reset_classifier()` raise `FusedError`, and there are no parameters left
-            that an optimizer could take.
+        forms: what `fuse()` has done: "folded", "swapped", "swapped for a CPU"; empty before. Afterwards `train()`,
+            `load_state_dict()` and `reset_classifier()` raise `FusedError`, and there are no parameters for an
+            optimizer.
     """
 
     forms: frozenset[str] = frozenset()
@@ -57,37 +58,37 @@ class Fusible(nn.Module):
         device: str | torch.device | None = None,
         portable: bool = False,
     ) -> Self:
-        """Fold norms, and swap modules for faster ones that compute the same; in place and for good.
+        """Fold norms, and replace modules by faster ones that compute the same; in place and permanently.
 
-        For a CPU, in float32, linear layers and convolutions are also oneDNN's, with packed weights and their
-        activation, and large blocks take a few images at a time. A network fused for one device runs on another too,
-        and in another dtype, in PyTorch's own kernels; copies and pickles pack their weights anew. Fused once more, it
-        gets the tables of another image size, or the forms of another device as well.
+        On a CPU in float32, linear layers and convolutions also use oneDNN's kernels, with packed weights and fused
+        activations, and large blocks process a few images at a time. A network fused for one device also runs on
+        another, and in another dtype, with PyTorch's kernels; copies and pickles pack their weights again. Calling it
+        again gives the tables for another image size, or the forms for another device.
 
         All weights become buffers: `parameters()` is empty, and PyTorch's optimizers and timm's `create_optimizer_v2`
         raise their own `ValueError` ("optimizer got an empty parameter list"). The message is PyTorch's: an optimizer
         sees the list alone, and `parameters()` must not raise, because tools call it to count, print and move.
-        While a network is trained, fuse a `copy.deepcopy()` of it, the averaged weights already in it: what averages
-        or swaps weights (EMA) would find none.
+        During training, fuse a `copy.deepcopy()` of the network that has the averaged weights: EMA code would find no
+        parameters in a fused one.
 
         Args:
-            image_size: position tables are fixed for images of this size, in pixels, one number or (height, width); by
-                default the one that the weights were published for. Others work, and make their tables every time.
-            device: what the network is to run on, "cpu", "cuda", ...; it is not moved there. Default: where it is.
-            portable: fold norms only, to export: into operators that every runtime knows.
+            image_size: size in pixels for which position tables are stored, one number or (height, width); by default
+                the size that the weights were published for. Other sizes work, and compute their tables in each call.
+            device: where the network will run, "cpu", "cuda", ...; it is not moved there. Default: its present device.
+            portable: only fold norms, for export: the result has operators that every runtime knows.
 
         Returns:
             The network itself, in evaluation.
 
         Raises:
-            ValueError: there is no such kind of device.
-            FusedError: `portable`, of a network that is fused in another way already.
+            ValueError: unknown type of device.
+            FusedError: `portable`, but the network is already fused in another way.
         """
         fuse(self, None if portable else self.example_image(image_size), device=device, portable=portable)
         return self
 
     def example_image(self, size: int | tuple[int, int] | None) -> Tensor | None:
-        """What to fix position tables with, if the network has any."""
+        """An image with which position tables are computed, if the network has any."""
         return None
 
     def train(self, mode: bool = True) -> Self:
@@ -102,7 +103,7 @@ def folds(kind: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 
 def swaps(kind: type[nn.Module], *, on_cpu: bool = False) -> Callable[[Rule], Rule]:
-    """Decorator of the rule that makes another module of one of exactly this class, or returns it as it is.
+    """Decorator of the rule that replaces modules of exactly this class, or returns them unchanged.
 
     `on_cpu`: only for float32 weights on a CPU, and after the other rules.
     """
@@ -117,7 +118,7 @@ def fuse(
     device: str | torch.device | None = None,
     portable: bool = False,
 ) -> None:
-    """As `Fusible.fuse`, of any module: a wrapper around networks of ours, or a layer."""
+    """Like `Fusible.fuse`, for any module: a wrapper around our networks, or a layer."""
     kind = _kind(device)
     networks = [module for module in model.modules() if isinstance(module, Fusible)]
     if portable and any(SWAPPED in network.forms for network in networks):
@@ -142,16 +143,16 @@ def fuse(
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach())
-    model.eval()  # what took another's place too
+    model.eval()  # also modules that replaced others
     if image is not None:
         fix(model, image)
 
 
 def _kind(device: str | torch.device | None) -> str | None:
-    """Its kind of device; None of none.
+    """The type of a device; None for None.
 
     Raises:
-        ValueError: PyTorch knows none of this name.
+        ValueError: PyTorch has no device of this name.
     """
     if device is None:
         return None
@@ -162,7 +163,7 @@ def _kind(device: str | torch.device | None) -> str | None:
 
 
 class Fixed(nn.Module):
-    """A module whose result depends on sizes alone: remembered for those that `fix` meets, else computed anew."""
+    """A module whose result depends on sizes only: stored for the sizes that `fix` sees, otherwise computed."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class Fixed(nn.Module):
 
 
 def fix(model: nn.Module, image: Tensor) -> None:
-    """Let every `Fixed` remember what the model asks it for on this image."""
+    """Let every `Fixed` store its result for this image."""
     fixed = [module for module in model.modules() if isinstance(module, Fixed)]
     if fixed:
         for module in fixed:
@@ -203,7 +204,7 @@ def _registered(rules: dict[type[nn.Module], Any], kind: type[nn.Module]) -> Cal
 
 
 def _swap(module: nn.Module, rules: dict[type[nn.Module], Callable[[Any], nn.Module]], form: str) -> None:
-    """Swap what has a rule, innermost first; networks of this form already stay as they are."""
+    """Replace modules that have a rule, innermost first; networks that have this form already are unchanged."""
     if isinstance(module, Fusible) and form in module.forms:
         return
     for name, child in list(module.named_children()):

@@ -55,7 +55,7 @@ def _(mlp: DepthwiseMlp) -> None:
 
 
 def add_identity(conv: nn.Conv2d) -> None:
-    """From now on a depthwise convolution of odd size adds its input to its result."""
+    """Change a depthwise convolution of odd size so that it adds its input to its result."""
     rows, columns = conv.weight.shape[2:]
     conv.weight[:, :, rows // 2, columns // 2] += 1
 
@@ -64,7 +64,7 @@ def add_identity(conv: nn.Conv2d) -> None:
 def fuse_norm_layer_eval(norm: _BatchNorm, layer: Layer) -> Layer:
     """A layer that computes `layer(norm(x))` with the norm's running statistics: linear, or a 1x1 convolution.
 
-    Exact because no padding comes between the two. PyTorch has the other order, `torch.nn.utils.fusion`.
+    Exact because there is no padding between the two. PyTorch has the other order, `torch.nn.utils.fusion`.
     """
     scale, shift = scale_shift(norm)
     fused = copy.deepcopy(layer)
@@ -76,7 +76,7 @@ def fuse_norm_layer_eval(norm: _BatchNorm, layer: Layer) -> Layer:
 
 
 def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies its input by in evaluation, and what it adds then, channel by channel."""
+    """A batch norm's factor and summand in evaluation, for each channel."""
     assert isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None

@@ -1,8 +1,8 @@
-"""oneDNN's own kernels on a CPU: a linear layer or convolution and its activation in one, with packed weights.
+"""oneDNN's kernels on a CPU: a linear layer or convolution together with its activation, with packed weights.
 
-Wide maps are not read and written again for the activation, and batches are worked on a few images at a time, so that
-what a layer makes stays in the cache. The operators are those that torch.compile's inductor emits, private to PyTorch:
-where one is missing or takes other arguments than those known here, modules stay as they are.
+Maps are not read and written again for the activation, and batches are processed a few images at a time, so that
+results stay in the cache. The operators are private ones of PyTorch that torch.compile's inductor uses. If one is
+missing or has other arguments than expected here, modules stay unchanged.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def _on_intel() -> bool:
     return file.exists() and "GenuineIntel" in file.read_text()
 
 
-# Multiplications below which oneDNN takes longer to call than to compute. On an Intel processor MKL, PyTorch's own way,
+# With fewer multiplications, calling oneDNN takes longer than computing. On Intel processors MKL, PyTorch's default,
 # is as fast at any size and cheaper to call.
 SMALL = math.inf if torch.backends.mkl.is_available() and _on_intel() else 2**23
 
 
 def post_operation(act: nn.Module) -> tuple[str, str] | None:
-    """What oneDNN calls the activation, kind and algorithm; `None` if it has none like it."""
+    """oneDNN's name of the activation and its algorithm; `None` if it does not have it."""
     kind = type(act)  # subclasses may compute something else
     if kind is nn.Identity:
         return "none", ""
@@ -69,9 +69,10 @@ def post_operation(act: nn.Module) -> tuple[str, str] | None:
 
 
 class _Packed(nn.Module):
-    """Weights, in PyTorch's order too: for what oneDNN's kernels do not take (gradients, other dtypes, compilers).
+    """Packed weights, and the same in PyTorch's order for calls that oneDNN's kernels do not support (gradients, other
+    dtypes, compilers).
 
-    Copies, pickles and moves pack them anew.
+    Copies, pickles and moves pack the weights again.
     """
 
     weight: Tensor
@@ -152,12 +153,12 @@ class PackedConv(_Packed):
 
 
 def in_parts(x: Tensor) -> bool:
-    """Whether it pays to work through a batch in parts: on a CPU, but compilers do better with the whole."""
+    """Whether to process a batch in parts: on a CPU, except in compilers, which do better with the whole batch."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class FewTokens(nn.Module):
-    """Layers that see nothing but channels, on a few tokens `(..., dim)` at a time."""
+    """Layers that act on each token alone, applied to a few tokens `(..., dim)` at a time."""
 
     def __init__(self, layers: nn.Sequential, hidden_dim: int) -> None:
         super().__init__()
@@ -173,11 +174,11 @@ class FewTokens(nn.Module):
 
 
 class FewImages(nn.Module):
-    """A module whose images do not see each other, on a few of them at a time.
+    """A module that acts on each image alone, applied to a few images at a time.
 
     Args:
         module: from one tensor to another, batch first.
-        growth: elements of the largest tensor inside, in those of the input.
+        growth: elements of the largest tensor inside, divided by those of the input.
     """
 
     def __init__(self, module: nn.Module, growth: float) -> None:
@@ -228,5 +229,5 @@ def _(block: ConvNormAct) -> nn.Module:
     if CONVOLUTION is None or post is None or not plain or not isinstance(block.norm, nn.Identity):
         return block
     if post[0] == "none" and conv.groups == 1:
-        return block  # nothing to gain: calling oneDNN by PyTorch's own way is cheaper
+        return block  # no gain: calling oneDNN through PyTorch is cheaper
     return PackedConv(conv, block.act, post)

@@ -1,4 +1,4 @@
-"""PATNet's mixers and gates without norms: what is linear in them moves into the convolutions around them."""
+"""PATNet's mixers and gates without norms: their linear parts are folded into the convolutions around them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hybridzoo.layers.precision import without_autocast
 
 
 class FusedPartialChannelAttention(nn.Module):
-    """`PartialChannelAttention` less its norms: `gate_norm` is in the gate, `norm` in the convolution that follows."""
+    """`PartialChannelAttention` without norms: `gate_norm` is folded into the gate, `norm` into the next
+    convolution."""
 
     def __init__(self, mixer: PartialChannelAttention) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class FusedPartialChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         local, rest = x.split(self.split, 1)
         gate = F.hardsigmoid(self.gate(torch.cat(_mean_std(rest), 1).to(x.dtype)))
-        # Of the whole map, which keeps its order in memory; what that makes of the first channels is written over.
+        # Applied to the whole map, which keeps its memory order; the result for the first channels is overwritten.
         out = x * F.pad(gate, (self.split[0], 0))[:, :, None, None]
         out[:, : self.split[0]] = self.conv(local)
         return out
@@ -33,7 +34,7 @@ class FusedPartialChannelAttention(nn.Module):
 def fold_channel_attention(
     mixer: PartialChannelAttention, following: nn.Conv2d
 ) -> tuple[FusedPartialChannelAttention, nn.Conv2d]:
-    """The mixer without norms, and the 1x1 convolution after it with the second of them."""
+    """The mixer without norms, and the 1x1 convolution after it with the second norm."""
     scale, shift = scale_shift(mixer.norm)
     keep, rest = following.weight.flatten(1).split(mixer.split, 1)
     bias = rest @ shift + _bias(following)
@@ -41,9 +42,9 @@ def fold_channel_attention(
 
 
 class FusedSpatialGate(nn.Module):
-    """What is left of `SpatialGate`: `(B, dim + 1, H, W)` -> `(B, dim, H, W)`; the last channel is the gate.
+    """The rest of `SpatialGate`: `(B, dim + 1, H, W)` -> `(B, dim, H, W)`; the last channel is the gate.
 
-    Overwrites its input, which a convolution has just made.
+    Overwrites its input, which is a convolution's result.
     """
 
     def __init__(self, shift: Tensor) -> None:
@@ -58,9 +59,9 @@ class FusedSpatialGate(nn.Module):
 
 
 def fold_spatial_gate(gate: SpatialGate, previous: nn.Conv2d) -> tuple[nn.Conv2d, FusedSpatialGate]:
-    """The 1x1 convolution before the gate with one more output, and what is left of the gate after it.
+    """The 1x1 convolution before the gate, with one more output, and the rest of the gate after it.
 
-    Every linear map moves into the convolution: its extra output is the gate before the hard sigmoid.
+    All linear maps are folded into the convolution: its extra output is the gate before the hard sigmoid.
     """
     scale, shift = scale_shift(gate.norm)
     conv_scale, conv_shift = scale_shift(gate.conv_norm)
@@ -102,7 +103,7 @@ def _mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
-    """Of a convolution that may have none: nothing, or what a norm folded before left there."""
+    """The bias of a convolution, which may have none, or one from a folded norm."""
     return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 

@@ -1,4 +1,4 @@
-"""Position tables and biases, which depend on weights and sizes alone, are fixed for one image size."""
+"""Stores position tables and biases, which depend only on weights and sizes, for one image size."""
 
 from __future__ import annotations
 

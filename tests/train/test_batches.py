@@ -112,7 +112,10 @@ NAN = float("nan")
             {"inputs": [torch.ones(3, 4, 4)], "data_samples": [scene("s.png", [[0, 0, NAN, 4]], [2])]},
             ["boxes", "s.png"],
         ),
-        ({"inputs": [torch.ones(3, 4, 4)], "data_samples": [scene("s.png", [[5, 0, 4, 4]], [2])]}, ["edge", "s.png"]),
+        (
+            {"inputs": [torch.ones(3, 4, 4)], "data_samples": [scene("s.png", [[5, 0, 4, 4]], [2])]},
+            ["right < left", "s.png"],
+        ),
         (
             {"inputs": [torch.ones(3, 4, 4)], "data_samples": [scene("s.png", [[0, 0, 4, 4]], [3])]},
             ["label 3", "s.png"],
@@ -145,7 +148,7 @@ def test_a_nan_names_the_file_that_brought_it(
         return (image * NAN if self.samples[index][0] == bad else image), label
 
     monkeypatch.setattr(FolderDataset, "__getitem__", spoilt)
-    with pytest.raises(UserError, match=rf"loss is nan.*the data has pixels that are no finite numbers: {bad}$"):
+    with pytest.raises(UserError, match=rf"loss is nan.*the data has pixels that are not finite: {bad}$"):
         engine.train(run_config(), work_dir=tmp_path, data=image_folder, wandb=False)
 
 

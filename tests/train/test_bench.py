@@ -224,7 +224,7 @@ def test_a_process_of_its_own():
             worker.call("turn", way="no_such_way")
         assert worker.call("turn", way="inference")[0] > 0
         worker._process.kill()
-        with pytest.raises(processes.Failed, match="want of memory"):
+        with pytest.raises(processes.Failed, match="memory ran out"):
             worker.call("turn", way="inference")
     finally:
         worker.close()

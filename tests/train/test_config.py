@@ -59,7 +59,7 @@ def test_unknown_config_suggests_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("task = 'classification'\nx = (", "config .*SyntaxError"), ("x = 1\n", "has to set task"), ("1 / 0", "Zero")],
+    [("task = 'classification'\nx = (", "config .*SyntaxError"), ("x = 1\n", "must set task"), ("1 / 0", "Zero")],
 )
 def test_broken_config_files(tmp_path: Path, text: str, complaint: str) -> None:
     path = tmp_path / "broken.py"
@@ -108,7 +108,7 @@ def test_option_values() -> None:
         ("trian_cfg.max_epochs=3", "no 'trian_cfg'; did you mean train_cfg"),
         ("task.deep=3", "task is 'classification', nothing can be set inside it"),
         ("param_scheduler.9.end=3", "param_scheduler has the elements 0 to 1, not 9"),
-        ("val_evaluator.topk=(1, x", "no Python literal"),
+        ("val_evaluator.topk=(1, x", "not a Python literal"),
     ],
 )
 def test_malformed_options(option: str, complaint: str) -> None:

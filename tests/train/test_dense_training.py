@@ -252,7 +252,7 @@ def test_of_many_pictures_some_are_looked_at_and_the_others_when_they_are_loaded
     root = folders.detection(tmp_path / "d")
     Image.new("RGB", (50, 50)).save(root / "images/train/1.png")  # the first and the third are looked at
     config = configured(demo("detection"), root)
-    assert "2 of 4 images of train, evenly spaced, are looked at now" in capsys.readouterr().out
+    assert "2 of 4 images of train, evenly spaced, are checked now" in capsys.readouterr().out
     dataset = build_dataset(config)
     dataset[0]
     with pytest.raises(UserError, match=r"1\.png is 50x50, its annotation says 96x80"):

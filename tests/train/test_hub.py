@@ -132,7 +132,7 @@ def test_a_folder_that_timm_wrote_of_its_own_network(tmp_path: Path, names: Any)
 def test_weights_without_their_config_are_nobodys(make: Make) -> None:
     folder = exported(make())
     shutil.move(folder / "model.safetensors", folder.parent / "alone.safetensors")
-    with pytest.raises(UserError, match="does not hold its config"):
+    with pytest.raises(UserError, match="does not contain its config"):
         trained.load(folder.parent / "alone.safetensors")
 
 
@@ -168,7 +168,7 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda c: c["hybridzoo"]["setup"]["model"].update(checkpoint="http://x/y.pth"), "names a file"),
         (lambda c: c["hybridzoo"]["setup"].update(format=9), "update it"),
         (lambda c: c["hybridzoo"]["setup"]["model"].update(name="test_vit"), "do not fit"),
-        (lambda c: c.update(label_names=["x", "x", "y"]), "twice"),
+        (lambda c: c.update(label_names=["x", "x", "y"]), "repeated"),
         (lambda c: c.update(label_names=[1, 2, 3]), "class"),
     ],
     ids=["a type", "a file", "a later format", "another network", "a name twice", "names that are none"],
@@ -185,7 +185,7 @@ def test_a_config_that_somebody_wrote_is_not_believed(make: Make, change: Callab
 def test_a_config_that_is_no_json(make: Make, content: bytes) -> None:
     folder = exported(make())
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json: (cannot be read|holds no config)") as caught:
+    with pytest.raises(UserError, match=r"config\.json: (cannot be read|is not a model's config)") as caught:
         engine.build_for_inference(None, folder, "cpu")
     assert "\n" not in str(caught.value)
 
@@ -223,7 +223,7 @@ def test_scores_of_another_checkpoint_are_not_its_own(make: Make) -> None:
     results.write(run, "classification", {"accuracy/top1": 99.0}, None, checkpoint=str(run / "best_x.pth"))
     card = ModelCard.load(exported(run) / "README.md")
     assert card.data.eval_results is None
-    assert "None are recorded" in card.text
+    assert "No scores are recorded" in card.text
 
 
 def test_a_network_of_timms_needs_timm_alone(make: Make) -> None:
@@ -356,7 +356,7 @@ def test_what_is_there_stays_unless_forced(make: Make, call: Call, tmp_path: Pat
         (["run", "--out", "run"], "is the folder of the weights themselves"),
         (["run", "--out", "run/final.pth"], "is a file"),
         (["run", "--out", "run/final.pth/x"], "cannot be written"),
-        (["bare.pth", "--out", "x"], "does not hold its config"),
+        (["bare.pth", "--out", "x"], "does not contain its config"),
         (["run", "--out", "x", "--license", "All Rights!"], "--license 'All Rights!'"),
     ],
     ids=" ".join,

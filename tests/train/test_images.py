@@ -279,4 +279,4 @@ def test_what_lies_below_a_folder(tmp_path):
     assert names(found.images) == ["9.JPG", "10.png", "a/b/1.TIFF", "c.webp", "gone.png", "linked/1.png", "real/1.png"]
     assert names(found.hidden) == [".DS_Store", "._9.png", "@eaDir", "Thumbs.db", "__MACOSX", "a/.ipynb_checkpoints"]
     assert names(found.others) == ["linked/circle", "notes.txt", "pipe.png", "real/circle", "x.gif"]
-    assert "leads nowhere" in refused(tmp_path / "gone.png")
+    assert "broken link" in refused(tmp_path / "gone.png")

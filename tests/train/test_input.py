@@ -41,7 +41,11 @@ def test_each_case(case: Case, tmp_path):
 
 def test_the_table_in_the_docs_is_this_list():
     """After a change: PYTHONPATH=tests:tests/train python -c "import test_input; test_input.write()"."""
-    table = DOCS.read_text().partition("| data | done |\n|---|---|\n")[2].partition("\n\n<!-- end of the list -->")[0]
+    table = (
+        DOCS.read_text()
+        .partition("| data | what happens |\n|---|---|\n")[2]
+        .partition("\n\n<!-- end of the list -->")[0]
+    )
     assert table.splitlines() == rows()
 
 
@@ -51,8 +55,8 @@ def rows() -> list[str]:
 
 def write() -> None:
     text = DOCS.read_text()
-    begin, end = text.index("| data | done |"), text.index("<!-- end of the list -->")
-    DOCS.write_text(text[:begin] + "| data | done |\n|---|---|\n" + "\n".join(rows()) + "\n\n" + text[end:])
+    begin, end = text.index("| data | what happens |"), text.index("<!-- end of the list -->")
+    DOCS.write_text(text[:begin] + "| data | what happens |\n|---|---|\n" + "\n".join(rows()) + "\n\n" + text[end:])
 
 
 # Right values -----------------------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def test_only_the_split_that_is_used_is_looked_through(tmp_path):
     assert report.classes == ["dog", "cat", "background"]
     assert report.layout.stored == [-1, 1, 0], "masks keep their values, which mean the model's classes"
     assert report.splits[0].counts == {"dog": 0, "cat": 2, "background": 2}
-    with pytest.raises(UserError, match=r"no class 'background', .* it knows dog, .*; the model knows dog, cat"):
+    with pytest.raises(UserError, match=r"no class 'background', .* it knows dog, .*; the model has dog, cat"):
         layouts.inspect_segmentation(root, How(splits=("val",), classes=("dog", "cat")))
 
 
@@ -175,7 +179,7 @@ def test_check_refuses_with_code_2(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
     root = folders.classification(tmp_path / "c")
     assert main(["check", str(root), "--out", str(root / "train")]) == 2
-    assert "lies in the data folder" in capsys.readouterr().err
+    assert "is inside the data folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])

@@ -203,7 +203,7 @@ def test_boxes_need_no_masks(scenes):
 
 def test_annotation_file_that_is_no_json(scenes):
     truncate(scenes / "annotations/val.json")
-    assert f"{scenes / 'annotations/val.json'} is no JSON" in refused(check_detection, scenes)
+    assert f"{scenes / 'annotations/val.json'} is not JSON" in refused(check_detection, scenes)
     (scenes / "annotations/val.json").unlink()
     assert "val.json cannot be read: No such file" in refused(check_detection, scenes)
 

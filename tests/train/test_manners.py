@@ -190,7 +190,7 @@ def test_a_batch_of_one_is_refused_before_the_run_where_batchnorm_learns_nothing
     """A network that ends in maps of one pixel; a transformer does not mind, nor do frozen BatchNorms."""
     monkeypatch.chdir(tmp_path)
     options = {"img_size": 32, "batch_size": 1}
-    with pytest.raises(UserError, match=r"train_dataloader.batch_size=1: of one image of 32 px .*--batch-size 2"):
+    with pytest.raises(UserError, match=r"train_dataloader.batch_size=1: with one image of 32 px .*--batch-size 2"):
         engine.train(load_config("efficientvit_msra_m0", **options), data=image_folder, weights="none", wandb=False)
     assert list(tmp_path.iterdir()) == []
     batchnorm.single_images(load_config("test_vit", **options))

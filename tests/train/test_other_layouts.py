@@ -88,9 +88,9 @@ WRONG_YOLO = {
     "a class without a name": ("2 0.5 0.5 0.2 0.2", f"{LABEL}: line 1 has class 2; data.yaml names 0..1"),
     "a class that is no number": ("cat 0.5 0.5 0.2 0.2", f"{LABEL}: line 1 has class 'cat'"),
     "too few values": ("0 0.5 0.5 0.2", f"{LABEL}: line 1 has 4 values"),
-    "pixels": ("0 48 40 30 28", "shares of the image's width and height"),
-    "text": ("0 0.5 0.5 0.2 wide", "no number"),
-    "no number": ("0 0.5 nan 0.2 0.2", "not finite"),
+    "pixels": ("0 48 40 30 28", "fractions of the image's width and height"),
+    "text": ("0 0.5 0.5 0.2 wide", "not a number"),
+    "not a number": ("0 0.5 nan 0.2 0.2", "not finite"),
     "a negative width": ("0 0.5 0.5 -0.2 0.2", "below 0"),
     "a point without y": ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", f"{LABEL}: line 1 has 8 values"),
     "a box outside": ("0 1.5 1.5 0.2 0.2", "outside its image"),
@@ -159,7 +159,7 @@ XML = "Annotations/train_000001.xml"
 WRONG_VOC = {
     "corners exchanged": ("<xmax>38</xmax>", "<xmax>3</xmax>", f"{XML}: object 1 has bndbox"),
     "a corner missing": ("<xmax>38</xmax>", "", f"{XML}: object 1 has bndbox"),
-    "no XML": ("</annotation>", "", f"{XML} is no XML"),
+    "no XML": ("</annotation>", "", f"{XML} is not XML"),
     "another size": ("<width>96", "<width>97", "is 96x80, its annotation says 97x80"),
     "no name": ("<name>cat</name>", "", f"{XML}: object 1 has no name"),
 }
@@ -184,7 +184,7 @@ def test_voc_as_tools_write_it(tmp_path):
     shutil.copy(root / "JPEGImages/train_000001.jpg", root / "JPEGImages/other.jpg")
     report = check.inspect(root, "detection", How())
     notes = "\n".join(report.notes.lines())
-    assert "1 objects marked difficult: neither learned nor scored" in notes
+    assert "1 objects marked difficult: ignored in training and scoring" in notes
     assert "1 XML files without a size: taken from the picture" in notes
     assert report.splits[0].labels[0][0]["iscrowd"] == 1
     assert report.splits[0].labels[1][0]["bbox"] == [0, 12, 38, 28]
@@ -293,7 +293,7 @@ def test_a_run_divides_its_training_images(task, tmp_path):
     preparing.hold_out(config, state, 9)
     assert config.val_fraction == {"fraction": 0.25, "seed": 3, "held": False}, "a resumed run goes on as it began"
     config.val_fraction = 0.5
-    with pytest.raises(UserError, match=r"--val-fraction 0\.5: the run began with --val-fraction 0\.25"):
+    with pytest.raises(UserError, match=r"--val-fraction 0\.5: the run started with --val-fraction 0\.25"):
         preparing.hold_out(config, state, None)
 
 
@@ -457,7 +457,7 @@ def test_packed_data_that_cannot_be_read(tmp_path, run_config):
     images = folders.classification(tmp_path / "images")
     root = tar_files(tmp_path / "shards", images)
     (root / "classes.txt").unlink()
-    wrong = {f"wds/{root}": "names no classes", "tfds/mnist": "tfds is not read", f"wds/{images}": "names no splits"}
+    wrong = {f"wds/{root}": "has no class names", "tfds/mnist": "tfds is not read", f"wds/{images}": "has no splits"}
     for data, message in wrong.items():
         with pytest.raises(UserError, match=message):
             engine.train(run_config(), work_dir=tmp_path / "run", data=data, wandb=False)

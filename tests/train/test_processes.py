@@ -74,7 +74,7 @@ def test_divided_weights_under_slurm(run_config: Any, image_folder: Path, tmp_pa
 
 
 def test_fsdp_needs_several_processes(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--fsdp: there is one process"):
+    with pytest.raises(UserError, match="--fsdp: there is only one process"):
         engine.train(run_config(), work_dir=tmp_path, data=image_folder, wandb=False, fsdp=True)
 
 

@@ -164,5 +164,5 @@ def test_test_looks_at_the_split_that_it_uses(tmp_path):
     names = ("background", "cat")
     made = dataset(load_config(DEMOS["segmentation"]), root, splits=("val",), classes=names)
     assert len(made) == 2
-    with pytest.raises(UserError, match="the model knows"):
+    with pytest.raises(UserError, match="the model has"):
         dataset(load_config(DEMOS["segmentation"]), root, splits=("val",), classes=("background", "dog"))

@@ -263,7 +263,7 @@ def test_weights_that_cannot_be_had_are_one_line(capsys):
 
 def test_weights_named_after_a_model_of_timms_are_asked_for(monkeypatch):
     config = load_config("finetune", model="test_convnext")
-    with pytest.raises(UserError, match=r"weights resnet50.a1_in1k: cannot be had here \("):
+    with pytest.raises(UserError, match=r"weights resnet50.a1_in1k: cannot be downloaded here \("):
         settle.starting_weights(config, "resnet50.a1_in1k")
     monkeypatch.setattr(published, "weights_of", lambda name: Path(f"{name}.safetensors"))
     assert settle.starting_weights(config, "test_convnext.r160_in1k") == Path("test_convnext.r160_in1k.safetensors")
@@ -489,7 +489,7 @@ def test_a_network_named_after_the_config_was_read_is_built_right(recipe, tmp_pa
     config.model.backbone = dict(type="PyramidBackbone", name="test_convnext")
     with torch.device("meta"), DefaultScope.overwrite_default_scope(config.default_scope):
         model = MODELS.build(config.model)
-    assert "take the widths of test_convnext" in capsys.readouterr().out
+    assert "get the widths of test_convnext" in capsys.readouterr().out
     with torch.no_grad():
         maps = model.eval().extract_feat(torch.zeros(1, 3, 64, 96, device="meta"))
         if config.default_scope == "mmseg":

@@ -113,10 +113,10 @@ def first(content: dict[str, Any], key: str) -> Any:
 
 HEAD = "model.head.weight"
 WRONG = {
-    "no meta": (lambda c: c.pop("meta"), "does not say how far its run had come"),
-    "no epoch": (lambda c: c["meta"].pop("epoch"), "does not say how far its run had come"),
-    "epoch as text": (setter("meta", "epoch", to="2"), "does not say how far its run had come"),
-    "epoch below 0": (setter("meta", "epoch", to=-1), "does not say how far its run had come"),
+    "no meta": (lambda c: c.pop("meta"), "does not say how many iterations its run had done"),
+    "no epoch": (lambda c: c["meta"].pop("epoch"), "does not say how many iterations its run had done"),
+    "epoch as text": (setter("meta", "epoch", to="2"), "does not say how many iterations its run had done"),
+    "epoch below 0": (setter("meta", "epoch", to=-1), "does not say how many iterations its run had done"),
     "no seed": (lambda c: c["meta"].pop("seed"), "meta.seed is None"),
     "huge seed": (setter("meta", "seed", to=1 << 40), "meta.seed is 1099511627776"),
     "no message_hub": (lambda c: c.pop("message_hub"), "has no 'message_hub'"),
@@ -138,23 +138,23 @@ WRONG = {
     "complex": (setter("state_dict", HEAD, to=torch.ones(3, 64) * 1j), "another kind of numbers"),
     "sparse": (setter("state_dict", HEAD, to=torch.ones(3, 64).to_sparse()), f"{HEAD} is sparse"),
     "stride 0": (setter("state_dict", HEAD, to=torch.ones(1).expand(3, 64)), "of which the file holds fewer"),
-    "text for a tensor": (setter("state_dict", HEAD, to="weights"), f"{HEAD} is no tensor"),
+    "text for a tensor": (setter("state_dict", HEAD, to="weights"), f"{HEAD} is not a tensor"),
     "average of another network": (
         setter("ema_state_dict", to={"steps": torch.tensor(1)}),
         "ema_state_dict does not fit",
     ),
-    "average without a count": (setter("ema_state_dict", to={}), "ema_state_dict.steps is no count"),
+    "average without a count": (setter("ema_state_dict", to={}), "ema_state_dict.steps is not a count"),
     "more classes": (setter("meta", "class_names", to=[*CLASSES, "white"]), "on 4 classes .*white.* the data has 3"),
     "other classes": (setter("meta", "class_names", to=["a", "b", "c"]), r"\(a, b, c\), .* 3 \(blue, green, red\)"),
     "another order": (
         setter("meta", "class_names", to=CLASSES[::-1]),
         r"\(red, green, blue\), .* \(blue, green, red\)",
     ),
-    "numbers for names": (setter("meta", "class_names", to=[1, 2, 3]), "the class name 1 is no name"),
-    "names as text": (setter("meta", "class_names", to="abc"), "its class names are no list"),
-    "an empty name": (setter("meta", "class_names", to=["a", " ", "c"]), "the class name ' ' is no name"),
-    "a long name": (setter("meta", "class_names", to=["a" * 9999, "b", "c"]), "is no name"),
-    "a name twice": (setter("meta", "class_names", to=["a", "b", "a"]), "the class name 'a' is there twice"),
+    "numbers for names": (setter("meta", "class_names", to=[1, 2, 3]), "the class name 1 is not a name"),
+    "names as text": (setter("meta", "class_names", to="abc"), "its class names are not a list"),
+    "an empty name": (setter("meta", "class_names", to=["a", " ", "c"]), "the class name ' ' is not a name"),
+    "a long name": (setter("meta", "class_names", to=["a" * 9999, "b", "c"]), "is not a name"),
+    "a name twice": (setter("meta", "class_names", to=["a", "b", "a"]), "the class name 'a' is repeated"),
     "ids that lead elsewhere": (
         setter("message_hub", "runtime_info", "keep_ckpt_ids", to=["../../x"]),
         "keep_ckpt_ids is ",
@@ -172,7 +172,7 @@ WRONG = {
     "no moments": (setter("optimizer", "state", to={}), "optimizer.state is empty"),
     "moments of no parameter": (setter("optimizer", "state", 9999, to={}), "belongs to no parameter"),
     "other groups": (setter("optimizer", "param_groups", to=[]), "the optimizer has 0 groups"),
-    "a group of others": (lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(), "is of other parameters"),
+    "a group of others": (lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(), "has other parameters"),
     "a rate as text": (
         lambda c: c["optimizer"]["param_groups"][0].update(lr="fast"),
         r"param_groups\[0\].lr is 'fast'",
@@ -344,5 +344,5 @@ def test_a_test_wants_the_same_classes_too(folder: Path, make_config: Any, image
     with pytest.raises(UserError, match="the model has no class 'red'"):
         engine.test(make_config(), folder / "epoch_2.pth", work_dir=tmp_path / "test", data=image_folder)
     changed(folder, setter("meta", "class_names", to=["a"] * 200_000))
-    with pytest.raises(UserError, match="its class names are no list of at most 100,000"):
+    with pytest.raises(UserError, match="its class names are not a list of at most 100,000"):
         engine.build_for_inference(make_config(), folder / "epoch_2.pth")

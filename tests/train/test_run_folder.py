@@ -64,7 +64,7 @@ def test_what_cannot_be_resumed_is_not_started_anew(tmp_path: Path) -> None:
     (tmp_path / "epoch_1.pth").unlink()
     assert resuming.find(tmp_path) is None
     (tmp_path / "final.pth").touch()
-    with pytest.raises(UserError, match=r"holds a run's final.pth, but nothing to go on from"):
+    with pytest.raises(UserError, match=r"holds a run's final.pth, but no checkpoint to resume from"):
         resuming.find(tmp_path)
 
 

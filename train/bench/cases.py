@@ -1,4 +1,4 @@
-"""Our operators at the papers' shapes: inputs, and the forms that compute the same."""
+"""Our operators at the papers' shapes: inputs, and other implementations that compute the same."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Form(NamedTuple):
     """One way to compute an operator.
 
     Attributes:
-        make: gives the function; making it may take a compiler.
-        same: it computes what ours does.
-        needs: bytes of its largest temporary, about.
+        make: returns the function; this may compile it.
+        same: it computes the same result as ours.
+        needs: about the bytes of its largest temporary.
     """
 
     make: Callable[[], Function]
@@ -35,10 +35,10 @@ class Case(NamedTuple):
     """One operator at one shape.
 
     Attributes:
-        leaves: what the backward pass gives gradients of.
-        call: the forward pass, with a form's function.
-        grad: of the result.
-        forms: by name, ours first.
+        leaves: tensors that get gradients in the backward pass.
+        call: the forward pass with a form's function.
+        grad: gradient of the result.
+        forms: name -> form, ours first.
     """
 
     op: str
@@ -59,7 +59,7 @@ def _stages(size: tuple[int, int], count: int = 4) -> Iterator[tuple[int, int]]:
 
 
 def _na2d_shapes(size: tuple[int, int]) -> Iterator[Shape]:
-    """DiNAT-T's: local, and dilated as far as the window fits."""
+    """DiNAT-T's shapes: local, and with the largest dilation that fits."""
     for (height, width), heads in zip(_stages(size), (2, 4, 8, 16), strict=True):
         if min(height, width) >= NA2D_KERNEL:
             for dilation in dict.fromkeys((1, min(height, width) // NA2D_KERNEL)):
@@ -67,14 +67,14 @@ def _na2d_shapes(size: tuple[int, int]) -> Iterator[Shape]:
 
 
 def _routed_shapes(size: tuple[int, int]) -> Iterator[Shape]:
-    """BiFormer-T's and -S's, with the authors' regions: 7 x 7 of classifiers, 8 x 8 at 512 px, 16 x 16 of detectors."""
+    """BiFormer-T's and -S's shapes; regions: 7 x 7 in classifiers, 8 x 8 at 512 px, 16 x 16 in detectors."""
     regions = 7 if min(size) < 512 else 8 if min(size) < 800 else 16
     for (height, width), heads, topk in zip(_stages(size, 3), (2, 4, 8), (1, 4, 16), strict=True):
         yield dict(height=height, width=width, heads=heads, topk=topk, regions=regions)
 
 
 def _mix_shapes(size: tuple[int, int]) -> Iterator[Shape]:
-    """OverLoCK-XT's Focus-Net: a large and a small window in both of its stages."""
+    """OverLoCK-XT's Focus-Net: a large and a small window in each of its two stages."""
     maps = list(_stages(size))[2:]
     for (height, width), heads, head_dim, kernel in zip(maps, (8, 12), (16, 14), (13, 7), strict=True):
         for window in (kernel, 5):
@@ -106,15 +106,15 @@ def shapes(op: str, size: tuple[int, int] = (224, 224)) -> list[Shape]:
 def make(
     op: str, shape: Shape, batch: int, device: str, dtype: torch.dtype, impl: str = "auto", flex: bool = False
 ) -> Case:
-    """Random inputs of a shape, the same every time.
+    """Random inputs of a shape, the same in every call.
 
     Args:
-        op: of `SHAPES`.
-        shape: of `shapes`.
+        op: a key of `SHAPES`.
+        shape: one of `shapes`.
         batch: images.
         device, dtype: of the inputs.
-        impl: of ours, for operators.
-        flex: have FlexAttention among the forms.
+        impl: implementation of our operator.
+        flex: include FlexAttention.
     """
     torch.manual_seed(0)
     made = {"na2d": _na2d, "routed": _routed, "mix": _mix, "depthwise": _depthwise}
@@ -245,7 +245,7 @@ def _layer(op: str, shape: Shape, batch: int, device: str, dtype: torch.dtype) -
 
 
 def _dat(dim: int) -> nn.Module:
-    """Of DAT tiny's third stage."""
+    """Deformable attention of DAT tiny's third stage."""
     from hybridzoo.layers import DeformableAttention
 
     return DeformableAttention(dim, dim // 32, dim // 128, 14, 1, 5, offset_range=1.0)

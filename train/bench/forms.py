@@ -1,6 +1,6 @@
-"""What one would run instead of our operators: neighbourhoods gathered or masked, windows unfolded, groups.
+"""Other implementations of our operators: neighborhoods gathered or masked, windows unfolded, grouped convolutions.
 
-All compute what ours compute; written from the papers.
+They compute the same results as ours, and are written from the papers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Pair = tuple[int, int]
 
 
 def tables(size: Pair, kernel: Pair, dilation: Pair, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For every row, then for every column of a map: the neighbours' indices, and the entries of the bias table."""
+    """For every row, then for every column of a map: indices of the neighbors, and of the entries in the bias table."""
     axes = []
     for length, k, d in zip(size, kernel, dilation, strict=True):
         keys, entries = zip(*reference.axis_table(length, k, d), strict=True)
@@ -27,7 +27,8 @@ def tables(size: Pair, kernel: Pair, dilation: Pair, device: torch.device) -> tu
 
 
 def na2d_gather(size: Pair, kernel: int, dilation: int, device: torch.device) -> Function:
-    """Every query's keys and values gathered by indexing; `(query, key, value, rpb) -> out`. The window has to fit."""
+    """Every query's keys and values gathered by indexing; `(query, key, value, rpb) -> out`. The window must fit into
+    the map."""
     keys_h, entries_h, keys_w, entries_w = tables(size, (kernel,) * 2, (dilation,) * 2, device)
 
     def neighbours(x: Tensor) -> Tensor:  # (B, H, W, kernel * kernel, heads, d)
@@ -57,7 +58,7 @@ def na2d_dense(size: Pair, kernel: int, dilation: int, device: torch.device) -> 
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """All tokens of `(B, H, W, heads, d)` to all, by PyTorch's fused attention."""
+    """All tokens of `(B, H, W, heads, d)` attend to all, with PyTorch's fused attention."""
     size = q.shape[1:3]
     q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).unflatten(1, size)
@@ -86,7 +87,7 @@ def na2d_flex(size: Pair, kernel: int, dilation: int, device: torch.device) -> F
         def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             steps_h = torch.div(j // width - i // width, dilation, rounding_mode="floor")
             steps_w = torch.div(j % width - i % width, dilation, rounding_mode="floor")
-            # Masked pairs of a visited block are looked up too, and must stay inside the table.
+            # The bias of masked pairs is looked up too, so their indices must stay inside the table.
             row, column = (s.clamp(1 - kernel, kernel - 1) + kernel - 1 for s in (steps_h, steps_w))
             return score + rpb[h, row, column]
 
@@ -97,7 +98,8 @@ def na2d_flex(size: Pair, kernel: int, dilation: int, device: torch.device) -> F
 
 
 def mix_gather(size: Pair, kernel: int, device: torch.device) -> Function:
-    """Kernels of all tokens and all windows of values written out; `(query, taps, value, tap_bias, rpb) -> out`."""
+    """Materialises the kernels of all tokens and all windows of values;  `(query, taps, value, tap_bias, rpb) ->
+    out`."""
     keys_h, entries_h, keys_w, entries_w = tables(size, (kernel,) * 2, (1, 1), device)
 
     def mix(query: Tensor, taps: Tensor, value: Tensor, tap_bias: Tensor, rpb: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ def mix_gather(size: Pair, kernel: int, device: torch.device) -> Function:
 
 
 def depthwise_grouped(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """One convolution of batch * channels groups, as published: the map is laid out anew, and back."""
+    """One convolution with batch * channels groups, as published; the map is copied to NCHW and back."""
     batch, height, width, channels = x.shape
     maps = x.permute(0, 3, 1, 2).reshape(1, batch * channels, height, width)
     out = F.conv2d(maps, kernels.reshape(-1, 1, 3, 3), bias.flatten(), padding=1, groups=batch * channels)
@@ -118,7 +120,7 @@ def depthwise_grouped(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
 
 
 def depthwise_unfold(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """Every pixel's window written out."""
+    """Materialises every pixel's window."""
     size = x.shape[1:3]
     windows = F.unfold(x.permute(0, 3, 1, 2), 3, padding=1).unflatten(1, (-1, 9))  # (B, C, 9, H * W)
     out = torch.einsum("bckn,bck->bnc", windows, kernels) + bias[:, None]
@@ -126,7 +128,7 @@ def depthwise_unfold(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
 
 
 def check_agreement(name: str, found: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -> None:
-    """Raise a ValueError where a form computes something else, relative to the largest value."""
+    """Raise a ValueError if a form's result differs, relative to the largest value."""
     for one, right in zip(found, expected, strict=True):
         error = ((one.float() - right.float()).abs().max() / right.float().abs().max()).item()
         if not error <= allowed:

@@ -15,13 +15,13 @@ import torch
 from hybridzoo.train.bench.rows import Row, timed
 
 Step = Callable[[], object]
-LEAST = 0.1  # seconds: a turn of a quick step makes several calls
-MOST = 20  # calls of a turn
-SLOW = 1.0  # seconds: beside such a call, what the caches hold at its start does not count
+LEAST = 0.1  # seconds: a turn of a fast step makes several calls
+MOST = 20  # calls in a turn
+SLOW = 1.0  # seconds: for calls as long as this, a cold cache does not matter
 
 
 def once(step: Step, device: torch.device) -> tuple[float, float]:
-    """Seconds of the clock until one call's work is done, and seconds of the processors."""
+    """Wall-clock seconds until one call's work is done, and CPU seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start, used = time.perf_counter(), time.process_time()
@@ -32,10 +32,10 @@ def once(step: Step, device: torch.device) -> tuple[float, float]:
 
 
 def turn(step: Step, device: torch.device) -> tuple[float, float]:
-    """Medians of a turn: one call to fill the caches that others have emptied, then calls for `LEAST` seconds.
+    """Medians of a turn: one call to warm the caches, then calls for `LEAST` seconds.
 
     Returns:
-        Seconds of the clock and of the processors, of one call.
+        Wall-clock and CPU seconds of one call.
     """
     calls = [once(step, device)]
     if calls[0][0] > SLOW:
@@ -47,13 +47,13 @@ def turn(step: Step, device: torch.device) -> tuple[float, float]:
 
 
 def interleaved(steps: Mapping[str, Step], device: torch.device, turns: int, budget: float = 60.0) -> dict[str, Row]:
-    """Times of each step, in turns (A B C A B C ...), so that a machine's drift hits all alike.
+    """Times of each step, in turns (A B C A B C ...), so that changes of the machine's speed affect all of them.
 
     Args:
-        steps: by name.
-        device: where they run.
-        turns: of each step; three at least, then no more where `budget` seconds are over.
-        budget: seconds for all.
+        steps: name -> function.
+        device: on which they run.
+        turns: for each step; after three turns, stops when `budget` seconds are over.
+        budget: seconds for all steps together.
     """
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
@@ -69,9 +69,9 @@ def interleaved(steps: Mapping[str, Step], device: torch.device, turns: int, bud
 
 
 class Memory:
-    """The most memory that is taken at once, above what this process has when the object is made.
+    """Peak memory above what this process uses when the object is created.
 
-    On a GPU what PyTorch's tensors take (`max_memory_allocated`), on a CPU what is resident in memory.
+    On a GPU, memory of PyTorch's tensors (`max_memory_allocated`); on a CPU, resident memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,13 +80,13 @@ class Memory:
         self.start = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         elif platform.system() == "Linux":
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+            Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from the present resident memory
 
     def peak(self) -> float:
         """MiB."""
@@ -99,14 +99,14 @@ class Memory:
 
 
 def peak_of(step: Step, device: torch.device) -> float:
-    """MiB at the peak of one call above what is there before."""
+    """Peak MiB of one call above the memory in use before it."""
     memory = Memory(device)
     step()
     return memory.peak()
 
 
 def _resident(field: str) -> int:
-    """Bytes; where the system does not tell, the largest so far."""
+    """Resident bytes; if the system does not report them, the peak so far."""
     status = Path("/proc/self/status")
     if not status.exists():
         largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

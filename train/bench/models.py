@@ -1,4 +1,4 @@
-"""Networks side by side: each in a process of its own, the calls of all interleaved."""
+"""Measures networks side by side: each in its own process, with the calls of all interleaved."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hybridzoo.train.bench.processes import Failed, Measured, Worker
 from hybridzoo.train.bench.rows import Row
 from hybridzoo.train.errors import UserError
 
-AT_ONCE = 8  # networks whose processes live at the same time; more are measured group by group
+AT_ONCE = 8  # networks measured together; more are measured group by group
 TARGET = "hybridzoo.train.bench.network:Network"
-Tell = Callable[[str, float], None]  # what is being done, and the share of all that is done
+Tell = Callable[[str, float], None]  # what is being done, and the fraction that is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Settings:
     """How networks are run.
 
     Attributes:
-        device, dtype, batch, size, compiled, fused, channels_last: as `network.Network` takes them.
-        train: measure a training step, too.
-        threads: of PyTorch on a CPU; default its own choice.
-        turns: of each network.
+        device, dtype, batch, size, compiled, fused, channels_last: see `network.Network`.
+        train: also measure a training step.
+        threads: PyTorch's threads on a CPU; default PyTorch's own choice.
+        turns: for each network.
     """
 
     device: str = "cpu"
@@ -46,12 +46,12 @@ class Settings:
 
 
 def find(patterns: Iterable[str]) -> list[str]:
-    """The networks that are asked for, each once: names of ours or timm's, parts of ours, or patterns with * and ?.
+    """The requested networks, each once: our or timm's names, parts of our names, or patterns with * and ?.
 
-    A pattern is one of timm's names where it matches none of ours.
+    A pattern that matches none of our names is matched with timm's.
 
     Raises:
-        UserError: nothing matches one of them; the message has the nearest names.
+        UserError: one of them matches nothing; the message has the nearest names.
     """
     ours, found = names.our_models(), list[str]()
     for word in patterns:
@@ -66,7 +66,7 @@ def find(patterns: Iterable[str]) -> list[str]:
             found += names.matching(word, ours, "model", "type: hybridzoo list")
         except UserError:
             if not any(sign in word for sign in "*?["):
-                names.check_model(word)  # which says what is near
+                names.check_model(word)  # its error names the nearest models
             found += names.matching(word, sorted({*ours, *names.timm_models()}), "model", "type: hybridzoo list")
     return list(dict.fromkeys(found))
 
@@ -78,14 +78,14 @@ def measure(
     tell: Tell = lambda what, share: None,
     make: Callable[..., Measured] | None = None,
 ) -> Iterator[list[Row]]:
-    """Rows of each network, group by group: `inference`, `latency` (a single image) and, if asked for, `training`.
+    """Rows of each network, group by group: `inference`, `latency` (a single image) and optionally `training`.
 
     Args:
         wanted: names.
         settings: how to run them.
-        machine: what every row says of where it was measured.
-        tell: is told how far it is.
-        make: what measures a network; default a process of its own, `processes.Worker`.
+        machine: device and versions, which every row contains.
+        tell: called with the progress.
+        make: creates the object that measures a network; default `processes.Worker`, an own process.
     """
     jobs = [(name, way) for name in wanted for way in settings.ways]
     steps = len(jobs) * (settings.turns + 1)
@@ -124,7 +124,7 @@ def _group(
 
 
 class _Run:
-    """One network in one way, and what was measured of it."""
+    """One network measured in one way, and its results."""
 
     def __init__(self, name: str, way: str, settings: Settings, machine: Row) -> None:
         self.name, self.way, self.settings, self.machine = name, way, settings, machine

@@ -1,4 +1,4 @@
-"""One network on one machine: how long a call takes, and how much memory."""
+"""Time and memory of one network."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from hybridzoo.train.bench.rows import Row
 
 
 class Network:
-    """A network of ours or of timm's with random weights, as `hybridzoo bench models` measures it.
+    """One of our or timm's networks with random weights, as `hybridzoo bench models` measures it.
 
     Args:
-        name: of the network, with or without .tag.
-        way: "inference" (of a batch, and of a single image) or "training": forward, cross-entropy, backward, AdamW.
-        device: as PyTorch names it.
-        dtype: of weights and images in inference; of autocast in training, where weights stay float32.
+        name: of the network, with or without a tag.
+        way: "inference" (a batch, and a single image) or "training": forward, cross-entropy, backward, AdamW.
+        device: PyTorch's name of the device.
+        dtype: of weights and images in inference; of autocast in training, with float32 weights.
         batch: images.
         size: height and width in pixels; default the network's own.
-        compiled: by `torch.compile`.
-        fused: by `model.fuse()`; timm's networks are reparametrized where they can be.
+        compiled: use `torch.compile`.
+        fused: call `model.fuse()`; timm's networks are reparametrized if timm can do it.
         channels_last: memory layout of weights and images.
 
     Raises:
-        UserError: unknown name, or no network can be made so.
+        UserError: unknown name, or the network cannot be created with these arguments.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Network:
         self.labels = torch.randint(0, model.num_classes or model.num_features, (batch,), device=self.device)
 
     def prepare(self) -> Row:
-        """Run once, which also compiles, and once more for the peak of memory.
+        """Run once, which also compiles, and once more to measure the peak memory.
 
         Returns:
-            `peak_mib`, and what is known of the network: `params`, `macs`, `top1`, `shape`.
+            `peak_mib`, and the network's `params`, `macs`, `top1` and `shape`.
         """
         self._step(self.way)
         self.memory.restart()
@@ -83,7 +83,7 @@ class Network:
         return found | self.facts
 
     def turn(self, way: str) -> tuple[float, float]:
-        """Seconds of the clock and of the processors for one call."""
+        """Wall-clock and CPU seconds for one call."""
         found = measuring.turn(lambda: self._step(way), self.device)
         self._rest()
         return found
@@ -102,7 +102,7 @@ class Network:
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext():
             out: Any = self.call(images)
-            if isinstance(out, list | tuple):  # of networks with more heads than one
+            if isinstance(out, list | tuple):  # networks with several heads return several outputs
                 out = out[0]
             loss = F.cross_entropy(out.float(), self.labels)
         loss.backward()
@@ -110,16 +110,16 @@ class Network:
         self.optimizer.zero_grad()
 
     def _rest(self) -> None:
-        """Leave a GPU's free memory to the others."""
+        """Return a GPU's free memory to the other processes."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def make(name: str, size: Sequence[int] | None = None) -> nn.Module:
-    """A network. timm's that are made for one size are made for this one, ours take any.
+    """Create the network. timm's networks that are built for one size get this one; ours take any.
 
     Raises:
-        UserError: unknown name, or no network can be made so.
+        UserError: unknown name, or the network cannot be created with these arguments.
     """
     arguments: dict[str, Any] = {}
     if size is not None and name.partition(".")[0] not in names.our_models() and _is_told_the_size(name):
@@ -132,13 +132,13 @@ def _is_told_the_size(name: str) -> bool:
     try:
         with torch.device("meta"):
             network = timm.create_model(name)
-    except (RuntimeError, NotImplementedError):  # reads numbers out of tensors
+    except (RuntimeError, NotImplementedError):  # it reads values of tensors
         network = timm.create_model(name)
     return "img_size" in inspect.signature(type(network).__init__).parameters
 
 
 def fuse(model: nn.Module, size: Sequence[int]) -> nn.Module:
-    """For inference: ours by `fuse()`; timm's own have their branches merged where they have any."""
+    """Prepare for inference: our networks with `fuse()`; timm's networks merge their branches, if they have any."""
     fused = getattr(model, "fuse", None)
     if fused is None:
         return reparameterize_model(model.eval())
@@ -146,9 +146,9 @@ def fuse(model: nn.Module, size: Sequence[int]) -> nn.Module:
 
 
 def facts(name: str, model: nn.Module, size: Sequence[int]) -> Row:
-    """Parameters, multiply-accumulates for an image of `size` (C, H, W), published top-1 in per cent (ours only).
+    """Parameters, multiply-accumulates for an image of `size` (C, H, W), published top-1 in percent (ours only).
 
-    At the size of a network's card the number is the card's, as `hybridzoo info` shows it.
+    At the size of the network's card, the multiply-accumulates are the card's, as in `hybridzoo info`.
     """
     found: Row = dict(shape=dict(height=size[1], width=size[2]))
     found["params"] = sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Our operators beside what one would run otherwise: each operator in a process of its own, its forms interleaved."""
+"""Measures our operators and other implementations: each operator in its own process, its forms interleaved."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hybridzoo.train.bench import cases, forms, measuring
 from hybridzoo.train.bench.processes import say
 from hybridzoo.train.bench.rows import Row
 
-ALLOWED = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # of the largest value, between forms
-SHARE = 0.4  # of the device's memory that a form may need
+ALLOWED = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # relative to the largest value, between forms
+SHARE = 0.4  # fraction of the device's memory that a form may need
 
 
 class Operator:
     """One operator, as `hybridzoo bench ops` measures it.
 
     Args:
-        op: of `cases.SHAPES`.
+        op: a key of `cases.SHAPES`.
         device, dtype: of the inputs.
         batch: images.
-        size: of the image that the shapes belong to, height and width in pixels.
-        impl: of ours.
-        turns: of each form at each shape; three at least where `budget` seconds are over.
-        budget: seconds of a shape and way.
-        flex: have FlexAttention among the forms.
+        size: height and width in pixels of the image that the shapes belong to.
+        impl: implementation of our operator.
+        turns: for each form at each shape; after three turns, stops when `budget` seconds are over.
+        budget: seconds for one shape and way.
+        flex: include FlexAttention.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Operator:
         self.shapes = cases.shapes(op, (size[0], size[1]))
 
     def measure(self, index: int) -> list[Row]:
-        """Rows of one of `shapes`: for each form the forward pass, and both."""
+        """Rows of one shape: for each form the forward pass, and both passes."""
         made = cases.make(
             self.op, self.shapes[index], self.batch, self.place, getattr(torch, self.dtype), self.impl, self.flex
         )
@@ -72,7 +72,7 @@ class Operator:
         return list(rows.values())
 
     def _ready(self, made: cases.Case, rows: dict[tuple[str, str], Row]) -> dict[str, forms.Function]:
-        """The forms' functions; of one that cannot be had, or that computes something else, its rows say why."""
+        """The forms' functions. A form that cannot run, or that gives another result, gets rows with the reason."""
         expected: Tensor | None = None
         ready = {}
         for name, form in made.forms.items():
@@ -106,7 +106,7 @@ class Operator:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that the device has."""
+    """Bytes of memory that the device has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""What `hybridzoo bench ops` asks its processes for."""
+"""Starts the processes of `hybridzoo bench ops`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import suggest
 
 TARGET = "hybridzoo.train.bench.operators:Operator"
-OPS = {  # those of `cases.SHAPES`, without importing torch
+OPS = {  # the keys of `cases.SHAPES`, without importing torch
     "na2d": "neighborhood attention, DiNAT-T, kernel 7, with a bias",
     "routed": "routed attention, BiFormer-S",
     "mix": "context-mixing dynamic convolution, OverLoCK-XT",
@@ -20,14 +20,14 @@ OPS = {  # those of `cases.SHAPES`, without importing torch
     "merging": "deformable token merging, LITv2-S",
     "ravlt": "rank-augmented linear attention, RAVLT-T",
 }
-LAYERS = ("dat", "merging", "ravlt")  # of ours, without an implementation to choose
+LAYERS = ("dat", "merging", "ravlt")  # layers, which have one implementation
 
 
 def find(words: Sequence[str], impl: str) -> list[str]:
-    """The operators that are asked for, each once; all by default.
+    """The requested operators, each once; default all.
 
     Raises:
-        UserError: there is no such operator, or it has no implementation to choose.
+        UserError: unknown operator, or `impl` for a layer.
     """
     for word in words:
         if word not in OPS:
@@ -46,15 +46,15 @@ def measure(
     threads: int | None = None,
     **arguments: Any,
 ) -> Iterator[list[Row]]:
-    """Rows of each operator, shape by shape. A process that ends is replaced for the shapes that are left.
+    """Rows of each operator, shape by shape. If a process ends, a new one measures the remaining shapes.
 
     Args:
-        shapes: operators of `OPS`, and the number of shapes of each.
-        machine: what every row says of where it was measured.
-        tell: is told how far it is.
-        make: what measures an operator; default a process of its own.
-        threads: of PyTorch on a CPU.
-        arguments: of `operators.Operator`.
+        shapes: operator -> number of its shapes.
+        machine: device and versions, which every row contains.
+        tell: called with the progress.
+        make: creates the object that measures an operator; default an own process.
+        threads: PyTorch's threads on a CPU.
+        arguments: passed to `operators.Operator`.
     """
     total, done = sum(shapes.values()), 0
     for op, count in shapes.items():

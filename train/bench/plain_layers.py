@@ -1,4 +1,4 @@
-"""Layers of ours written the way of their papers' code, with our layers' weights."""
+"""Some of our layers, written as in their papers' code, with our layers' weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridzoo.layers.rotary import rotate
 
 
 class PlainDeformableAttention(nn.Module):
-    """In NCHW: the bias is sampled at the displacement of every pair of query and key, scores are written out."""
+    """In NCHW: the bias is sampled at the displacement of every pair of query and key, and scores are materialised."""
 
     def __init__(self, ours: DeformableAttention) -> None:
         super().__init__()
@@ -40,18 +40,18 @@ class PlainDeformableAttention(nn.Module):
         return pointwise(o.proj, out).permute(0, 2, 3, 1)
 
     def _line(self, count: int, like: Tensor) -> Tensor:
-        """Coordinates of tokens: from -1 at the first to 1 at the last; in the 2022 networks centres of equal parts."""
+        """Coordinates of tokens: -1 at the first to 1 at the last; in the 2022 networks, centres of equal parts."""
         points = torch.arange(count, dtype=like.dtype, device=like.device)
         return points / (count - 1) * 2 - 1 if self.ours.offset_range is None else (points + 0.5) / count * 2 - 1
 
 
 def pointwise(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer of channels as a 1x1 convolution."""
+    """A linear layer over channels as a 1x1 convolution."""
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
 class TorchvisionMerging(nn.Module):
-    """Deformable token merging by the operator that its own code compiles for CUDA, in torchvision's form."""
+    """Deformable token merging with torchvision's version of the operator that the authors' code compiles for CUDA."""
 
     def __init__(self, ours: DeformableMerging) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class TorchvisionMerging(nn.Module):
 
 
 class PlainRankAugmentedAttention(nn.Module):
-    """RAVLT's linear attention with the paper's factors of the number of tokens, its convolution on copies in NCHW."""
+    """RAVLT's linear attention with the paper's factors (number of tokens), and its convolution on NCHW copies."""
 
     def __init__(self, ours: RankAugmentedAttention) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The picture of `bench models`: accuracy, or another column, against throughput, with readable names."""
+"""The plot of `bench models`: accuracy, or another column, against throughput, with readable names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybridzoo.train.bench.tables import number
 
 Box = tuple[float, float, float, float]
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-COLUMNS = {  # --plot-y: a key of `tables.lines`, the axis's title, what one unit of it is
+COLUMNS = {  # value of --plot-y -> key of `tables.lines`, title of the axis, its unit
     "top1": ("top1", "top-1 on ImageNet-1k, published, %", 1.0),
     "params": ("params", "parameters, millions", 1e6),
     "macs": ("macs", "multiply-accumulates, billions", 1e9),
@@ -21,12 +21,12 @@ COLUMNS = {  # --plot-y: a key of `tables.lines`, the axis's title, what one uni
 
 
 def draw(lines: Sequence[Row], path: Path, y: str | None = None) -> None:
-    """Points with names; bars of throughput where no network has a number for y.
+    """Points with names; bars of throughput if no network has a value for y.
 
     Args:
-        lines: of `tables.lines`; networks that failed are left out.
-        path: of the picture, in a format that matplotlib knows by its ending.
-        y: of `COLUMNS`; default "top1". A network without this number stands at the lower edge.
+        lines: from `tables.lines`; networks that failed are left out.
+        path: of the picture; its suffix sets matplotlib's format.
+        y: a key of `COLUMNS`; default "top1". Networks without this value are drawn at the lower edge.
     """
     import matplotlib
 
@@ -82,7 +82,7 @@ def _points(axis: Any, lines: Sequence[Row], key: str, title: str, unit: float) 
         filled = colour if line[key] is not None else "none"
         axis.scatter([x], [value], s=45, color=filled, edgecolors=colour, marker="o" if filled == colour else "v")
     if len(known) < len(lines):
-        axis.set_title("hollow: no such number is published", fontsize=9, loc="left")
+        axis.set_title("hollow: no published value", fontsize=9, loc="left")
     _name(axis, [(x, y, line["network"]) for x, y, line in zip(speeds, ys, lines, strict=True)])
 
 
@@ -95,10 +95,10 @@ def _ticks(axis: Any) -> None:
 
 
 def _name(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name beside its point where it covers no other name and no point; a line leads to what is far off."""
+    """Write each name next to its point so that it covers no other name or point; a line connects distant names."""
     figure = axis.figure
-    figure.canvas.draw()  # fixes where the axes stand; names are kept out of the layout
-    renderer, scale = figure.canvas.get_renderer(), 72 / figure.dpi  # places are reckoned in points
+    figure.canvas.draw()  # fixes the axes; names do not take part in the layout
+    renderer, scale = figure.canvas.get_renderer(), 72 / figure.dpi  # positions are in points
     frame = [edge * scale for edge in axis.get_window_extent(renderer).extents]
     marks = [tuple(axis.transData.transform((x, y)) * scale) for x, y, _ in points]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
@@ -120,10 +120,10 @@ def _name(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
 def _place(
     mark: Sequence[float], size: Sequence[float], frame: Sequence[float], taken: Sequence[Box]
 ) -> tuple[Box, bool]:
-    """The nearest box of this size around a point that covers nothing, or the one that covers least.
+    """The nearest box of this size around a point that covers nothing, or else the one that covers least.
 
     Returns:
-        Left, lower, right, upper edge; and whether it stands so far off that it needs a line.
+        Left, lower, right, upper edge; and whether it is so distant that it needs a line.
     """
     best, fewest, far = (0.0, 0.0, 0.0, 0.0), float("inf"), False
     for distance in (7, 14, 22, 32, 44, 58, 74, 92):
@@ -141,5 +141,5 @@ def _place(
 
 
 def overlap(a: Box, b: Box) -> bool:
-    """Whether two boxes (left, lower, right, upper) have a place in common."""
+    """Whether two boxes (left, lower, right, upper) overlap."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

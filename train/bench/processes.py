@@ -1,7 +1,7 @@
-"""Something that is measured in a process of its own, and asked for by messages.
+"""Measurements in separate processes, controlled by messages.
 
-A process for each keeps what one network leaves behind (memory that malloc holds, threads, compiled code) from the
-next, and one that the system kills for want of memory takes nobody with it. Messages are lines of JSON.
+Each network gets its own process, so that memory held by malloc, threads and compiled code of one network do not affect
+the next. If the system kills a process because memory ran out, the others continue. Messages are lines of JSON.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from typing import Any, Protocol
 from hybridzoo.train.errors import explain, reason
 
 SMALLER = "use a smaller --batch-size or --img-size, or --dtype bfloat16"
-# The words are those of our command, so that importing hybridzoo.train there brings nothing that trains.
+# With argv of our command, importing hybridzoo.train loads nothing that is needed for training.
 PROGRAM = "import sys; sys.argv = ['hybridzoo']; from hybridzoo.train.bench.processes import serve; serve()"
 
 
 class Failed(Exception):
-    """It could not be measured; the message is one line that says why."""
+    """The measurement failed; the message is one line that says why."""
 
 
 class Measured(Protocol):
-    """What a verb asks; `Worker` in another process, `Here` in this one."""
+    """The interface of a measured object: `Worker` in another process, `Here` in this one."""
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """Call a method of the object; what it takes and returns is JSON.
+        """Call a method of the object; arguments and result are JSON.
 
         Raises:
-            Failed: it raised an error, or its process ended.
+            Failed: the method raised an error, or the process ended.
         """
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the object's resources."""
 
 
 class Worker:
-    """An object in a process of its own.
+    """An object in its own process.
 
     Args:
         target: "module:class".
-        threads: of PyTorch there; default its own choice.
-        arguments: of the class.
+        threads: PyTorch's threads there; default PyTorch's own choice.
+        arguments: passed to the class.
 
     Raises:
-        Failed: as `call`.
+        Failed: see `call`.
     """
 
     def __init__(self, target: str, threads: int | None = None, **arguments: Any) -> None:
@@ -94,14 +94,14 @@ class Worker:
     def _ended(self) -> str:
         code = self._process.wait()
         if code == -9:
-            return f"the system ended its process, mostly for want of memory: {SMALLER}"
+            return f"the system ended its process, probably because memory ran out: {SMALLER}"
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return f"its process ended (exit code {code}){f': {lines[-1]}' if lines else ''}"
 
 
 class Here:
-    """The same in this process."""
+    """An object in this process."""
 
     def __init__(self, target: str, threads: int | None = None, **arguments: Any) -> None:
         try:
@@ -120,7 +120,7 @@ class Here:
 
 
 def say(error: BaseException) -> str:
-    """One line of an error, for a row's reason."""
+    """An error as one line, for a row's reason."""
     text = str(error)
     if "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}:
         return f"out of GPU memory: {SMALLER}"
@@ -130,7 +130,7 @@ def say(error: BaseException) -> str:
 
 
 def serve() -> None:
-    """What the other process does: answers until nobody asks any more. What libraries print goes to stderr."""
+    """Main loop of the other process: answers messages until the pipe closes. Output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     made: Any = None
@@ -150,9 +150,9 @@ def serve() -> None:
 
 
 def _settle(threads: int | None) -> None:
-    """Before PyTorch's threads are made, which inherit it: numbers too small for full precision count as zero.
+    """Flush denormal numbers to zero. PyTorch's threads inherit this, so it is set before they start.
 
-    The activations of a network that was never trained fade to such numbers, on which processors are slow.
+    The activations of untrained networks reach such numbers, on which processors are slow.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Routed attention as the published code does it (partition, expand, gather, attend), and as FlexAttention.
+"""Routed attention as in the published code (partition, expand, gather, attend), and with FlexAttention.
 
 Written from the paper and from measurements of that code.
 """
@@ -13,7 +13,7 @@ from hybridzoo.train.bench.forms import Function
 
 
 def partition(x: Tensor, grid: Grid) -> Tensor:
-    """`(B, H, W, C)`, divided by the grid -> `(B, regions, tokens, C)`."""
+    """`(B, H, W, C)` -> `(B, regions, tokens, C)`; the grid divides H and W."""
     x = x.reshape(x.shape[0], grid.rows, grid.height, grid.columns, grid.width, -1)
     return x.transpose(2, 3).reshape(x.shape[0], grid.regions, grid.tokens, -1)
 
@@ -25,9 +25,9 @@ def merge(x: Tensor, grid: Grid) -> Tensor:
 
 
 def attend(query: Tensor, both: Tensor, routes: Tensor, heads: int, scale: float) -> Tensor:
-    """Query `(B, regions, tokens, C)`, key and value side by side in `both`; out like query.
+    """Query `(B, regions, tokens, C)`; key and value side by side in `both`; the result has the query's shape.
 
-    The gather reads from keys and values expanded over all query regions: its gradient is as large as that.
+    The gather reads from keys and values expanded over all query regions, so its gradient has that size too.
     """
     batch, count, tokens, channels = query.shape
     topk = routes.shape[2]
@@ -54,13 +54,13 @@ def gather(
 
 
 def region_of(grid: Grid, height: int, width: int, device: torch.device) -> Tensor:
-    """The region of every token, row by row."""
+    """The region of every token, in row-major order."""
     row = torch.arange(height, device=device) // grid.height
     return (row[:, None] * grid.columns + torch.arange(width, device=device) // grid.width).flatten()
 
 
 def seen(routes: Tensor, grid: Grid) -> Tensor:
-    """Routes as a matrix of regions, `(B, regions, regions)`, true where one attends to the other."""
+    """Routes as a matrix `(B, regions, regions)`, true where a region attends to another."""
     found = torch.zeros(len(routes), grid.regions, grid.regions, dtype=torch.bool, device=routes.device)
     return found.scatter_(2, routes, True)
 

@@ -1,14 +1,14 @@
-"""The format of results: a row a measurement, in JSON.
+"""The format of results: one row for each measurement, in JSON.
 
-A file is a JSON list with a row a line. What is still being measured (`benchmarks.gpu`) is the same rows, a line each,
-without brackets and commas. Keys that a row may have:
+A file is a JSON list with one row on each line. Files that are still being written (`benchmarks.gpu`) have the same
+rows, one on each line, without brackets and commas. Keys of a row:
 
 * what: `part` (models, operators, ...), `op` (a network's or an operator's name), `form` (ours, fused, gather, ...),
   `way` (inference, latency, training; forward, both), `mode` (eager, compiled), `shape`, `batch`, `dtype`
 * where: `device`, `threads`, `hybridzoo`, `torch`, `timm`, `python`, `at`
-* time of one call: `median_us`, `q1_us`, `q3_us` in microseconds of the clock over `runs`; `cpu_us`, the median of the
-  processors' time; `images_per_s`
-* `peak_mib`, memory; `params`, `macs`, `top1` of a network; `error` or `reason` where nothing was measured
+* time of one call: `median_us`, `q1_us`, `q3_us` wall-clock microseconds over `runs` turns; `cpu_us`, the median CPU
+  time; `images_per_s`
+* `peak_mib`, memory; `params`, `macs`, `top1` of a network; `error` or `reason` if nothing was measured
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def timed(seconds: Sequence[float], cpu_seconds: Sequence[float] = ()) -> Row:
-    """A row's times, of one call each."""
+    """The times in a row, for one call."""
     low, middle, high = (round(value * 1e6, 3) for value in quartiles(seconds))
     row: Row = dict(median_us=middle, q1_us=low, q3_us=high, runs=len(seconds))
     return row | (dict(cpu_us=round(statistics.median(cpu_seconds) * 1e6, 3)) if cpu_seconds else {})
 
 
 def machine(device: str, threads: int | None = None) -> Row:
-    """What a row says of where it was measured; imports torch."""
+    """Device and versions for a row; imports torch."""
     import timm
     import torch
 
@@ -61,7 +61,7 @@ def machine(device: str, threads: int | None = None) -> Row:
 
 
 def device_name(device: str) -> str:
-    """As its maker calls it: "NVIDIA H100 80GB HBM3", "AMD EPYC 7B13"."""
+    """The maker's name of the device: "NVIDIA H100 80GB HBM3", "AMD EPYC 7B13"."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -75,13 +75,13 @@ def device_name(device: str) -> str:
 
 
 def text(rows: Iterable[Row]) -> str:
-    """A file's content."""
+    """All rows as the text of a file."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n" if lines else "[]\n"
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """All rows, in place of what the file held.
+    """Replace a file's content by these rows.
 
     Raises:
         UserError: it cannot be written.
@@ -90,7 +90,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def replace(path: Path, content: str) -> None:
-    """Write a text file so that it is whole, or as it was before.
+    """Write a text file atomically: it is complete, or unchanged.
 
     Raises:
         UserError: it cannot be written.
@@ -106,10 +106,10 @@ def replace(path: Path, content: str) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a file of either form, a list or a row a line; a line that was cut off is left out.
+    """Rows of a file in either form, a list or one row on each line; an incomplete line is left out.
 
     Raises:
-        UserError: there is no such file, or it is none of results.
+        UserError: there is no such file, or it does not hold results.
     """
     try:
         content = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Rows as tables: on a terminal, as CSV, as Markdown."""
+"""Rows as tables: for a terminal, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def by_network(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def lines(rows: Sequence[Row]) -> list[Row]:
-    """A line a network: what `bench models` shows, as numbers; images/s, ms and MiB."""
+    """One line for each network: the numbers that `bench models` shows; images/s, ms and MiB."""
     found = []
     for name, ways in by_network(rows).items():
         first = next(iter(ways.values()))
@@ -47,7 +47,7 @@ def lines(rows: Sequence[Row]) -> list[Row]:
 
 
 def models(rows: Sequence[Row]) -> Table:
-    """One line a network; medians, with quartiles in brackets; a dash where nothing was measured or published."""
+    """One line for each network: medians with quartiles in brackets; a dash if nothing was measured or published."""
     found = lines(rows)
     train, failed = any(row["way"] == "training" for row in rows), any(line["error"] for line in found)
     titles = ["network!", "px>", "params>", "GMACs>", "images/s>", "ms, one image>", "MiB>"]
@@ -67,7 +67,7 @@ def models(rows: Sequence[Row]) -> Table:
 
 
 def operator_lines(rows: Sequence[Row]) -> list[Row]:
-    """A line a shape and form: what `bench ops` shows, as numbers; ms, MiB, and times as long as ours."""
+    """One line for each shape and form: the numbers that `bench ops` shows; ms, MiB, and time divided by ours."""
     groups: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
         forms = groups.setdefault((row["op"], shape(row)), {})
@@ -91,7 +91,7 @@ def operator_lines(rows: Sequence[Row]) -> list[Row]:
 
 
 def shape(row: Row) -> str:
-    """ "56x56, 2 heads, dilation 8" of a row's shape."""
+    """A row's shape in words: "56x56, 2 heads, dilation 8"."""
     given = row.get("shape", {})
     words = [f"{given['height']}x{given['width']}"] if "height" in given else []
     counted = ("heads", "regions", "channels")
@@ -102,7 +102,7 @@ def shape(row: Row) -> str:
 
 
 def operators(rows: Sequence[Row]) -> Table:
-    """One line a shape and form; medians with quartiles, and how many times as long as ours."""
+    """One line for each shape and form: medians with quartiles, and time divided by ours."""
     found = operator_lines(rows)
     failed = any(line["error"] for line in found)
     titles = ["op", "shape!", "form", "forward ms>", "x ours>", "both ms>", "x ours>", "MiB>"] + ["failed"] * failed
@@ -123,12 +123,12 @@ def spread(line: Row, key: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count: 1234.5 -> "1234", 31.42 -> "31.4", 0.01234 -> "0.0123"."""
+    """Three significant digits: 1234.5 -> "1234", 31.42 -> "31.4", 0.01234 -> "0.0123"."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def as_csv(found: Sequence[Row]) -> str:
-    """Lines with the same keys as CSV, a header first; what is not known is empty."""
+    """Lines with the same keys as CSV, with a header; unknown values are empty."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(key for line in found for key in line)), lineterminator="\n")
     writer.writeheader()
@@ -137,7 +137,7 @@ def as_csv(found: Sequence[Row]) -> str:
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]], text: int = 1) -> str:
-    """A table; the first `text` columns hold words, numbers stand to the right."""
+    """A table; the first `text` columns hold words, the others numbers, aligned to the right."""
     lines = [head, ["---"] * text + ["---:"] * (len(head) - text), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

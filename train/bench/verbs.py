@@ -27,7 +27,7 @@ from hybridzoo.train.plain import printable
 if TYPE_CHECKING:
     from hybridzoo.train.bench.models import Tell
 
-QUIET = 20.0  # seconds: the longest that a log shows nothing new, if no step takes as long
+QUIET = 20.0  # seconds between progress lines in a log, if no step takes longer
 
 app = typer.Typer()
 
@@ -55,9 +55,13 @@ class PlotY(str, Enum):
 BatchSize = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Images; default 8 on a CPU, 64 on a GPU.", show_default=False)
 ]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Of PyTorch on a CPU; default its own choice.")]
-Repeats = Annotated[int, typer.Option(min=1, metavar="N", help="Turns of each; medians and quartiles are of these.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]", help="Write bench.json: a row a measurement.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="PyTorch's threads on a CPU; default: its own choice.")
+]
+Repeats = Annotated[int, typer.Option(min=1, metavar="N", help="Turns for each; medians and quartiles are over these.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="[FILE]", help="Write bench.json: one row for each measurement.")
+]
 Csv = Annotated[str | None, typer.Option("--csv", metavar="[FILE]", help="Write bench.csv: the table's lines.")]
 
 
@@ -78,10 +82,10 @@ def bench(context: typer.Context) -> None:
 def models(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME ...", help="Of ours, with * and ? too, or of timm's.", show_default=False),
+        typer.Argument(metavar="NAME ...", help="Our names (also with * and ?), or timm's.", show_default=False),
     ],
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and images; in training of autocast.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and images; in training, of autocast.")] = Dtype.float32,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Images; default 8 on a CPU, 64 on a GPU.", show_default=False),
@@ -90,11 +94,11 @@ def models(
         str | None, typer.Option(metavar="N", help="Side in pixels, or 480x640; default each network's own.")
     ] = None,
     threads: Threads = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="By torch.compile.")] = False,
-    fuse: Annotated[bool, typer.Option("--fuse", help="By model.fuse(); timm's: reparametrized.")] = False,
-    train: Annotated[bool, typer.Option("--train", help="A training step, too.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Use model.fuse(); timm's are reparametrized.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Also measure a training step.")] = False,
     channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Memory layout; ours choose by themselves.")
+        bool, typer.Option("--channels-last", help="Memory layout; our networks choose it.")
     ] = False,
     repeats: Repeats = 9,
     json: Json = None,
@@ -102,13 +106,13 @@ def models(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy against images/s: .png, .svg or .pdf.")
     ] = None,
-    plot_y: Annotated[PlotY, typer.Option(help="What is drawn against images/s.")] = PlotY.top1,
+    plot_y: Annotated[PlotY, typer.Option(help="The column that is drawn against images/s.")] = PlotY.top1,
 ) -> None:
     """Measure networks side by side: images/s, a single image, memory, cost.
 
-    Each network runs in a process of its own; calls of all are interleaved.
-    Shown are medians, with quartiles in brackets. A network that fails gets
-    its reason, the others are measured; the exit code is then 1.
+    Each network runs in its own process; the calls of all are interleaved.
+    The table shows medians, with quartiles in brackets. If a network fails,
+    its row shows the reason, and the exit code is 1.
     """
     wanted = networks.find(names)
     size = _size(img_size)
@@ -164,26 +168,24 @@ def ops(
         typer.Argument(metavar="[NAME ...]", help=f"Of {', '.join(operators.OPS)}; default all.", show_default=False),
     ] = None,
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = Dtype.float32,
-    impl: Annotated[Impl, typer.Option(help="Of ours; those that are layers have none to choose.")] = Impl.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the tensors.")] = Dtype.float32,
+    impl: Annotated[Impl, typer.Option(help="Of our operators; layers have only one.")] = Impl.auto,
     batch_size: BatchSize = None,
-    img_size: Annotated[
-        str, typer.Option(metavar="N", help="Image whose maps are taken: a side in pixels, or 800x1344.")
-    ] = "224",
+    img_size: Annotated[str, typer.Option(metavar="N", help="Image size: a side in pixels, or 800x1344.")] = "224",
     threads: Threads = None,
     flex: Annotated[
         bool | None,
-        typer.Option("--flex/--no-flex", help="Compiled FlexAttention, too; default on a GPU.", show_default=False),
+        typer.Option("--flex/--no-flex", help="Also compiled FlexAttention; default on a GPU.", show_default=False),
     ] = None,
     repeats: Repeats = 9,
     json: Json = None,
     csv: Csv = None,
 ) -> None:
-    """Measure our operators beside what one would run otherwise.
+    """Compare our operators with other ways to compute the same.
 
-    At the shapes of their papers' networks: forward, and forward and backward,
-    with peak memory. Gathered and dense forms have to agree with ours first.
-    Calls of all forms are interleaved. "x ours": how many times as long.
+    Shapes are those of the papers' networks. Measured are forward, forward
+    and backward, and peak memory. All forms must first give the same result.
+    Their calls are interleaved. "x ours" is a form's time divided by ours.
     """
     wanted = operators.find(names or [], impl.value)
     size = _size(img_size) or (224, 224)
@@ -228,7 +230,7 @@ def _size(img_size: str | None) -> tuple[int, int] | None:
 
 
 def _files(**asked: str | Path | None) -> dict[str, Path]:
-    """Where results go, by option; a place that cannot be written to is told before anything is measured."""
+    """Option -> file for the results; a folder that cannot be written to is an error before the measurement."""
     found = {kind: Path(file or f"bench.{kind}") for kind, file in asked.items() if file is not None}
     for kind, path in found.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -237,7 +239,7 @@ def _files(**asked: str | Path | None) -> dict[str, Path]:
 
 
 def _device(device: str | None) -> tuple[str, str]:
-    """The device's name and kind; a GPU where there is one, unless another is asked for."""
+    """The device's name and type; default a GPU if there is one."""
     import torch
 
     from hybridzoo.train.devices import check_device
@@ -248,7 +250,7 @@ def _device(device: str | None) -> tuple[str, str]:
 
 @contextmanager
 def _progress() -> Iterator[Tell]:
-    """A bar on stderr; where that is no terminal, a line now and then."""
+    """A progress bar on stderr, or lines now and then if stderr is not a terminal."""
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         said = time.monotonic()

@@ -1,1 +1,1 @@
-"""Data folders: the layouts that are known, a file for each task, and what a check of one finds."""
+"""Data folders: the known layouts, with a file for each task, and the reports of their checks."""

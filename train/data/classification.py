@@ -16,12 +16,12 @@ from hybridzoo.train.notes import Notes
 
 
 def inspect_classification(root: Path, how: How | None = None) -> Report:
-    """Look through a classification folder.
+    """Check a classification folder.
 
     The class names are the folders', in natural order, where "2" comes before "10".
 
     Raises:
-        UserError: a missing or empty folder, a class of val that train lacks, an unreadable image.
+        UserError: a missing or empty folder, a class in val that is not in train, an unreadable image.
     """
     how = how or How()
     root = existing_folder(Path(root), "data root")
@@ -63,21 +63,21 @@ def inspect_classification(root: Path, how: How | None = None) -> Report:
         if how.classes:
             say_absent([name for name in how.classes if not counts[name]], f"in {root / split}", split, report.notes)
     flat = any(imagenet.is_flat(split.images, split_folder(root, split.name)) for split in report.splits)
-    report.layout = Layout({}, name="ImageNet's archives" if flat else "a folder a class")
+    report.layout = Layout({}, name="ImageNet's archives" if flat else "one folder for each class")
     return report
 
 
 def class_folders(root: Path, split: str) -> Path | None:
-    """The folder of a split; None where there is none."""
+    """The folder of a split, or None."""
     words = [*SPLIT_NAMES[split], f"ILSVRC2012_img_{split}"]
     return next((base / word for base in imagenet.roots(root) for word in words if (base / word).is_dir()), None)
 
 
 def used_holdout(root: Path, how: How) -> Holdout | None:
-    """How the training images are divided; who only tests needs no division where there is a validation set.
+    """How the training images are divided; a test needs no division if there is a validation set.
 
     Raises:
-        UserError: data for training have a validation set.
+        UserError: a division is asked for, but the training data has a validation set.
     """
     if how.holdout is None or class_folders(root, "val") is None:
         return how.holdout
@@ -87,10 +87,10 @@ def used_holdout(root: Path, how: How) -> Holdout | None:
 
 
 def split_folder(root: Path, split: str, part: Holdout | None = None) -> Path:
-    """The folder in which a split's images lie, or ought to.
+    """The folder in which a split's images are, or should be.
 
     Args:
-        part: of the training images, which may lie in the root itself.
+        part: a part of the training images, which may be in the root itself.
     """
     if part is not None and split != "test":
         return class_folders(root, "train") or root
@@ -103,7 +103,7 @@ def classified_images(
     """(image, class name) of each image of a split, or of a part of the training images, in natural order.
 
     Raises:
-        UserError: an image that lies in no class folder; a class of one image, which cannot be in both parts.
+        UserError: an image outside the class folders; a class with one image, which cannot be in both parts.
     """
     folder = split_folder(root, split, part)
     found = find_images(folder)

@@ -18,7 +18,7 @@ from hybridzoo.train.notes import Notes
 
 
 def detection_layout(root: Path) -> Layout:
-    """What lies in a folder: COCO's own layout or Roboflow's, YOLO, Pascal VOC; else ours, whether anything does."""
+    """The layout of a folder: COCO's own, Roboflow's, YOLO, Pascal VOC; otherwise ours, even if nothing is there."""
     found = _coco_layout(root)
     if any(place.labels.exists() for place in found.places.values()):
         return found
@@ -45,16 +45,17 @@ def _coco_layout(root: Path) -> Layout:
 def inspect_detection(
     root: Path, how: How | None = None, *, masks: bool | None = False, layout: Layout | None = None
 ) -> Report:
-    """Look through a folder for detection.
+    """Check a folder for detection.
 
     Args:
-        layout: default what `detection_layout` finds.
-        masks: also ask for a mask (polygons or run lengths) in every annotation, for instance segmentation; None: if
+        layout: default the result of `detection_layout`.
+        masks: whether every annotation must have a mask (polygons or run lengths), for instance segmentation; None: if
             every annotation has one.
 
     Raises:
-        UserError: a missing or empty folder, a JSON file that is no COCO, an annotation that names a missing image or
-            category or cannot be repaired, an image that is missing, unreadable or of another size than the JSON says.
+        UserError: a missing or empty folder, a JSON file that is not COCO's format, an annotation with a missing image
+            or category or that cannot be repaired, an image that is missing, unreadable or of another size than in the
+            JSON.
     """
     how = how or How()
     root = existing_folder(Path(root), "data root")
@@ -83,7 +84,7 @@ def inspect_detection(
                 "give both the same list"
             )
         lying = find_images(folder)
-        if place.form == "coco":  # the other forms' labels lie beside their images
+        if place.form == "coco":  # the other formats keep labels next to the images
             note_left_out(lying, folder, report.notes)
         images[split] = [folder / entry["file_name"] for entry in content["images"]]
         rest = set(images[split]) - set(lying.images)
@@ -91,7 +92,7 @@ def inspect_detection(
             if path in rest and not path.is_file():
                 what = f"image id {entry['id']} names a missing file, {path}"
                 raise UserError(f"{file}: {what}; add it or fix file_name")
-        elsewhere = {path.resolve() for path in rest}  # named by another way, such as "../train/1.png"
+        elsewhere = {path.resolve() for path in rest}  # another path to the same file, such as "../train/1.png"
         listed = set(images[split])
         for path in lying.images if place.form == "coco" and place.holdout is None else ():
             if path not in listed and not (elsewhere and path.resolve() in elsewhere):
@@ -128,12 +129,12 @@ def _all_have_masks(contents: Sequence[dict[str, Any]], notes: Notes) -> bool:
     having = [bool(entry.get("segmentation")) for content in contents for entry in content["annotations"]]
     if any(having) and not all(having):
         notes.add(
-            "annotations without a mask, beside others with one: for detectors of boxes only",
+            "annotations without a mask, while others have one: for detectors without masks only",
             count=having.count(False),
         )
     return all(having)
 
 
 def _with_all(names: list[str], known: Sequence[str] | None) -> list[str]:
-    """Known names in their order if they hold all of the data's names, else the data's."""
+    """The known names if they contain all of the data's names, else the data's names."""
     return list(known) if known and set(names) <= set(known) else names

@@ -1,7 +1,7 @@
-"""A validation set cut from the training set, for data that have none.
+"""A validation set taken from the training set, for data without one.
 
-Which images are held out follows from their names and a seed alone: it is the same when a run is resumed or tested and
-on every machine, and images that are added later move few of the others. The data folder is not touched.
+The names of the images and a seed decide which ones are held out: the result is the same when a run is resumed or
+tested, and on every machine. Images that are added later move few of the others. The data folder is not changed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Holdout:
     """How the training images are divided.
 
     Attributes:
-        fraction: share of the images that is held out, between 0 and 1.
-        seed: of the draw.
-        held: which of the two parts is meant: the held-out images, else the others.
+        fraction: fraction of the images that is held out, between 0 and 1.
+        seed: seed of the random choice.
+        held: True for the held-out images, False for the others.
     """
 
     fraction: float
@@ -30,25 +30,25 @@ class Holdout:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
-            raise UserError(f"--val-fraction {self.fraction:g}: give a share between 0 and 1, such as 0.2")
+            raise UserError(f"--val-fraction {self.fraction:g}: give a fraction between 0 and 1, such as 0.2")
 
     def part(self, held: bool) -> Holdout:
-        """The same division, and one of its parts."""
+        """One part of the same division."""
         return replace(self, held=held)
 
     def options(self) -> dict[str, Any]:
-        """As a config holds it; `Holdout(**options)` is the same again."""
+        """Plain values for a config; `Holdout(**options)` gives the same object."""
         return asdict(self)
 
     def keep(self, names: Sequence[str], groups: Sequence[str] | None = None) -> list[bool]:
         """Whether each image is in this part.
 
         Args:
-            names: of the images, below their folder.
-            groups: the class of each; every class gives its share, and keeps at least one image of either part.
+            names: paths of the images below their folder.
+            groups: the class of each; every class is divided, with at least one image in each part.
 
         Raises:
-            UserError: fewer than two images, in all or of a class.
+            UserError: fewer than two images in total, or in a class.
         """
         members: dict[str, list[int]] = {}
         for index, group in enumerate(groups if groups is not None else [""] * len(names)):
@@ -67,10 +67,10 @@ class Holdout:
 
 
 def holdout_of(options: Mapping[str, Any] | None) -> Holdout | None:
-    """What `Holdout.options` gave, from a config or a checkpoint; None of nothing.
+    """The `Holdout` of `options` from a config or a checkpoint; None for None.
 
     Raises:
-        UserError: no such options.
+        UserError: invalid options.
     """
     if not options:
         return None

@@ -1,13 +1,13 @@
-"""ImageNet's validation images as they are published: in one folder, with their classes in another file.
+"""ImageNet's validation images as published: all in one folder, with their classes in another file.
 
-What lies in ROOT, or in ROOT/ILSVRC as Kaggle packs it::
+Files in ROOT, or in ROOT/ILSVRC as in Kaggle's archive::
 
     Data/CLS-LOC/{train,val}/..., or {train,val}/...        train/<synset>/*.JPEG, val/ILSVRC2012_val_00000001.JPEG
     LOC_val_solution.csv                                    Kaggle's table: ILSVRC2012_val_00000001,n01751748 ...
     Annotations/CLS-LOC/val/*.xml                           or an XML file per image, with the synset in it
-    ILSVRC2012_devkit_t12/data/                             or the devkit: meta.mat and a list of numbers
+    ILSVRC2012_devkit_t12/data/                             or the devkit: meta.mat and a list of class numbers
 
-The synsets, `n01440764` for one, are the classes.
+The classes are the synsets, e.g. `n01440764`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def roots(root: Path) -> list[Path]:
-    """The folders below which a split may lie."""
+    """The folders that may contain a split."""
     return [root, root / "ILSVRC" / "Data" / "CLS-LOC", root / "Data" / "CLS-LOC"]
 
 
 def is_flat(images: Sequence[Path], folder: Path) -> bool:
-    """Whether these are ImageNet's validation images, in no folders of classes."""
+    """Whether these are ImageNet's validation images without class folders."""
     return bool(images) and all(path.parent == folder and path.name.startswith(PREFIX) for path in images)
 
 
@@ -37,12 +37,12 @@ def synsets(images: Sequence[Path], root: Path) -> list[str]:
     """The class of each validation image.
 
     Raises:
-        UserError: nothing beside the images tells it, or not of all of them.
+        UserError: no file gives the classes, or not for all images.
     """
     known = _table(root) or _xml_files(images, root) or _devkit(root)
     if not known:
         raise UserError(
-            f"image {images[0]} is in no class folder, and nothing tells its class; expected LOC_val_solution.csv, "
+            f"image {images[0]} is in no class folder, and no file gives its class; expected LOC_val_solution.csv, "
             f"Annotations/CLS-LOC/val/*.xml or ILSVRC2012_devkit_t12/ in {root}"
         )
     missing = [path for path in images if path.stem not in known]

@@ -1,4 +1,4 @@
-"""Annotations of detection data in any of the layouts, read into COCO's format, of which the rest of the code knows."""
+"""Reads annotations of detection data in any layout into COCO's format, which the rest of the code uses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def read(place: Place, notes: Notes | None = None) -> dict[str, Any]:
     """The images, categories and annotations of a split, as `hybridzoo.train.coco.read` gives them.
 
     Args:
-        place: where they lie.
+        place: where they are.
         notes: collects what was left out.
 
     Raises:
-        UserError: they cannot be read, or do not hold together; names file and entry.
+        UserError: they cannot be read, or contradict each other; names file and entry.
     """
     if place.form == "coco":
         content = coco.read(place.labels)

@@ -1,4 +1,4 @@
-"""What the checks of all tasks share: opening pictures on threads, and saying what was left out."""
+"""Shared by the checks of all tasks: opening pictures in threads, and reporting what was left out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import DARK, SAMPLE, Found, MaskError, looked_at, shown_size
 from hybridzoo.train.notes import Notes
 
-FULL_DECODES = SAMPLE  # of a larger set this many, evenly spaced, are decoded; of the others the two ends are read
+FULL_DECODES = (
+    SAMPLE  # in a larger set, this many evenly spaced pictures are decoded; of the others, only both ends are read
+)
 BAR_AFTER = 2.0  # seconds
-LINE_AFTER = 25.0  # seconds between lines where no bar is seen
+LINE_AFTER = 25.0  # seconds between lines if no bar is shown
 Result = TypeVar("Result")
 
 
@@ -37,7 +39,7 @@ def note_left_out(found: Found, folder: Path, notes: Notes | None) -> None:
     for path in found.hidden:
         notes.add("hidden or system files or folders: left out", path)
     for path in found.others:
-        notes.add("files that are no pictures by their suffix, or links in a circle: left out", path)
+        notes.add("files without a picture's suffix, or circular links: left out", path)
 
 
 def add_split(
@@ -66,22 +68,23 @@ def readable(
     check: Callable[[Path, bool], int | None],
     what: str = "checking images",
 ) -> set[Path]:
-    """The images that can be decoded; stop at others, or note them and add them to `report.skipped`.
+    """The images that can be decoded. Others are an error, or are noted and added to `report.skipped`.
 
-    Those of a large split that are not looked at count as good.
+    Images of a large split that are not opened count as good.
 
     Args:
         splits: images of each split.
         check: (image, whether to decode it) -> the highest value if it is deep, see `Picture.highest`.
 
     Raises:
-        UserError: an image that cannot be decoded, unless such are skipped; none that can; 16-bit images that are dark.
+        UserError: an image that cannot be decoded, unless they are skipped; no image can be decoded; dark 16-bit
+            images.
         MaskError: a wrong label.
     """
     if how.holdout is not None and {"train", "val"} <= splits.keys():
         held, kept = len(splits["val"]), len(splits["train"])
         report.notes.say(
-            f"{held:,} of {held + kept:,} training images are held out for validation (share "
+            f"{held:,} of {held + kept:,} training images are held out for validation (fraction "
             f"{how.holdout.fraction:g}, seed {how.holdout.seed})"
         )
     images: list[Path] = []
@@ -90,7 +93,7 @@ def readable(
         images += chosen
         if len(chosen) < len(all_of_it):
             report.notes.say(
-                f"{len(chosen):,} of {len(all_of_it):,} images of {split}, evenly spaced, are looked at now, "
+                f"{len(chosen):,} of {len(all_of_it):,} images of {split}, evenly spaced, are checked now, "
                 "the others when they are loaded"
             )
     stride = max(1, math.ceil(len(images) / FULL_DECODES))
@@ -136,7 +139,8 @@ def _settle(bad: Sequence[tuple[Path, str]], count: int, on_bad: OnBad, report: 
 
 
 def _each(count: int, work: Callable[[int], Result], what: str) -> Iterator[Result]:
-    """`work(index)` for 0..count-1 on threads (decoding releases the GIL), in order, with a bar if it takes longer."""
+    """`work(index)` for 0..count-1 in threads (decoding releases the GIL), in order, with a progress bar if it takes
+    long."""
     chunk = 64
     parts = [range(first, min(first + chunk, count)) for first in range(0, count, chunk)]
     console = Console(stderr=True)

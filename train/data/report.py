@@ -1,4 +1,4 @@
-"""How a data folder is checked, where its parts lie, and what was found in it."""
+"""How a data folder is checked, where its parts are, and what was found in it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from hybridzoo.train.notes import Notes
 
 OnBad = Literal["stop", "skip"]
 Form = Literal["coco", "yolo", "voc"]
-SPLITS = ("train", "val")  # of training; a folder may have "test" too
+SPLITS = ("train", "val")  # splits of training; a folder may also have "test"
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-IGNORED = 255  # pixels of a mask that neither train nor score
+IGNORED = 255  # mask value that training and scoring ignore
 
 
 def first_process() -> bool:
-    """Whether this process speaks for all that run together."""
+    """Whether this is the process that prints for all."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 @dataclass
 class Split:
-    """What a check found in one split.
+    """Results of a check of one split.
 
     Attributes:
         name: "train" or "val".
-        images: files, in the order of training, the skipped ones left out.
+        images: files in the order of training, without skipped ones.
         sizes: (width, height) -> number of images.
         counts: class name -> images (classification, segmentation) or objects (detection) of it, in the classes' order.
         labels: an image's class (classification), its annotations (detection), or its mask's file (segmentation).
-        shows: the classes that each image shows.
+        shows: the classes in each image.
         pixels: class name -> pixels; segmentation only.
     """
 
@@ -54,16 +54,16 @@ class Split:
 
 @dataclass
 class Report:
-    """What a check found in a data folder.
+    """Results of a check of a data folder.
 
     Attributes:
         task: "classification", "detection" or "segmentation".
         root: the folder.
         classes: names in the order of their labels.
-        splits: those that were looked through.
+        splits: the splits that were checked.
         notes: what was repaired, left out or noticed.
         skipped: images that cannot be decoded.
-        layout: the folder's.
+        layout: the folder's layout.
     """
 
     task: str
@@ -75,7 +75,7 @@ class Report:
     layout: Layout = field(default_factory=lambda: Layout({}))
 
     def tell(self) -> None:
-        """Print the notes, once however many processes there are."""
+        """Print the notes, in the first process only."""
         if first_process():
             for line in self.notes.lines():
                 print(f"data: {line}", flush=True)
@@ -86,12 +86,11 @@ class How:
     """How a folder is checked.
 
     Attributes:
-        on_bad: what to do about an image that cannot be decoded: "stop" or "skip".
-        splits: the parts that are looked through.
-        classes: the class names that a model knows, in order; default those of the data's training split, else of the
-            first that is looked through.
+        on_bad: what to do if an image cannot be decoded: "stop" or "skip".
+        splits: the splits to check.
+        classes: a model's class names, in order; default those of the training split, or of the first checked split.
         white_value: see `hybridzoo.train.images`.
-        holdout: how a validation set is cut from the training images, of data that have none.
+        holdout: how a validation set is taken from the training images, for data without one.
     """
 
     on_bad: OnBad = "stop"
@@ -102,22 +101,22 @@ class How:
 
 
 def how_of(config: Mapping[str, Any], splits: Sequence[str], classes: Sequence[str] | None) -> How:
-    """How a run's config wants its data to be checked."""
+    """The `How` of a run's config."""
     holdout = holdout_of(config.get("val_fraction"))
     return How(config.get("on_bad") or "stop", splits, classes, config.get("white_value"), holdout)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a split lies.
+    """The files of a split.
 
     Attributes:
         images: the folder of its images.
         labels: their JSON file, the folder of their masks, YOLO's file of class names, or VOC's list or folder.
-        form: of a detection folder's labels.
-        split: its name, of YOLO and VOC, where `labels` alone does not say it.
-        root: the data folder, of YOLO and VOC.
-        holdout: the part of the images that is meant.
+        form: format of a detection folder's labels.
+        split: its name, for YOLO and VOC, if `labels` alone does not determine it.
+        root: the data folder, for YOLO and VOC.
+        holdout: the part of the images that is used.
     """
 
     images: Path
@@ -128,7 +127,7 @@ class Place:
     holdout: Holdout | None = None
 
     def source(self) -> dict[str, Any] | None:
-        """What a dataset's config says beside the two paths; None of plain COCO."""
+        """Further values for a dataset's config; None for plain COCO."""
         if self.form == "coco" and self.holdout is None:
             return None
         return {
@@ -140,7 +139,7 @@ class Place:
 
 
 def place_of(images: Path, labels: Path, source: Mapping[str, Any] | None) -> Place:
-    """The place that a dataset's config names, see `Place.source`."""
+    """The place in a dataset's config, see `Place.source`."""
     if not source:
         return Place(images, labels)
     holdout = holdout_of(source["holdout"])
@@ -149,16 +148,16 @@ def place_of(images: Path, labels: Path, source: Mapping[str, Any] | None) -> Pl
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the splits of a detection or segmentation folder lie, and what its labels mean.
+    """Where the splits of a detection or segmentation folder are, and what its labels mean.
 
     Attributes:
-        places: split -> where it lies, whether something lies there or not.
+        places: split -> its place, whether it exists or not.
         classes: names in the order of their labels; default those of the JSON files, or of `classes.txt`. A detection
             folder keeps its own categories unless all of them are among these.
-        zero_is_none: in masks 0 is ignored as 255 is, and 1 is the first class (ADE20K).
-        suffixes: ends of the names of images and masks that belong together; default any picture's.
-        stored: the value that masks hold for each class, in the classes' order; all others are ignored (Cityscapes).
-        name: in words.
+        zero_is_none: 0 in masks is ignored like 255, and 1 is the first class (ADE20K).
+        suffixes: endings of the names of images and masks that belong together; default any picture's suffix.
+        stored: the value in masks for each class, in the classes' order; other values are ignored (Cityscapes).
+        name: for messages.
     """
 
     places: Mapping[str, Place]
@@ -170,10 +169,10 @@ class Layout:
 
 
 def divided(layout: Layout, how: How, root: Path) -> Layout:
-    """The layout with its validation set cut from the training set, if that is asked for.
+    """The layout with a validation set taken from the training set, if that is asked for.
 
     Raises:
-        UserError: data for training have a validation set; who only tests gets that.
+        UserError: the training data has a validation set; a test uses that set.
     """
     holdout = how.holdout
     if holdout is None or layout.places["train"].holdout is not None:
@@ -189,11 +188,11 @@ def divided(layout: Layout, how: How, root: Path) -> Layout:
 
 
 def no_split(root: Path, split: str) -> UserError:
-    """The error of data without a split, which says what can be done about it."""
+    """The error for data without a split, with a way to correct it."""
     held = "; --val-fraction 0.2 holds out one training image in five" if split == "val" else ""
     return UserError(f"data {root}: has no folder {split}/; expected {root}/{{train,val}}/<class name>/*{held}")
 
 
 def has_validation(holdout: Holdout, root: Path) -> UserError:
-    """The error of data that have a validation set already."""
+    """The error for data that has a validation set already."""
     return UserError(f"--val-fraction {holdout.fraction:g}: data {root} has a validation set; leave the option out")

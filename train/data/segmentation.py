@@ -26,13 +26,13 @@ CITYSCAPES = {  # class -> the value in `*_labelIds.png`; the benchmark's 19 cla
 
 
 def ade20k_root(root: Path) -> Path:
-    """The folder that holds ADE20K's two: the root, or the published archive's inside it."""
+    """The folder with ADE20K's two folders: the root, or the published archive's folder inside it."""
     inner = root / "ADEChallengeData2016"
     return inner if inner.is_dir() and not (root / "images").exists() else root
 
 
 def is_ade20k(root: Path) -> bool:
-    """Whether a folder has the layout of ADE20K, and not ours."""
+    """Whether a folder has ADE20K's layout, and not ours."""
     root = ade20k_root(root)
     return not (root / "masks").exists() and all(
         (root / kind / "training").is_dir() for kind in ("images", "annotations")
@@ -53,7 +53,7 @@ def is_cityscapes(root: Path) -> bool:
 
 
 def cityscapes_layout(root: Path) -> Layout:
-    """Cityscapes' layout, with the masks that its scripts make (`labelTrainIds`) if they lie there."""
+    """Cityscapes' layout, with the masks from its scripts (`labelTrainIds`) if they exist."""
     made = next((root / "gtFine").glob("*/*/*_gtFine_labelTrainIds.png"), None) is not None
     places = {split: Place(root / "leftImg8bit" / split, root / "gtFine" / split) for split in SPLIT_NAMES}
     kind = "labelTrainIds" if made else "labelIds"
@@ -67,7 +67,7 @@ def cityscapes_layout(root: Path) -> Layout:
 
 
 def segmentation_layout(root: Path) -> Layout:
-    """Cityscapes' layout if that is what lies there, else our own."""
+    """Cityscapes' layout if the folder has it, otherwise ours."""
     if is_cityscapes(root):
         return cityscapes_layout(root)
     places = {split: Place(root / "images" / split, root / "masks" / split) for split in SPLIT_NAMES}
@@ -75,9 +75,9 @@ def segmentation_layout(root: Path) -> Layout:
 
 
 def inspect_segmentation(root: Path, how: How | None = None, *, layout: Layout | None = None) -> Report:
-    """Look through a folder for segmentation.
+    """Check a folder for segmentation.
 
-    Every mask is decoded: a wrong id is a wrong label.  A pair with a broken mask counts as a broken image.
+    Every mask is decoded, because a wrong id is a wrong label. A pair with a broken mask counts as a broken image.
 
     Args:
         layout: default our own.
@@ -123,13 +123,13 @@ def inspect_segmentation(root: Path, how: How | None = None, *, layout: Layout |
 def masked_images(
     place: Place, suffixes: tuple[str, str] = ("", ""), notes: Notes | None = None
 ) -> list[tuple[Path, Path]]:
-    """(image, mask) of each image of a split, in natural order: files of one path but for folder and suffix.
+    """(image, mask) of each image of a split, in natural order: files whose paths differ in folder and suffix only.
 
     Args:
-        suffixes: see `Layout`; files with other ends are left out.
+        suffixes: see `Layout`; files with other endings are left out.
 
     Raises:
-        UserError: a missing or empty folder, an image or mask without the other, two of one name.
+        UserError: a missing or empty folder, an image without a mask or the reverse, two files with one name.
     """
     named: dict[str, dict[str, Path]] = {}
     folders = {"images": place.images, "masks": place.labels}
@@ -161,11 +161,11 @@ def masked_images(
 
 
 def _in_order(layout: Layout, classes: Sequence[str], known: Sequence[str]) -> Layout:
-    """The same layout with a trained model's classes in its order: masks keep their values, which come to mean those.
+    """The same layout with a trained model's classes in its order; `stored` maps the masks' values to them.
 
     Args:
         classes: the data's, in the order of the masks' values.
-        known: the model's, all of the data's among them; of one that the data lack no mask has a value.
+        known: the model's classes, which include all of the data's; further ones have no value in the masks.
     """
     if list(classes) == list(known):
         return layout
@@ -175,14 +175,14 @@ def _in_order(layout: Layout, classes: Sequence[str], known: Sequence[str]) -> L
 
 
 def class_ids(ids: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """Class numbers of a mask in a layout, `IGNORED` where there is none."""
+    """Class indices of a mask in a layout, `IGNORED` for pixels without a class."""
     if layout.stored is not None:
         return renumbered(ids, layout.stored)
     return without_zero(ids) if layout.zero_is_none else ids
 
 
 def renumbered(ids: NDArray[Any], stored: Sequence[int]) -> NDArray[np.uint8]:
-    """Class numbers of a mask that holds other values: `stored[k]` becomes k, every other value 255."""
+    """Class indices of a mask with other values: `stored[k]` becomes k, every other value 255."""
     new = np.full(ids.shape, IGNORED, np.uint8)
     for number, value in enumerate(stored):
         new[ids == value] = number
@@ -208,7 +208,7 @@ def _read_classes(file: Path) -> list[str]:
 
 
 def _mask_pixels(image: Path, mask: Path, classes: Sequence[str], layout: Layout) -> NDArray[np.int64]:
-    """Pixels of each class in a mask, and last those that are ignored.
+    """Pixels of each class in a mask; the last entry counts ignored pixels.
 
     Raises:
         MaskError: the mask does not fit its image or the classes.
@@ -247,10 +247,10 @@ def _mask_pixels(image: Path, mask: Path, classes: Sequence[str], layout: Layout
 def _check_occurrence(
     split: str, layout: Layout, classes: Sequence[str], total: NDArray[np.int64], unseen: int, notes: Notes
 ) -> None:
-    """Say which classes the masks of a split never show.
+    """Report classes that occur in no mask of a split.
 
     Raises:
-        UserError: training masks with fewer than two classes, of which nothing can be learned.
+        UserError: training masks with fewer than two classes.
     """
     absent = [name for name, pixels in zip(classes, total, strict=False) if not pixels]
     what = f"0 or {IGNORED}, which are" if layout.zero_is_none else f"{IGNORED}, which is"
@@ -261,6 +261,6 @@ def _check_occurrence(
             f"store the ids {int(layout.zero_is_none)} to {len(classes) - 1 + layout.zero_is_none}"
         )
     if absent and unseen:
-        notes.say(f"{listed(absent)} never occurs in the masks of {split} that were looked at")
+        notes.say(f"{listed(absent)} never occurs in the masks of {split} that were checked")
     else:
         say_absent(absent, f"in the masks of {split}{ignored}", split, notes)

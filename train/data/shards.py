@@ -1,8 +1,8 @@
-"""Classification data in the packed forms that timm reads: Hugging Face datasets, and tar files of WebDataset.
+"""Classification data in packed formats that timm reads: Hugging Face datasets, and tar files of WebDataset.
 
-`hfds/NAME` is a dataset of the Hugging Face hub, or `hfds/FOLDER` one that its library loads from a folder.
-`wds/FOLDER` holds tar files and, as timm wants it, an `_info.json` that says which of them, with how many images,
-make the splits; the class names stand in `classes.txt` there, a name per line.  `tfds/` (TensorFlow's) is not read.
+`hfds/NAME` is a dataset on the Hugging Face hub; `hfds/FOLDER` is one in a folder.
+`wds/FOLDER` holds tar files, timm's `_info.json` with the files and the number of images of each split, and
+`classes.txt` with one class name per line.  `tfds/` (TensorFlow) is not supported.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hybridzoo.train.errors import UserError
 
 @dataclass(frozen=True)
 class Shards:
-    """What a run needs to know of packed data.
+    """Description of packed data.
 
     Attributes:
-        name: as `timm.data.create_dataset` wants it.
-        root: the folder of tar files; None of a Hugging Face dataset.
-        splits: "train", "val" -> the data's own name of it.
-        classes: names in the order of their numbers; empty where the data do not name them.
-        stream: images come in the order of the files, not by number.
+        name: for `timm.data.create_dataset`.
+        root: the folder of tar files; None for a Hugging Face dataset.
+        splits: "train", "val" -> the data's own name of the split.
+        classes: names in the order of their indices; empty if the data has no names.
+        stream: images are read in file order, not by index.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Shards:
 
 
 def shards_of(data: Path | str) -> Shards | None:
-    """What `--data` names if that is packed data, else None.
+    """The packed data that `--data` names, or None for other data.
 
     Raises:
-        UserError: packed data that cannot be read.
+        UserError: the packed data cannot be read.
     """
     kind, _, rest = str(data).partition("/")
     if kind not in ("hfds", "wds", "tfds", "hfids") or not rest or Path(data).exists():
@@ -65,7 +65,7 @@ def _tar_files(data: str, folder: Path | None) -> Shards:
         splits: Any = json.loads(file.read_bytes())["splits"] if file is not None else None
         own = {split: next((word for word in words if word in splits), "") for split, words in SPLIT_NAMES.items()}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file or folder}: names no splits; timm's _info.json does, see its documentation") from error
+        raise UserError(f"{file or folder}: has no splits; see timm's documentation of _info.json") from error
     files = [name for split in own.values() if split for name in splits[split]["filenames"]]
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(f"{file}: names {missing[0]}, which is not in {folder}")
@@ -82,7 +82,7 @@ def _hugging_face(data: str, name: str) -> Shards:
         raise UserError(f"--data {data} needs {error.name}: pip install 'hybridzoo[shards]'") from error
     try:
         found: Any = datasets.load_dataset(name)
-    except Exception as error:  # whatever the library and the network raise
+    except Exception as error:  # the library and the network raise many types
         raise UserError(f"--data {data}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     own = {split: next((word for word in words if word in found), "") for split, words in SPLIT_NAMES.items()}
     features = next(iter(found.values())).features

@@ -1,15 +1,15 @@
 """Pascal VOC's layout of detection data, read into COCO's format in memory.
 
-An XML file per image.  The folders, as they are published or as labelling tools write them::
+One XML file per image. Folders, as published or as labelling tools write them::
 
     ROOT/JPEGImages/*.jpg, ROOT/Annotations/*.xml, ROOT/ImageSets/Main/{train,val,test}.txt
-    ROOT/VOC2007/..., ROOT/VOC2012/...     a VOCdevkit: the years together
-    ROOT/{train,valid,test}/*.jpg          with their XML beside them, or in a folder Annotations/ there
+    ROOT/VOC2007/..., ROOT/VOC2012/...     a VOCdevkit: all years together
+    ROOT/{train,valid,test}/*.jpg          with XML files next to them, or in Annotations/ there
     ROOT/images/{train,val}/*.jpg          with ROOT/annotations/{train,val}/*.xml, or Annotations/
 
-Corners count pixels from 1 and belong to the box: x from `xmin - 1` to `xmax` (a 0, of tools that count from 0, stays
-0).  Objects marked `difficult` are neither learned nor scored.  The classes are the names in the training files, in
-natural order, or those of a `classes.txt` or `labels.txt` in ROOT.
+Corners count pixels from 1 and are part of the box: x goes from `xmin - 1` to `xmax` (a 0, from tools that count from
+0, stays 0). Objects marked `difficult` are ignored in training and scoring. The classes are the names in the training
+files, in natural order, or those in `classes.txt` or `labels.txt` in ROOT.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SETS = Path("ImageSets", "Main")
 
 
 def layout(root: Path) -> Layout | None:
-    """The layout of a VOC folder; None where neither its lists nor its XML files lie there."""
+    """The layout of a VOC folder; None if it has neither VOC's lists nor XML files."""
     if _years(root):
         places = {}
         for split in SPLIT_NAMES:
@@ -52,7 +52,7 @@ def read(place: Place, notes: Notes | None = None) -> dict[str, Any]:
     """The images and objects of a split, as `hybridzoo.train.coco.read` gives them.
 
     Raises:
-        UserError: a missing folder, list, image or XML file, or one that is no annotation; names file and object.
+        UserError: a missing folder, list, image or XML file, or an invalid annotation; names file and object.
     """
     notes = notes if notes is not None else Notes()
     images: list[dict[str, Any]] = []
@@ -139,7 +139,7 @@ def _files(place: Place, notes: Notes) -> Iterator[tuple[Path, Path]]:
 def _listed(year: Path, names: Path) -> Iterator[tuple[Path, Path]]:
     pictures = {path.stem: path for path in find_images(year / "JPEGImages").images}
     for number, line in enumerate(names.read_text("utf-8-sig").splitlines(), 1):
-        words = line.split()  # a class's list has a second word, 1, 0 or -1
+        words = line.split()  # lists of single classes have a second word: 1, 0 or -1
         if not words:
             continue
         file = year / "Annotations" / f"{words[0]}.xml"
@@ -157,14 +157,14 @@ def _parse(file: Path) -> ElementTree.Element:
     except OSError as error:
         raise UserError(f"annotation file {file} cannot be read: {error.strerror}") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise UserError(f"annotation file {file} is no XML: {error}") from error
+        raise UserError(f"annotation file {file} is not XML: {error}") from error
     if tree.tag != "annotation":
         raise UserError(f"annotation file {file} begins with <{tree.tag}>; expected VOC's <annotation>")
     return tree
 
 
 def _size(tree: ElementTree.Element, picture: Path, file: Path, notes: Notes) -> tuple[int, int]:
-    """(width, height) as the file says, or the picture's where it says nothing."""
+    """(width, height) from the file, or from the picture if the file has none."""
     try:
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except ValueError as error:
@@ -174,7 +174,7 @@ def _size(tree: ElementTree.Element, picture: Path, file: Path, notes: Notes) ->
     notes.add("XML files without a size: taken from the picture", file)
     try:
         return shown_size(picture)[0]
-    except ImageError:  # whoever looks at the images says so, or leaves it out
+    except ImageError:  # the check of the images reports it, or leaves it out
         return 1, 1
 
 
@@ -194,7 +194,7 @@ def _object(node: ElementTree.Element, where: str, notes: Notes) -> dict[str, An
     width, height = box.xmax - left, box.ymax - top
     difficult = (node.findtext("difficult") or "0").strip() == "1"
     if difficult:
-        notes.add("objects marked difficult: neither learned nor scored", where)
+        notes.add("objects marked difficult: ignored in training and scoring", where)
     return {
         "category_id": name,
         "bbox": [left, top, width, height],

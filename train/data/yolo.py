@@ -1,15 +1,15 @@
 """YOLO's layout of detection data, read into COCO's format in memory.
 
-A text file per image, a line per object: `class x y width height`, the box's middle and size as shares of the image's
-(a confidence may follow), or `class x y x y x y ...`, the corners of its outline.  The folders, as Ultralytics and
-Roboflow write them::
+One text file per image, one line per object: `class x y width height`, the box's centre and size as fractions of the
+image's size (a confidence may follow), or `class x y x y x y ...`, the corners of its outline. Folders, as Ultralytics
+and Roboflow write them::
 
     ROOT/data.yaml                        names: [cat, cup]; train: images/train; val: images/val; test: ...
     ROOT/images/train/**/1.jpg            or any folder, list of folders or text file of paths that data.yaml names
-    ROOT/labels/train/**/1.txt            "images" in the path becomes "labels"; without it beside the picture
+    ROOT/labels/train/**/1.txt            "images" in the path becomes "labels"; otherwise next to the picture
 
-Without a YAML file, `classes.txt` or a `*.names` file in ROOT or ROOT/labels names the classes, and the folders are
-`images/train` or `train/images`.  A picture without a label file shows no object, as for Ultralytics.
+Without a YAML file, `classes.txt` or a `*.names` file in ROOT or ROOT/labels has the class names, and the folders are
+`images/train` or `train/images`. A picture without a label file has no objects, as in Ultralytics.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from hybridzoo.train.data.report import SPLIT_NAMES, Layout, Place
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import SUFFIXES, ImageError, find_images, is_hidden, shown_size
 
-_FAR = 2.0  # a share beyond this is no share: the file seems to hold pixels
+_FAR = 2.0  # larger values are not fractions: the file seems to contain pixels
 
 
 def layout(root: Path) -> Layout | None:
-    """The layout of a YOLO folder, None where no file of class names and no labels lie there."""
+    """The layout of a YOLO folder, None if it has no class names or no labels."""
     names = _names_file(root)
     if names is None:
         return None
@@ -48,7 +48,7 @@ def read(place: Place) -> dict[str, Any]:
     """The images and objects of a split, as `hybridzoo.train.coco.read` gives them.
 
     Raises:
-        UserError: a missing folder, a label that cannot be read, or of a class that has no name; names file and line.
+        UserError: a missing folder, a label that cannot be read, a class without a name; names file and line.
     """
     names, root = class_names(place.labels), place.root
     folders = _folders(root, place.labels, place.split)
@@ -64,7 +64,7 @@ def read(place: Place) -> dict[str, Any]:
     for number, path in enumerate(pictures, 1):
         try:
             size, _ = shown_size(path)
-        except ImageError:  # whoever looks at the images says so, or leaves it out
+        except ImageError:  # the check of the images reports it, or leaves it out
             size = (1, 1)
             objects: list[dict[str, Any]] = []
         else:
@@ -80,7 +80,7 @@ def read(place: Place) -> dict[str, Any]:
 
 
 def label_file(image: Path) -> Path:
-    """Where the labels of an image lie: the last folder "images" of its path becomes "labels"."""
+    """The label file of an image: the last folder "images" in its path becomes "labels"."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, -1, -1):
         if parts[index] == "images":
@@ -90,10 +90,10 @@ def label_file(image: Path) -> Path:
 
 
 def class_names(file: Path) -> list[str]:
-    """The class names in the order of their numbers.
+    """The class names in the order of their indices.
 
     Raises:
-        UserError: the file cannot be read, or names no classes, or leaves numbers out.
+        UserError: the file cannot be read, has no class names, or leaves out indices.
     """
     if file.suffix not in (".yaml", ".yml"):
         try:
@@ -130,7 +130,7 @@ def _names_file(root: Path) -> Path | None:
     for file in listed:
         if file.is_file():
             return file
-    return root / "data.yaml"  # which an error will ask for
+    return root / "data.yaml"  # an error will name this file
 
 
 def _yaml(file: Path, *, quiet: bool = False) -> dict[Any, Any]:
@@ -144,7 +144,7 @@ def _yaml(file: Path, *, quiet: bool = False) -> dict[Any, Any]:
 
 
 def _folders(root: Path, names: Path, split: str) -> list[Path]:
-    """The folders and lists that hold a split's images; none where nothing says so."""
+    """The folders and lists with a split's images; empty if there are none."""
     wanted: Any = None
     base = root
     if names.suffix in (".yaml", ".yml") and names.is_file():
@@ -168,7 +168,7 @@ def _folders(root: Path, names: Path, split: str) -> list[Path]:
 
 
 def _pictures(folder: Path, root: Path) -> list[Path]:
-    """The images of a folder, or those that a text file lists, a path a line."""
+    """The images in a folder, or in a text file with one path on each line."""
     if folder.is_dir():
         return find_images(folder).images
     if not folder.is_file() or folder.suffix != ".txt":
@@ -180,13 +180,13 @@ def _pictures(folder: Path, root: Path) -> list[Path]:
         named = Path(line.strip())
         path = next((path for path in (folder.parent / named, root / named) if path.is_file()), None)
         if path is None or path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{folder}: line {number} names {named}, which is no picture; correct it")
+            raise UserError(f"{folder}: line {number} names {named}, which is not a picture; correct it")
         found.append(path)
     return found
 
 
 def _check_alone(folders: Sequence[Path], pictures: Sequence[Path]) -> None:
-    """Refuse labels without a picture, and two pictures that would share one."""
+    """Refuse labels without a picture, and two pictures with the same label file."""
     known: dict[Path, Path] = {}
     for path in pictures:
         file = label_file(path)
@@ -203,7 +203,7 @@ def _check_alone(folders: Sequence[Path], pictures: Sequence[Path]) -> None:
 
 
 def _keypoints(names: Path) -> int:
-    """How many numbers follow a box in a set of poses; they are not used."""
+    """Number of values after a box in a set of poses; they are not used."""
     shape = _yaml(names, quiet=True).get("kpt_shape") if names.suffix in (".yaml", ".yml") else None
     return math.prod(shape) if isinstance(shape, list) and all(isinstance(side, int) for side in shape) else 0
 
@@ -241,11 +241,13 @@ def _object(values: list[str], size: tuple[int, int], classes: int, where: str, 
     try:
         shares = [float(value) for value in values[1:]]
     except ValueError as error:
-        raise UserError(f"{where} has a value that is no number; expected class x y width height") from error
+        raise UserError(f"{where} has a value that is not a number; expected class x y width height") from error
     if not all(math.isfinite(share) for share in shares):
         raise UserError(f"{where} has a value that is not finite")
     if max(map(abs, shares[: 4 if len(shares) < 6 else None])) > _FAR:
-        raise UserError(f"{where} has values up to {max(shares):g}; YOLO's are shares of the image's width and height")
+        raise UserError(
+            f"{where} has values up to {max(shares):g}; YOLO's are fractions of the image's width and height"
+        )
     if len(shares) < 6 and min(shares[2:4]) < 0:
         raise UserError(f"{where} has a width or height below 0")
     line = " ".join([str(label), *values[1:]])
@@ -264,7 +266,7 @@ def _object(values: list[str], size: tuple[int, int], classes: int, where: str, 
 
 
 def _class_number(text: str, where: str) -> int:
-    """A class as a whole number, which some tools write as 1.0."""
+    """A class index, which some tools write as 1.0."""
     try:
         number = Decimal(text)
     except InvalidOperation:

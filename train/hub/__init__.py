@@ -1,6 +1,7 @@
-"""A trained model as a folder for the Hugging Face hub: written, described, uploaded and read back.
+"""A trained model as a folder for the Hugging Face hub: writes, describes, uploads and reads it.
 
-A folder holds `model.safetensors`, `config.json` and the model card `README.md`. A classifier's is timm's own layout
-(`local-dir:`, `hf-hub:`); a detector's or segmentor's has the whole model under the names that training gives it. Both
-say under the key `hybridzoo` of `config.json` what a checkpoint says of itself (`hybridzoo.train.trained`).
+A folder holds `model.safetensors`, `config.json` and the model card `README.md`. A classifier's folder has timm's
+layout (`local-dir:`, `hf-hub:`). A detector's or segmentor's folder has the whole model, with the tensor names of
+training. In both, the key `hybridzoo` of `config.json` holds the setup that checkpoints contain
+(`hybridzoo.train.trained`).
 """

@@ -1,4 +1,4 @@
-"""The model card: what a person and the hub want to know of a trained model, as `README.md`."""
+"""The model card of a trained model, `README.md`, for readers and for the hub."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hybridzoo.train.hub.licences import Licence
 from hybridzoo.train.names import our_models
 from hybridzoo.train.plain import printable
 
-PLACE = "USER/NAME"  # stands for the repository until the folder is pushed
-_MOST_CLASSES = 50  # that a card lists by name
+PLACE = "USER/NAME"  # placeholder of the repository until the folder is pushed
+_MOST_CLASSES = 50  # class names that a card lists
 _PIPELINES = {
     "classification": "image-classification",
     "detection": "object-detection",
     "segmentation": "image-segmentation",
 }
-# Metric of a validation -> what the hub calls its kind, and what the card calls it.
+# Metric of a validation -> the hub's type of metric, and its name in the card.
 _METRICS: dict[str, tuple[str, str]] = {
     "accuracy/top1": ("accuracy", "top-1 accuracy, %"),
     "accuracy/top5": ("accuracy", "top-5 accuracy, %"),
@@ -38,18 +38,18 @@ _METRICS: dict[str, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a card is made of.
+    """The content of a card.
 
     Attributes:
-        title: of the card.
+        title: title of the card.
         task: "classification", "detection" or "segmentation".
-        setup: what the checkpoint says of itself.
-        names: of the classes.
+        setup: the checkpoint's setup.
+        names: class names.
         training: see `hybridzoo.train.provenance`.
-        licence: of the weights.
-        results: `results.json` of the checkpoint, empty where nothing was measured.
-        parameters: of the model.
-        kind: class of the model, "MaskRCNN" for one.
+        licence: licence of the weights.
+        results: `results.json` of the checkpoint, empty if nothing was measured.
+        parameters: number of parameters.
+        kind: class of the model, e.g. "MaskRCNN".
     """
 
     title: str
@@ -69,12 +69,12 @@ class Facts:
 
 
 def library(network: str) -> str:
-    """The library that the hub's page should name for a classifier: only timm's own networks load with timm alone."""
+    """The library that the hub's page names for a classifier: only timm's own networks load with timm alone."""
     return "hybridzoo" if network.partition(".")[0] in our_models() else "timm"
 
 
 def text(facts: Facts) -> str:
-    """The whole card: front matter in YAML, then Markdown."""
+    """The card: YAML front matter, then Markdown."""
     parts = [
         f"# {facts.title}",
         _what(facts),
@@ -127,7 +127,7 @@ def _front_matter(facts: Facts) -> str:
 
 
 def _base_model(facts: Facts) -> str | None:
-    """The repository of the hub that the training started from, if it was one."""
+    """The hub repository that the training started from, if any."""
     for start in facts.training["start"]:
         address = start["url"].partition("https://huggingface.co/")[2].split("/")
         if len(address) >= 2:
@@ -149,7 +149,7 @@ def _loading(facts: Facts) -> str:
     if facts.task != "classification":
         return f"""```sh
 pip install "hybridzoo[{facts.task}]"
-hybridzoo predict hf-hub:{PLACE} photo.jpg     # or the folder that this file lies in
+hybridzoo predict hf-hub:{PLACE} photo.jpg     # or the folder of this file
 hybridzoo test hf-hub:{PLACE} --data DIR
 ```
 
@@ -177,11 +177,11 @@ with torch.no_grad():
 print(model.pretrained_cfg["label_names"][int(scores.argmax())], float(scores.max()))
 ```
 
-`hybridzoo predict hf-hub:{PLACE} photo.jpg` does the same on the command line, `hybridzoo test` measures it."""
+`hybridzoo predict hf-hub:{PLACE} photo.jpg` does the same on the command line; `hybridzoo test` measures the model."""
 
 
 def _measured(facts: Facts) -> Iterator[tuple[str, str, float]]:
-    """Kind, name and value of each known metric."""
+    """Type, name and value of each known metric."""
     found = facts.results.get("metrics") or {}
     for name, (kind, label) in _METRICS.items():
         value = found.get(name)
@@ -192,7 +192,7 @@ def _measured(facts: Facts) -> Iterator[tuple[str, str, float]]:
 def _results(facts: Facts) -> Iterator[str]:
     measured = list(_measured(facts))
     if not measured:
-        yield "None are recorded with these weights."
+        yield "No scores are recorded with these weights."
         return
     count = facts.results.get("images")
     images = f", {count:,} images" if isinstance(count, int) else ""
@@ -219,7 +219,7 @@ def _data(facts: Facts) -> Iterator[str]:
 def _training(facts: Facts) -> Iterator[str]:
     found = facts.training
     if "recipe" not in found:
-        yield f"By hybridzoo, as `{facts.setup['name']}`; the checkpoint says no more."
+        yield f"With hybridzoo, as `{facts.setup['name']}`; the checkpoint has no further information."
         return
     count = found.get("epochs")
     length = f"{count} epoch{'s' * (count != 1)}" if count is not None else f"{found.get('iterations', '?')} iterations"
@@ -244,13 +244,13 @@ def _citation(facts: Facts) -> Iterator[str]:
     card = next((card for card in cards(model, task=None) if card.model == model), None)
     paper = papers.find(card.paper) if card is not None else None
     if paper is None:
-        yield f"The network `{facts.network}` is timm's; its documentation names the paper."
+        yield f"The network `{facts.network}` is timm's; timm's documentation names the paper."
         return
-    yield f"The network is of this paper:\n\n```bibtex\n{paper.bibtex()}\n```"
+    yield f"The network is from this paper:\n\n```bibtex\n{paper.bibtex()}\n```"
 
 
 def _dataset(facts: Facts) -> str:
-    """What the data are called: the last part of their place, which may be private."""
+    """Name of the data: the last part of its path, because the whole path may be private."""
     place = facts.results.get("data")
     if facts.setup.get("digits"):
         return str(facts.training.get("data") or "handwritten digits of scikit-learn")
@@ -263,5 +263,5 @@ def _slug(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Somebody's words between backticks in a table."""
+    """Foreign text in backticks, for a table."""
     return printable(text).replace("`", "'").replace("|", "/")

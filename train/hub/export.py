@@ -34,7 +34,7 @@ class Exported:
 
     Attributes:
         folder: with `model.safetensors`, `config.json` and `README.md`.
-        warning: one line about the licence, for whoever publishes it; empty for none.
+        warning: one line about the licence, for whoever publishes the model; or empty.
     """
 
     folder: Path
@@ -49,29 +49,30 @@ def export(
     licence: str | None = None,
     force: bool = False,
 ) -> Exported:
-    """Write a trained model as a folder for the hub, whole or not at all.
+    """Write a trained model as a folder for the hub, completely or not at all.
 
     A classifier's folder is in timm's layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it. A
     detector's or segmentor's holds the whole model; `hybridzoo test`, `predict` and their Python functions take the
-    folder in the place of a run.
+    folder in place of a run.
 
     Args:
-        run_or_file: a run's folder, or a checkpoint that knows its config.
+        run_or_file: a run's folder, or a checkpoint that contains its config.
         out: the folder to write.
-        title: of the model card; default what the run is called.
-        licence: as the hub writes it, `mit` for one; default what follows from the weights that the run started from.
-        force: replace the three files in a folder that is there.
+        title: title of the model card; default the run's name.
+        licence: the hub's identifier, e.g. `mit`; default the one that follows from the weights that the run started
+            from.
+        force: replace the three files in an existing folder.
 
     Raises:
-        UserError: nothing to export, a checkpoint of others, a licence that is not its author's to give, or a folder
-            that is there or cannot be written.
+        UserError: nothing to export, a checkpoint without its config, a licence that the start weights do not allow, or
+            a folder that exists or cannot be written.
     """
     path = trained.find(run_or_file)
     target = _place(Path(out).expanduser(), path, force)
     setup = trained.read(path)
     if setup is None:
         raise UserError(
-            f"checkpoint {path}: does not hold its config, as weights of others, or of an older hybridzoo; "
+            f"checkpoint {path}: does not contain its config (weights of others, or of an older hybridzoo); "
             "only what `hybridzoo train` wrote can be exported"
         )
     meta = trained.meta_of(path)
@@ -111,18 +112,18 @@ def export(
 
 def _place(target: Path, source: Path, force: bool) -> Path:
     if not target.name:
-        raise UserError(f"--out {str(target)!r}: is no name of a folder")
+        raise UserError(f"--out {str(target)!r}: is not a folder name")
     if target.exists() and not target.is_dir():
         raise UserError(f"--out {target}: is a file; name a folder")
     if source.parent.resolve() == target.resolve():
         raise UserError(f"--out {target}: is the folder of the weights themselves; name another one")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise UserError(f"--out {target}: is there already; name another folder, or --force to replace what is in it")
+        raise UserError(f"--out {target}: exists already; name another folder, or give --force to replace its files")
     return target
 
 
 def _results(checkpoint: Path) -> dict[str, Any]:
-    """The scores that lie beside a checkpoint, where they are this checkpoint's; else none."""
+    """The scores in a checkpoint's folder, if they belong to this checkpoint; otherwise none."""
     if not (checkpoint.parent / results.NAME).is_file():
         return {}
     try:
@@ -140,7 +141,7 @@ def _write_classifier(
     settled: licences.Licence,
     folder: Path,
 ) -> None:
-    """timm writes its own layout; what it reads from the network's configuration is set to the trained one's before."""
+    """timm writes its own layout, from the network's configuration, which is first set to the trained one's values."""
     name, _, tag = str(setup["model"]["name"]).partition(".")
     arguments = checkpoints.model_args(name, tag)
     arguments |= {key: value for key, value in setup["model"].items() if key not in _OF_THE_CLASSIFIER}
@@ -153,13 +154,13 @@ def _write_classifier(
         "license": settled.name or settled.word,
     }
     for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.contiguous()  # as safetensors wants them
+        tensor.data = tensor.data.contiguous()  # as safetensors needs them
     extra = {"label_names": names, "library_name": card.library(name), OWN: own}
     save_for_hf(network, str(folder), model_config=extra, model_args=arguments, safe_serialization=True)
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read it
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors writes files that only the owner can read
 
 
-# What timm knows of the weights that a network was published with, and that these no longer are.
+# Keys that describe the published weights, which these are not any more.
 _OF_THE_START = {
     *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "custom_load"),
     *("test_input_size", "min_input_size", "test_crop_pct", "pool_size", "test_pool_size"),
@@ -168,8 +169,10 @@ _OF_THE_START = {
 
 
 def _input(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The evaluation's preprocessing in timm's words; what it does not say is `timm.data.create_transform`'s default,
-    not what the network was published with."""
+    """The preprocessing of the evaluation, with timm's keys.
+
+    A missing key means the default of `timm.data.create_transform`, not the value that the network was published with.
+    """
     found = {
         "mean": given.get("mean", IMAGENET_DEFAULT_MEAN),
         "std": given.get("std", IMAGENET_DEFAULT_STD),

@@ -1,4 +1,4 @@
-"""What may be done with a model that started from somebody's weights, as the hub's model cards say it."""
+"""The licence of a model that started from other weights, for the hub's model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.provenance import Start
 
-# What a licence's text begins with -> the hub's word for it.
+# Beginning of a licence's text -> the hub's identifier.
 _KNOWN = {
     "mit": "mit",
     "apache-2.0": "apache-2.0",
@@ -25,13 +25,13 @@ _NVIDIA = "https://github.com/NVlabs/FasterViT/blob/main/LICENSE"
 
 @dataclasses.dataclass(frozen=True)
 class Licence:
-    """Of a model.
+    """The licence of a model.
 
     Attributes:
-        word: the hub's, for the card's `license`.
-        name, link: where `word` is "other".
-        text: what the card says, Markdown.
-        warning: one line for whoever is about to publish it, empty where there is nothing to fear.
+        word: the hub's identifier, for the card's `license`.
+        name, link: given if `word` is "other".
+        text: Markdown for the card.
+        warning: one line for whoever publishes the model, or empty.
     """
 
     word: str
@@ -42,18 +42,18 @@ class Licence:
 
 
 def licence_of(starts: Sequence[Start], started: bool, chosen: str | None = None) -> Licence:
-    """The licence of a model by the weights that it started from; the strictest of them binds.
+    """The licence of a model, from the weights that it started from; the strictest of their licences applies.
 
     Args:
         starts: see `hybridzoo.train.provenance`.
-        started: the run began from weights, though the file may not say from which.
-        chosen: the hub's word for the licence that the model's author gives it.
+        started: the run started from weights; the file may not say from which.
+        chosen: the hub's identifier of the licence that the model's author chooses.
 
     Raises:
-        UserError: `chosen` is no word, or frees what is not free.
+        UserError: `chosen` is not an identifier, or allows more than the weights' licences.
     """
     if chosen is not None and not _WORD.fullmatch(chosen):
-        raise UserError(f"--license {chosen!r}: is no licence as the hub writes them, such as mit or apache-2.0")
+        raise UserError(f"--license {chosen!r}: is not an identifier of the hub, such as mit or apache-2.0")
     named = [start for start in starts if start["licence"]]
     listed = "".join(f"- `{start['name']}`: {_of(start)}\n" for start in named)
     bound = next((start for start in named if _non_commercial(start["licence"])), None)
@@ -63,7 +63,7 @@ def licence_of(starts: Sequence[Start], started: bool, chosen: str | None = None
     if chosen is not None:
         text = f"The author of these weights chose `{chosen}`."
         if named:
-            text += f" They started from weights whose licences hold too:\n\n{listed}"
+            text += f" They started from weights whose licences apply too:\n\n{listed}"
         return Licence(chosen, text.rstrip(), warning=_doubt(unstated) if unstated else "")
     if unstated is not None or (started and not named):
         what = _doubt(unstated) if unstated else "the file does not say from which weights its training started"
@@ -71,12 +71,12 @@ def licence_of(starts: Sequence[Start], started: bool, chosen: str | None = None
         return Licence("unknown", f"{text}\n\n{listed}".rstrip(), warning=what)
     if named:
         words = {_hub_word(start["licence"]) or "" for start in named}
-        text = f"These weights started from others, whose licences hold:\n\n{listed}"
+        text = f"These weights started from others, whose licences apply:\n\n{listed}"
         if len(words) == 1:
             return Licence(words.pop(), text.rstrip())
         return Licence("other", text.rstrip(), name="several-see-below")
     text = "Trained from scratch; the author of these weights has not chosen a licence yet."
-    return Licence("unknown", text, warning="no licence is chosen; --license mit, for one, says it in the card")
+    return Licence("unknown", text, warning="no licence is chosen; set it for the card, e.g. with --license mit")
 
 
 def _non_commercial_licence(bound: Start, listed: str, chosen: str | None) -> Licence:
@@ -99,9 +99,9 @@ def _non_commercial_licence(bound: Start, listed: str, chosen: str | None) -> Li
 
 
 def _hub_word(licence: str) -> str | None:
-    """The hub's word for a card's licence, None where the authors state none or one that it has no word for."""
+    """The hub's identifier of a card's licence, None if the authors state none or the hub has no identifier for it."""
     low = licence.lower().strip()
-    if "re-host" in low:  # the line on the hub is not the authors' own
+    if "re-host" in low:  # the line on the hub was not written by the authors
         return None
     found = [known for known in _KNOWN if low == known or low.startswith((f"{known} ", f"{known}("))]
     return _KNOWN[found[0]] if found else None

@@ -17,14 +17,14 @@ app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 License = Annotated[
     str | None,
-    typer.Option("--license", metavar="WORD", help="As the hub writes it: mit. Default: the start weights'."),
+    typer.Option("--license", metavar="WORD", help="Identifier, e.g. mit. Default: the start weights'."),
 ]
 Title = Annotated[str | None, typer.Option(metavar="TEXT", help="Of the model card; default the run's name.")]
 
 
 @app.callback(invoke_without_command=True, epilog=examples("hub export runs/digits --out digits_model"))
 def hub(context: typer.Context) -> None:
-    """Share a trained model: as a folder with a model card, on the Hugging Face hub."""
+    """Share a trained model as a folder with a model card, or on the Hugging Face hub."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -35,12 +35,12 @@ def export(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.")],
     title: Title = None,
     license_: License = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the files in a folder that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files in an existing folder.")] = False,
 ) -> None:
     """Write a trained model as a folder for the hub: safetensors, config and model card.
 
-    A classifier's is timm's own layout, which timm.create_model loads as
-    local-dir:FOLDER. Every folder can stand in the place of a run:
+    A classifier's folder has timm's layout: timm.create_model loads it as
+    local-dir:FOLDER. `test` and `predict` take every folder like a run:
     hybridzoo predict FOLDER photo.jpg
     """
     from hybridzoo.train.hub import export as exporting
@@ -55,9 +55,9 @@ def export(
 @app.command(epilog=examples("hub push runs/digits --repo-id me/digits --private"))
 def push(
     folder: Annotated[
-        str, typer.Argument(metavar="FOLDER_OR_RUN", help="What `hub export` wrote, or a run or checkpoint to export.")
+        str, typer.Argument(metavar="FOLDER_OR_RUN", help="A folder from `hub export`, or a run or checkpoint.")
     ],
-    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is made if need be.")],
+    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is created if needed.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Default: HF_TOKEN, or your login.")] = None,
     title: Title = None,
@@ -65,7 +65,7 @@ def push(
 ) -> None:
     """Upload a trained model to the Hugging Face hub, as one commit.
 
-    In the model card the repository takes the place of USER/NAME.
+    USER/NAME in the model card becomes the repository's name.
     """
     from hybridzoo.train.hub import folder as folders
 

@@ -1,9 +1,10 @@
 """`mmcv._ext` without a compiler: the operators mmdet and mmseg call, from torchvision and plain PyTorch.
 
-mmcv's Python side asks its compiled extension for functions by name. Where that extension is missing, `install()` puts
-a module of the same name in its place. Signatures, in-place outputs and index conventions are the extension's own, so
-that `mmcv.ops` stays untouched; each operator is tested against its definition in `tests/train/test_mmcv_ops.py`.
-A name we do not provide exists too (mmcv looks all of them up at import) and raises `OperatorNotProvided` when called.
+mmcv's Python side asks its compiled extension for functions by name. If it is missing, `install()` provides a module
+with the same name. Signatures, in-place outputs and index conventions are those of the extension, so that `mmcv.ops`
+works unchanged; each operator is tested against its definition in `tests/train/test_mmcv_ops.py`.
+Names that we do not provide exist too, because mmcv looks them up at import; they raise `OperatorNotProvided` when
+called.
 
 boxes: non-maximum suppression and overlaps · pooling: RoI Align · sampling: deformable convolution and attention ·
 losses: focal loss. These are what the recipes of `configs/` use.
@@ -29,10 +30,10 @@ _MODULES = ("boxes", "losses", "pooling", "sampling")
 
 
 class _Loader:
-    """Fills the stand-in module. A loader, so that `pkgutil`, `importlib.util.find_spec` and reload find their way."""
+    """Loads the replacement module. A loader class makes `pkgutil`, `importlib.util.find_spec` and reload work."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        return None  # the default module object will do
+        return None  # use the default module object
 
     def exec_module(self, module: ModuleType) -> None:
         for part in _MODULES:
@@ -44,7 +45,7 @@ class _Loader:
 
 
 def _missing(name: str) -> Callable[..., Any]:
-    if name.startswith("__"):  # interpreter and import machinery probe these; an operator never has such a name
+    if name.startswith("__"):  # Python itself looks for such names; no operator has one
         raise AttributeError(f"module {NAME!r} has no attribute {name!r}")
 
     def operator(*_: Any, **__: Any) -> Any:
@@ -57,8 +58,8 @@ def _missing(name: str) -> Callable[..., Any]:
 def install() -> None:
     """Make `mmcv.ops` importable and usable without mmcv's compiled extension.
 
-    Does nothing where the real `mmcv._ext` is installed (one that is broken keeps its own ImportError), nor when called
-    again. Call it before anything imports `mmcv.ops`, mmdet or mmseg.
+    Does nothing if the real `mmcv._ext` is installed (a broken one keeps its ImportError), or if called again. Call it
+    before anything imports `mmcv.ops`, mmdet or mmseg.
 
     Raises:
         UserError: mmcv itself is not installed.

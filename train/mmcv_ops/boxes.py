@@ -16,7 +16,8 @@ def _exclusive(boxes: Tensor, offset: int) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the kept boxes, best score first; a box goes when its IoU with a kept one exceeds the threshold."""
+    """Indices of the kept boxes, best score first; a box is removed if its IoU with a kept box exceeds the
+    threshold."""
     boxes = _exclusive(boxes, offset)
     return torchvision.ops.nms(boxes, scores.to(boxes.dtype), iou_threshold)
 

@@ -11,7 +11,7 @@ __all__ = ["sigmoid_focal_loss_backward", "sigmoid_focal_loss_forward"]
 
 
 def _class_weight(weight: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Each row's weight: `weight[target]`; 1 for background rows (which have no entry) and where none are given."""
+    """Each row's weight: `weight[target]`; 1 for background rows, which have no entry, and without weights."""
     if weight.numel() == 0:
         return torch.ones((), device=target.device)
     known = (target >= 0) & (target < classes)

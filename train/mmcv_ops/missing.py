@@ -1,8 +1,8 @@
-"""What an operator that is not provided says."""
+"""The error of an operator that is not provided."""
 
 
 class OperatorNotProvided(NotImplementedError):
-    """An operator of mmcv's compiled extension that no recipe needs, and that this package does not have."""
+    """An operator of mmcv's compiled extension that this package does not have. No recipe needs it."""
 
 
 def not_provided(operator: str) -> OperatorNotProvided:

@@ -21,9 +21,9 @@ __all__ = [
 
 
 def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `function(*inputs)` with respect to every input, given that of its output.
+    """Gradients of `function(*inputs)` with respect to every input, given the gradient of its output.
 
-    Runs the forward once more: mmcv's autograd functions hand their backward the inputs, not a graph.
+    Runs the forward pass again: mmcv's autograd functions give their backward pass the inputs, not a graph.
     """
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -43,7 +43,7 @@ def _deform_conv(
 
 
 def _v1_geometry(arguments: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Stride, padding and dilation out of deform_conv's keywords (dH, dW, padH, ...); sizes follow from the shapes."""
+    """Stride, padding and dilation from deform_conv's keywords (dH, dW, padH, ...); sizes follow from the shapes."""
     return tuple((arguments[f"{name}H"], arguments[f"{name}W"]) for name in ("d", "pad", "dilation"))
 
 
@@ -143,7 +143,7 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Multi-scale deformable attention (arXiv 2010.04159) by `grid_sample`, as mmcv itself does it on a CPU."""
+    """Multi-scale deformable attention (arXiv 2010.04159) with `grid_sample`, as in mmcv's CPU code."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     shapes = value_spatial_shapes.tolist()

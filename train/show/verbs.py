@@ -1,4 +1,4 @@
-"""`hybridzoo show`: what a query of a picture sees in the attention of a network."""
+"""`hybridzoo show`: what a query in a picture attends to."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ def show(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="An image.")],
     query: Annotated[
         str | None,
-        typer.Option(metavar="X,Y", help="Whose keys: a pixel (120,80) or shares (0.5,0.25); default the middle."),
+        typer.Option(metavar="X,Y", help="The query: a pixel (120,80) or fractions (0.5,0.25); default the middle."),
     ] = None,
     stage: Annotated[int | None, typer.Option(min=1, metavar="N", help="One stage, from 1; default all.")] = None,
     block: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="One block of a stage, from 1; default the last of each kind."),
+        typer.Option(min=1, metavar="N", help="One block of a stage, from 1; default the last of each type."),
     ] = None,
     head: Annotated[str, typer.Option(metavar="N", help="One head, from 1, or mean.")] = "mean",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Picture: png, jpg, pdf, ...; default attention/NAME.png.")
     ] = None,
-    json: Annotated[str | None, typer.Option("--json", metavar="[FILE]", help="Write the weights as data too.")] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="[FILE]", help="Also write the weights as data.")
+    ] = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="TAG_OR_FILE", help="Published ones, a file, or none for random ones.")
+        str | None, typer.Option(metavar="TAG_OR_FILE", help="Published weights, a file, or none (random).")
     ] = None,
     img_size: Annotated[
         int | None, typer.Option(min=32, metavar="N", help="Shorter side of the picture for the network, in pixels.")
@@ -46,8 +48,8 @@ def show(
 ) -> None:
     """Draw which keys one query of a picture sees, and with which weight, in every stage of a network.
 
-    Attention of every kind is measured in the same way: windows, grids,
-    neighborhoods, routed regions, agents, moved points, linear attention and
+    All types of attention are measured in the same way: windows, grids,
+    neighborhoods, routed regions, agents, sampled points, linear attention and
     dynamic kernels.
     """
     if not Path(network).expanduser().exists():
