@@ -1,7 +1,7 @@
 """The command line: `hybridzoo list | info | check | train | test | predict | show | export | bench ... | hub ...`.
 
-What this file imports at its top costs every `--help`, so that verbs import what they need when they run: torch, timm
-and mmengine take seconds. A verb looks at the names and paths it was given before that.
+Imports at the top of this file slow down every `--help`: torch, timm and mmengine take seconds. So verbs import what
+they need when they run, after they have checked the names and paths they were given.
 """
 
 import os
@@ -24,7 +24,7 @@ from hybridzoo.train.options import CfgOptions, Data, Device, Launcher, Processe
 from hybridzoo.train.plain import printable
 from hybridzoo.train.show import verbs as show_verbs
 
-# The extra that brings a package which a verb did not find.
+# Missing package -> the extra that installs it.
 EXTRAS = {
     "matplotlib": "train",
     "mmengine": "train",
@@ -65,7 +65,7 @@ Recipe = Annotated[
 WorkDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Logs and checkpoints; default work_dirs/CONFIG.")]
 ValFraction = Annotated[
     float | None,
-    typer.Option(metavar="X", help="Share of the training images to validate on, where there is no validation set."),
+    typer.Option(metavar="X", help="Fraction of the training images to hold out, if there is no validation set."),
 ]
 
 
@@ -82,7 +82,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 def list_(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="A part of the name, or with * and ?.")] = "",
     recipes: Annotated[
-        bool, typer.Option("--recipes", "--configs", help="List what may be trained by name instead of models.")
+        bool, typer.Option("--recipes", "--configs", help="List the recipes instead of the models.")
     ] = False,
 ) -> None:
     """List the models, or the recipes."""
@@ -111,14 +111,16 @@ def info(
 )
 def train(
     recipe: Recipe,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="The network: of ours, or any of timm's.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The network: ours, or any of timm's.")] = None,
     data: Data = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", help="Length of the run; its schedule follows.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Length of the run; the schedule is adjusted.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="Training images per step and process.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Highest learning rate.")] = None,
     img_size: Annotated[int | None, typer.Option(metavar="N", help="Side of the training images in pixels.")] = None,
     freeze: Annotated[
-        int | None, typer.Option(metavar="N", help="Keep the stem (0), or stem and N stages, as they are.")
+        int | None, typer.Option(metavar="N", help="Do not train the stem (0), or stem and N stages.")
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that load images.")] = None,
     device: Device = None,
@@ -128,13 +130,14 @@ def train(
     ] = None,
     cfg_options: CfgOptions = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="TAG_OR_FILE", help="Start from published weights, a file, or none.")
+        str | None,
+        typer.Option(metavar="WEIGHTS", help="Start from published weights, a file, a run, hf-hub:USER/NAME; or none."),
     ] = None,
     work_dir: WorkDir = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the folder.")] = False,
     amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="Mixed precision.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of all randomness.")] = None,
-    on_bad_image: Annotated[OnBadImage | None, typer.Option(help="At an image that cannot be read.")] = None,
+    on_bad_image: Annotated[OnBadImage | None, typer.Option(help="What to do if an image cannot be read.")] = None,
     no_wandb: Annotated[bool, typer.Option("--no-wandb", help="Do not log to Weights & Biases.")] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard's files beside the logs.")
@@ -184,16 +187,16 @@ def train(
 def check(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A data folder, as `train --data` takes it.")],
     task: Annotated[
-        Task | None, typer.Option(help="Default: every task whose layout the folder has.", show_default=False)
+        Task | None, typer.Option(help="Default: every task that the folder's layout fits.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sheets of samples.")] = Path("check"),
-    on_bad_image: Annotated[OnBadImage, typer.Option(help="At an image that cannot be read.")] = OnBadImage.stop,
+    on_bad_image: Annotated[OnBadImage, typer.Option(help="What to do if an image cannot be read.")] = OnBadImage.stop,
     white_value: Annotated[
-        float | None, typer.Option(min=0, metavar="X", help="What is white in grey pictures of more than 8 bits.")
+        float | None, typer.Option(min=0, metavar="X", help="White value of grey pictures with more than 8 bits.")
     ] = None,
     val_fraction: ValFraction = None,
 ) -> None:
-    """Look through a data folder as training does: what it holds, what is repaired or left out, what is wrong."""
+    """Check a data folder as training does: what it holds, what is repaired or left out, and its errors."""
     from hybridzoo.train import check as checks
     from hybridzoo.train.data.holdout import Holdout
     from hybridzoo.train.layouts import How
@@ -203,7 +206,7 @@ def check(
     for name in [task.value] if task is not None else checks.find_tasks(data):
         report = checks.inspect(data, name, how)
         print(f"{name}: {data}")
-        print(f"layout: {report.layout.name or 'a folder a class'}")
+        print(f"layout: {report.layout.name or 'one folder for each class'}")
         for table in tables.data(report):
             tables.show(table)
         for line in report.notes.lines():
@@ -216,19 +219,18 @@ def run(argv: Sequence[str]) -> int:
     """Run one command line; bad input becomes one line on stderr.
 
     Args:
-        argv: words after the program's name; none shows the help.
+        argv: words after the program's name; an empty list shows the help.
 
     Returns:
-        0 when the verb did its work, 2 on bad input or where a package is missing, 130 when interrupted,
-        143 when terminated.
+        0 on success, 2 on bad input or a missing package, 130 when interrupted, 143 when terminated.
     """
     command = typer.main.get_command(app)
     try:
         code = command.main(spread_options(argv) or ["--help"], prog_name="hybridzoo", standalone_mode=False)
-        if code == 130:  # newer typers swallow it
+        if code == 130:  # newer versions of typer catch it
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:  # a reader such as `head` left early
+    except BrokenPipeError:  # a reader such as `head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as missing:
@@ -243,13 +245,13 @@ def run(argv: Sequence[str]) -> int:
             print(end, file=sys.stderr)
         return 143
     except Exception as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # mmengine's bare `except` turns it into another
+        if isinstance(error.__context__, KeyboardInterrupt):  # mmengine's bare `except` replaced it
             return _interrupted()
         if (said := explain(error)) is not None:
             if os.environ.get("HYBRIDZOO_TRACEBACK"):
                 traceback.print_exc()
             return _fail(said)
-        # A wrong option, argument or verb.  The class moved between typer's versions; its method has not.
+        # A wrong option, argument or verb. The class differs between versions of typer; this method does not.
         if not hasattr(error, "format_message"):
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", f"hybridzoo {argv[0]}")
@@ -257,9 +259,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def spread_options(argv: Sequence[str]) -> list[str]:
-    """Give each option its own words, as typer wants them.
+    """Give each option its own words, as typer needs them.
 
-    `--json` and `--csv` take the next word only where it ends in .json or .csv. `--cfg-options` is repeated before each
+    `--json` and `--csv` take the next word only if it ends in .json or .csv. `--cfg-options` is repeated before each
     of its k=v words: `-o a b` becomes `-o a -o b`; words with an equals sign belong to the last `--cfg-options` before
     them until another option begins.
     """

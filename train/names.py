@@ -1,6 +1,6 @@
-"""The names that a command line may hold, models and configs, and what to say of a misspelt one.
+"""Names of models and configs on the command line, and suggestions for misspelt ones.
 
-Nothing here imports torch, timm or mmengine, which take seconds: a name is right or wrong at once.
+Nothing here imports torch, timm or mmengine, which take seconds, so that a wrong name is an immediate error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import hybridzoo.configs
 from hybridzoo.checkpoints import cards
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.hub.folder import is_hub_name, split_name, weights_in
 
 TASKS = ("classification", "detection", "segmentation")
 
@@ -32,13 +33,13 @@ _TIMM_ENTRYPOINT = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
 
 
 def our_models() -> list[str]:
-    """The models that hybridzoo registers with timm, each of which has a card, in natural order."""
+    """The models that hybridzoo registers with timm, in natural order; each has a card."""
     return sorted({card.model for card in cards()}, key=_natural)
 
 
 @functools.cache
 def timm_models() -> frozenset[str]:
-    """timm's own models, read from its source because importing it takes seconds."""
+    """timm's models, read from its source because importing timm takes seconds."""
     spec = importlib.util.find_spec("timm")
     folders = spec.submodule_search_locations or () if spec is not None else ()
     files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
@@ -46,7 +47,7 @@ def timm_models() -> frozenset[str]:
 
 
 def check_model(name: str) -> None:
-    """Say at once that neither hybridzoo nor timm has the model `name` (`MODEL` or `MODEL.TAG`).
+    """Check that hybridzoo or timm has the model `name` (`MODEL` or `MODEL.TAG`).
 
     Models that other packages register with timm are not known here.
 
@@ -66,7 +67,7 @@ def check_model(name: str) -> None:
 
 
 def is_model(word: str) -> bool:
-    """Whether a word where a recipe may stand names a model, with or without a tag, and neither a recipe nor a file."""
+    """Whether a word names a model, with or without a tag, and neither a recipe nor a file."""
     if word.removesuffix(".py") in list_configs() or Path(word).expanduser().is_file():
         return False
     arch = word.partition(".")[0]
@@ -74,7 +75,10 @@ def is_model(word: str) -> bool:
 
 
 def check_weights(name: str) -> None:
-    """Say at once that `name` is neither a file nor published weights (`MODEL.TAG`, or `MODEL` for its default).
+    """Check that `name` can be weights to start from.
+
+    These are a file, a run's folder, a folder for the hub or `hf-hub:USER/NAME`, or published weights (`MODEL.TAG`, or
+    `MODEL` for its default).
 
     Raises:
         UserError: the message has the nearest names.
@@ -82,32 +86,37 @@ def check_weights(name: str) -> None:
     if not name:
         raise UserError("weights: is empty; name a file, or published weights (hybridzoo checkpoints list)")
     path = Path(name)
+    if is_hub_name(name):
+        split_name(name)
+        return
     if path.is_dir():
-        raise UserError(f"weights {name}: is a folder; name the file in it")
+        if weights_in(path) is None and not any(path.glob("*.pth")):
+            raise UserError(f"weights {name}: is a folder without a checkpoint; name a file, or a run's folder")
+        return
     published = [card.name for card in cards(task=None) if card.url]
     if not path.exists() and name.partition(".")[0] in timm_models() - set(our_models()):
-        return  # timm's own, which the run asks timm for
+        return  # timm's weights, which timm downloads later
     if not path.exists() and name not in published and name not in {known.partition(".")[0] for known in published}:
         near = suggest(name, published, "type: hybridzoo checkpoints list")
-        raise UserError(f"weights {name}: no such file, and no published weights are called so; {near}")
+        raise UserError(f"weights {name}: no such file, and no published weights of that name; {near}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What one may train by name, as `hybridzoo list --recipes` shows it.
+    """A recipe that can be trained by name, as `hybridzoo list --recipes` shows it.
 
     Attributes:
-        name: as `train` takes it.
-        path: the config file, or the one that a published run is made of.
-        task: of `TASKS`.
-        network: the published run's, or the recipe's default one.
-        arguments: of the network, for the published run.
-        changes: what else of the config is this run's own.
-        score: as published, and `source` says where; empty where nothing is known.
-        weights: published ones to start from; empty where the run starts from scratch.
+        name: for `hybridzoo train`.
+        path: the config file, or the file that a published run is based on.
+        task: one of `TASKS`.
+        network: the published run's, or the recipe's default.
+        arguments: of the published run's network.
+        changes: further changes of the config for this run.
+        score: as published, and `source` where; empty if unknown.
+        weights: published weights to start from; empty if the run starts from scratch.
         time: how long it takes, measured or estimated.
-        note: what differs from the authors' training, or is not known of it.
-        published: a run of its authors, not a recipe for own data or a demo.
+        note: differences from the authors' training, and unknown settings.
+        published: a run of the authors, not a recipe for the user's data or a demo.
     """
 
     name: str
@@ -126,7 +135,7 @@ class Recipe:
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
-    """All recipes by name: those for own data, the demos on the embedded digits, then the published runs by family."""
+    """All recipes by name: for the user's data, demos on the embedded digits, then published runs by family."""
     root = Path(hybridzoo.configs.__path__[0])
     found = []
     for path in sorted(root.glob("*.py")):
@@ -143,12 +152,12 @@ def recipes() -> dict[str, Recipe]:
 
 
 def list_configs() -> dict[str, Path]:
-    """Name -> file of every recipe that comes with the package; a published run's is the one that it is made of."""
+    """Name -> file of every recipe in the package; for a published run, the file that it is based on."""
     return {name: recipe.path for name, recipe in recipes().items()}
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file of a config given by short name (``biformer_tiny_digits``) or by path.
+    """The file of a config, given by short name (``biformer_tiny_digits``) or path.
 
     Raises:
         UserError: neither; the message suggests the nearest names.
@@ -169,10 +178,10 @@ def matching(pattern: str, names: Iterable[str], what: str, otherwise: str) -> l
     """The names that match a shell pattern; a pattern without wildcards matches anywhere in a name.
 
     Args:
-        pattern: of names.
-        names: to look through.
-        what: the names are of, for the message.
-        otherwise: what to do where no name is near.
+        pattern: a part of a name, or a shell pattern.
+        names: names to search.
+        what: the names mean, for the message.
+        otherwise: what to do if no name is near.
 
     Raises:
         UserError: nothing matches; the message has the nearest names.
@@ -192,5 +201,5 @@ def suggest(word: str, names: Iterable[str], otherwise: str) -> str:
 
 
 def _natural(name: str) -> list[str | int]:
-    """A sorting key that counts: "m2" before "m10"."""
+    """A natural sorting key: "m2" before "m10"."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

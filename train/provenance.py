@@ -1,7 +1,7 @@
-"""Where a run's weights come from and how it trained, as plain data in its checkpoints' `meta`.
+"""The origin of a run's weights and its training settings, as plain data in its checkpoints' `meta`.
 
-A run that starts from published weights is bound by their licence, and so is every run that starts from its result: the
-list `start` names all of them, the nearest first.
+The licence of published weights applies to every run that starts from them, and to every run that starts from its
+result. The list `start` has all these weights, the nearest first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from hybridzoo.train.compose import network_of
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import peek
 
-KEY = "training"  # of a checkpoint's `meta`
+KEY = "training"  # key in a checkpoint's `meta`
 UNKNOWN = "unknown"
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a repository's folder in the hub's cache
 _MOST, _LONGEST = 16, 300
 _NUMBERS = ("epochs", "iterations", "batch_size", "lr", "weight_decay", "images", "processes", "seed")
 _WORDS = ("recipe", "optimizer", "precision", "data")
@@ -30,7 +31,7 @@ Start = dict[str, str]  # name, licence, url
 
 
 def describe(runner: Any) -> dict[str, Any]:
-    """What there is to say of a run that trains, for the checkpoint that it writes."""
+    """Training settings of a run, for its checkpoints."""
     config = runner.cfg
     if not config.get("train_cfg"):
         return {}
@@ -62,7 +63,7 @@ def describe(runner: Any) -> dict[str, Any]:
 
 
 def clean(found: Any) -> dict[str, Any]:
-    """Of what a file says of its training, the numbers and short lines that `describe` writes."""
+    """The values in a file's training settings that `describe` writes: numbers and short lines."""
     if not isinstance(found, Mapping):
         return {"start": []}
     kept: dict[str, Any] = {}
@@ -83,10 +84,10 @@ def clean(found: Any) -> dict[str, Any]:
 
 
 def start_of(weights: str | Path | None, config: Any) -> list[Start]:
-    """The weights that a run starts from, and those that they started from, the nearest first.
+    """The weights that a run starts from, and their own start weights, the nearest first.
 
     Args:
-        weights: the file, None from scratch.
+        weights: the file; None for a run from scratch.
         config: of the run.
     """
     if weights is None:
@@ -99,10 +100,15 @@ def start_of(weights: str | Path | None, config: Any) -> list[Start]:
         meta = _meta(path)
     except UserError:
         meta = None
+    own = {"name": path.name, "licence": UNKNOWN, "url": ""}
+    repository = next((found for part in path.parts if (found := _CACHED.fullmatch(part))), None)
+    if repository is not None:  # somebody's model on the hub, whose licence is on its card
+        own |= {"name": "/".join(repository.groups()), "url": f"https://huggingface.co/{'/'.join(repository.groups())}"}
     if isinstance(meta, dict) and isinstance(meta.get(KEY), dict):
-        own = {"name": path.name, "licence": "", "url": ""}
+        if repository is None:
+            own["licence"] = ""
         return [own, *clean(meta[KEY])["start"]][:_MOST]
-    return [{"name": path.name, "licence": UNKNOWN, "url": ""}]
+    return [own]
 
 
 def _meta(path: Path) -> Any:
@@ -125,7 +131,7 @@ def _published(path: Path, network: str) -> Start | None:
         place = getattr(cfg, "hf_hub_id", None)
         url = f"https://huggingface.co/{place}" if place else str(getattr(cfg, "url", None) or "")
         return {"name": f"{name} (timm)", "licence": str(getattr(cfg, "license", None) or UNKNOWN), "url": url}
-    note = path.with_name(f"{path.name}.json")  # of `checkpoints convert`
+    note = path.with_name(f"{path.name}.json")  # written by `checkpoints convert`
     if note.is_file() and note.stat().st_size < 1 << 20:
         try:
             content = json.loads(note.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Weights from a file into a model: read any usual container safely, load completely or not at all."""
+"""Loads weights from a file into a model: reads all usual formats safely, loads completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hybridzoo.checkpoints import reading
 from hybridzoo.checkpoints.conversion import Parts, split
 from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.hub.folder import is_hub_name
 from hybridzoo.train.names import check_weights
 from hybridzoo.train.plain import printable
 
@@ -48,7 +49,7 @@ def read_state_dict(path: str | Path, *, strip: bool = True) -> dict[str, Tensor
 
 
 def read_parts(path: str | Path, model: nn.Module) -> Parts:
-    """The weights in a file for a timm model, under our names, whatever else the file holds.
+    """The weights in a file for a timm model, with our names; other content of the file is ignored.
 
     Raises:
         UserError: the file cannot be read or holds no weights.
@@ -61,17 +62,22 @@ def read_parts(path: str | Path, model: nn.Module) -> Parts:
 
 
 def find_weights(tag_or_file: str | Path, model: str = "") -> Path:
-    """The file itself, or the published file of that name (`dinat_mini.in1k`), downloaded where it is not here yet.
+    """The file of some weights, downloaded if needed.
 
     Args:
-        tag_or_file: as the command line's `--weights` has it.
+        tag_or_file: value of the command line's `--weights`: a file; a run's folder or a folder for the hub; a model on
+            the hub (`hf-hub:USER/NAME`); or published weights (`dinat_mini.in1k`).
         model: the network they are for; a published file of another one is refused before it is downloaded.
 
     Raises:
-        UserError: neither a file nor a published name, another network's, or a download that failed.
+        UserError: unknown file or name, another network's weights, or a failed download.
     """
     path, name = Path(tag_or_file), str(tag_or_file)
     check_weights(name)
+    if path.is_dir() or is_hub_name(name):
+        from hybridzoo.train import trained  # which imports this module
+
+        return trained.find(name)
     if path.exists():
         return path
     if model and name.partition(".")[0] != model:
@@ -93,15 +99,15 @@ def find_weights(tag_or_file: str | Path, model: str = "") -> Path:
 def load_matching(
     model: nn.Module, state: dict[str, Tensor], *, allow_head_mismatch: bool, source: str | Path = ""
 ) -> str:
-    """Load ``state`` into ``model``: every name and shape has to fit, or nothing is loaded.
+    """Load ``state`` into ``model``: every name and shape must fit, or nothing is loaded.
 
-    A table of positions for another image, window or kernel fits where the model's family has a rule to resize it.
+    Position tables for another image, window or kernel size fit if the model's family has a rule to resize them.
 
     Args:
         model: a timm model, or a detector or segmentor.
         state: name -> tensor, under our names or those of the authors' published files.
         allow_head_mismatch: let the classifier differ (another number of classes, or no classifier on either side).
-            Its fitting part is loaded, the rest keeps its values.
+            Fitting tensors are loaded, the others keep their values.
         source: the file they come from, for messages.
 
     Returns:
@@ -148,7 +154,7 @@ def load_matching(
 
 
 def unlike(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps `state` from being all of the tensors that `own` names, in words; empty where nothing does."""
+    """The differences between `state` and the tensors in `own`, in words; empty if there are none."""
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     reshaped = [name for name in state if name in own and state[name].shape != own[name].shape]
@@ -176,14 +182,14 @@ def _listed(
 
 
 def fitting_out_norms(norms: nn.ModuleList, published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's norms for each of a dense backbone's outputs, or none where they are of another kind or number."""
+    """A file's norms of a dense backbone's outputs, or an empty dict if their type or number differs."""
     own = norms.state_dict()
     fits = own.keys() == published.keys() and all(own[name].shape == published[name].shape for name in own)
     return published if fits else {}
 
 
 def tell(line: str) -> None:
-    """Say a line to the person and to the run's log, once however many processes there are."""
+    """Print a line and write it to the run's log, in the main process only."""
     from mmengine.dist import is_main_process
     from mmengine.logging import print_log
 
@@ -198,7 +204,7 @@ def _in_head(model: nn.Module, name: str) -> bool:
     if classifier:
         names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         return name.startswith((*(f"{prefix}." for prefix in names), *getattr(model, "optional", ())))
-    # Detectors and segmentors call every part with class outputs something_head.
+    # Detectors and segmentors name every part with class outputs something_head.
     return any(part.endswith("head") for part in name.split(".")[:-1])
 
 
@@ -208,7 +214,7 @@ def _name(model: nn.Module) -> str:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, allow_head_mismatch: bool) -> None:
-    """Load a file into a model of any task; all of it has to fit, see :func:`load_matching`."""
+    """Load a file into a model of any task; everything must fit, see :func:`load_matching`."""
     inner: Any = model.module if is_model_wrapper(model) else model
     if hasattr(inner, "load_weights"):
         inner.load_weights(path, allow_head_mismatch=allow_head_mismatch)
@@ -220,7 +226,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_head_mismatch: boo
 
 
 def start_from(model: nn.Module, path: Path) -> None:
-    """Load a file's weights before training: all of them but other class heads, or else those of the backbone.
+    """Load a file's weights before training: all except other class heads, or only the backbone's.
 
     Raises:
         UserError: not even the backbone fits; the model is untouched.
@@ -231,10 +237,11 @@ def start_from(model: nn.Module, path: Path) -> None:
     except UserError as error:
         if not hasattr(getattr(inner, "backbone", None), "load"):
             raise
-        tell(f"{error}: taking its backbone alone")  # another detector's neck and heads, or a segmentor's
+        tell(f"{error}: using its backbone only")  # neck and heads of another detector or segmentor
         inner.backbone.load(path)
 
 
 def is_whole_model(weights: str | Path) -> bool:
-    """Whether a file holds a detector or segmentor of ours; a published one has other names, its backbone fits."""
+    """Whether a file has one of our detectors or segmentors; published ones have other names, and only their backbone
+    fits."""
     return any(name.startswith("backbone.model.") for name in read_state_dict(weights, strip=False))

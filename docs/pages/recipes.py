@@ -39,7 +39,7 @@ def everyday() -> str:
             ("`--lr X`", "learning rate"),
             ("`--img-size N`", "side of the training images in pixels"),
             ("`--freeze N`", "the first N stages are not trained"),
-            ("`--weights TAG_OR_FILE`", "weights to start from"),
+            ("`--weights W`", "weights to start from: published ones, a file, a run, `hf-hub:USER/NAME`, or `none`"),
             ("`--seed N`, `--device D`, `--workers N`", "randomness, machine, loader"),
             ("`--cfg-options KEY=VALUE ...`", "everything else in the config"),
         ],

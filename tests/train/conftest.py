@@ -1,10 +1,11 @@
 """A small image folder and a small run on it, for the tests of the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import TOKEN, Hub
 from mmengine import Config
 from PIL import Image
 
@@ -62,3 +63,19 @@ def run_config() -> RunConfig:
         return load_config(base, [*small, *options])
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the hub's other way for large files
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Hub().running() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        template = "{endpoint}/{repo_id}/resolve/{revision}/{filename}".replace("{endpoint}", running.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)  # for timm: they are
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)  # read once in a process
+        yield running

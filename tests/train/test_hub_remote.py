@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from hub_server import TOKEN, Hub
 from PIL import Image
 
 from hybridzoo.__main__ import main
-from hybridzoo.train import engine, trained
+from hybridzoo.train import engine, provenance, trained
+from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.hub import export as exporting
 from hybridzoo.train.hub import remote
+from hybridzoo.train.weights import find_weights
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -26,8 +28,6 @@ Call = Callable[..., tuple[int, str, str]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with a small classifier."""
     from mmengine.registry import MODELS
-
-    from hybridzoo.train.config import load_config
 
     config = load_config("finetune", model="test_vit", img_size=64)
     config.model.num_classes = 2
@@ -43,21 +43,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exporting.export(run, tmp_path_factory.mktemp("exported") / "model").folder
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the hub's other way for large files
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with Hub().running() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        template = "{endpoint}/{repo_id}/resolve/{revision}/{filename}".replace("{endpoint}", running.url)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)  # for timm: they are
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)  # read once in a process
-        yield running
 
 
 @pytest.fixture
@@ -104,11 +89,11 @@ def test_a_run_is_exported_on_its_way_and_pushed_again(hub: Hub, call: Call, run
 
 
 FAULTS = [
-    ("repos/create", 401, "wants a login.*--token, set HF_TOKEN"),
-    ("repos/create", 403, "no right to this"),
+    ("repos/create", 401, "needs a login.*--token, set HF_TOKEN"),
+    ("repos/create", 403, "not allowed to do this"),
     ("preupload", 404, "404.*no such repository"),
-    ("commit/", 409, "409, somebody else changes the repository.*try again"),
-    ("commit/", 413, "413, it takes no files of this size"),
+    ("commit/", 409, "409, somebody else is changing the repository.*try again"),
+    ("commit/", 413, "413, it does not accept files of this size"),
     ("repos/create", 500, "500, it answers with an error"),
     ("repos/create", 0, "no connection"),
 ]
@@ -132,7 +117,7 @@ def test_what_the_hub_refuses_is_one_line(
 def test_no_network_and_a_wrong_login(hub: Hub, call: Call, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = call("hub", "push", model, "--repo-id", "me/animals", "--token", "hf_wrong")
     assert code == 2
-    assert "401, it wants a login" in err
+    assert "401, it needs a login" in err
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     code, _, err = call("hub", "push", model, "--repo-id", "me/animals")
     assert code == 2
@@ -172,6 +157,17 @@ def test_names_that_lead_nowhere(hub: Hub, name: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         remote.bring(name)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_from_the_hub_are_named_with_their_repository(hub: Hub, model: Path) -> None:
+    """What starts from them says so in its card; their licence is on their own card."""
+    remote.push(model, "me/animals")
+    weights = find_weights("hf-hub:me/animals")
+    start = provenance.start_of(weights, load_config("finetune", model="test_vit"))[0]
+    assert start == {"name": "me/animals", "licence": "unknown", "url": "https://huggingface.co/me/animals"}
+    assert provenance.start_of(model / "model.safetensors", load_config("finetune", model="test_vit"))[0]["url"] == ""
+    with pytest.raises(UserError, match="a repository is called USER/NAME"):
+        find_weights("hf-hub:animals")
 
 
 def test_what_came_once_needs_no_network(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

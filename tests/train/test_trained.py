@@ -30,7 +30,9 @@ from hybridzoo.__main__ import main
 from hybridzoo.train import engine, results, trained
 from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.hub import remote
 from hybridzoo.train.scenes import quietly
+from hybridzoo.train.weights import find_weights
 
 RECIPES = {
     "classification": ("finetune", "--img-size", "64"),
@@ -196,6 +198,24 @@ def test_a_folder_for_the_hub_stands_in_the_place_of_its_run(task, run, data, ca
 
 
 @EACH
+def test_a_training_starts_from_the_hub(task, run, data, call, hub):
+    """`train --weights hf-hub:USER/NAME`; a folder for the hub, and a run's folder, are taken too."""
+    assert call("hub", "export", run, "--out", "model")[0] == 0
+    remote.push(Path("model"), "me/model")
+    recipe, *options = RECIPES[task]
+    argv = ["train", recipe, "--model", NETWORK, "--data", data, "--work-dir", "next", *options, "--epochs", "1"]
+    code, _, err = call(*argv, "--batch-size", "2", "--lr", "1e-9", "--no-wandb", "--weights", "hf-hub:me/model")
+    assert code == 0, err
+    before, after = (torch.load(folder / "final.pth", weights_only=True) for folder in (run, Path("next")))
+    for name, value in before["state_dict"].items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(after["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+    assert after["meta"]["training"]["start"][0]["name"] == "me/model"
+    assert find_weights("model") == Path("model/model.safetensors")
+    assert find_weights(run) == run / "final.pth"
+
+
+@EACH
 def test_a_config_may_be_named_but_not_contradict(task, run, data, call):
     recipe, picture = RECIPES[task][0], next(pictures_of(data, task).rglob("*.png"))
     dumped = next(run.glob("*.py"))
@@ -339,7 +359,7 @@ def test_weights_without_a_config_ask_for_one(trained_once, tmp_path, call):
     changed(file, lambda content: content["meta"].update(setup=None, cfg=evil, config=evil))
     code, _, err = call("predict", file, data / "val")
     assert code == 2
-    assert "does not hold its config" in err
+    assert "does not contain its config" in err
     assert f"CONFIG {file}" in err
     code, _, err = call("predict", next(run.glob("*.py")), file, data / "val", "--out", tmp_path / "out")
     assert code == 0, err
@@ -413,7 +433,7 @@ def test_other_classes_are_an_error_with_both_lists_and_missing_ones_are_explain
     code, _, err = call("test", run, "--data", other)
     assert code == 2
     assert f"the model has no class 'tea', which cannot be scored; it knows {known.split(', ')[1]}, which" in err
-    assert f"The data name {theirs}; the model knows {known}" in err
+    assert f"The data has {theirs}; the model has {known}" in err
 
     if task == "classification":
         shutil.rmtree(other / "val/tea")

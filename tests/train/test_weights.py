@@ -198,7 +198,7 @@ def test_published_names_are_downloaded_and_files_are_taken_as_they_are(
         find_weights("patnet_t0")
     with pytest.raises(UserError, match="weights: is empty"):
         find_weights("")
-    with pytest.raises(UserError, match="is a folder; name the file in it"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         find_weights(tmp_path)
     assert not asked
 

@@ -1,7 +1,7 @@
-"""The folder itself: what `config.json` says, where the weights are, and how both come from the hub.
+"""The folder's `config.json` and weights, and names on the hub.
 
-JSON has neither tuples nor infinity, which configs have: `{"()": [...]}` is a tuple, `{"float": "inf"}` a number.
-Nobody's file is believed: what is read here goes through `trained.check` before anything is made of it.
+JSON has neither tuples nor infinity, which configs contain: `{"()": [...]}` is a tuple, `{"float": "inf"}` a number.
+Files are not trusted: `trained.check` checks their content before anything is built from it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.plain import printable
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OWN = "hybridzoo"  # key in `config.json`
 PREFIX = "hf-hub:"
-FILES = (WEIGHTS, "pytorch_model.bin")  # timm writes the second as well
+FILES = (WEIGHTS, "pytorch_model.bin")  # timm writes the second file as well
 _LARGEST = 32_000_000  # bytes of a config; 100,000 class names fit
 _TUPLE, _FLOAT = "()", "float"
 REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
@@ -29,19 +30,19 @@ _OF_TIMMS_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "cr
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The weights of a folder for the hub, None where it is another folder."""
+    """The weights of a folder for the hub, None for any other folder."""
     if not (folder / CONFIG).is_file():
         return None
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
 def meta(weights: Path) -> dict[str, Any] | None:
-    """What the config beside a folder's weights says, as a checkpoint's `meta` says it; None for other files.
+    """The content of `config.json` next to some weights, in the form of a checkpoint's `meta`; None for other files.
 
-    Of a classifier that others put into timm's layout the setup is made of timm's own keys.
+    For a classifier in timm's layout that was not written here, the setup is made from timm's keys.
 
     Returns:
-        `setup`, `class_names`, `task`, and `training` where it is there.
+        `setup`, `class_names`, `task`, and `training` if present.
 
     Raises:
         UserError: the config cannot be read.
@@ -68,21 +69,21 @@ def read_config(file: Path) -> dict[str, Any]:
     """A folder's `config.json`.
 
     Raises:
-        UserError: it cannot be read, or is no object.
+        UserError: it cannot be read, or is not an object.
     """
     try:
         if file.stat().st_size > _LARGEST:
-            raise UserError(f"{file}: has more than {_LARGEST:,} bytes, which no model's config has")
+            raise UserError(f"{file}: has more than {_LARGEST:,} bytes, which is too large for a model's config")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0][:200]})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no config of a model")
+        raise UserError(f"{file}: is not a model's config")
     return content
 
 
 def _names(found: Any) -> list[Any]:
-    """Class names in the order of their numbers: of a list, or of timm's object with numbers as keys."""
+    """Class names in the order of their indices, from a list or from timm's object with indices as keys."""
     if isinstance(found, list):
         return found
     if isinstance(found, Mapping) and all(str(key).isdecimal() for key in found):
@@ -143,7 +144,7 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """The other way; what is no plain data stays as it is, for others to refuse."""
+    """The reverse of `encoded`; other values stay unchanged, and later checks refuse them."""
     if isinstance(value, Mapping):
         if value.keys() == {_TUPLE} and isinstance(value[_TUPLE], list):
             return tuple(decoded(item) for item in value[_TUPLE])
@@ -157,5 +158,22 @@ def decoded(value: Any) -> Any:
 
 
 def is_hub_name(word: object) -> bool:
-    """Whether a word is `hf-hub:USER/NAME`, as timm writes it, right or wrong."""
+    """Whether a word has the prefix of `hf-hub:USER/NAME`."""
     return str(word).startswith((PREFIX, "hf_hub:"))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Repository and revision (empty for the newest) of `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`.
+
+    Raises:
+        UserError: it is not such a name.
+    """
+    repository, _, revision = name.partition(":")[2].partition("@")
+    check_repository(repository, name)
+    return repository, revision
+
+
+def check_repository(repository: str, place: str) -> None:
+    """Raise a UserError unless a repository's name has the form USER/NAME; `place` is for the message."""
+    if not REPOSITORY.fullmatch(repository):
+        raise UserError(f"{place} {printable(repository)!r}: a repository is called USER/NAME")

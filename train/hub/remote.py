@@ -1,7 +1,7 @@
-"""The hub itself: upload a folder, and bring one by its name, with huggingface_hub; its errors become one line.
+"""Uploads folders to the hub and downloads them, with huggingface_hub; its errors become one line.
 
-`HF_ENDPOINT` is another hub than huggingface.co, `HF_TOKEN` a login, `HF_HOME` another cache; `HF_HUB_OFFLINE=1` uses
-the cache alone.
+`HF_ENDPOINT` sets another hub than huggingface.co, `HF_TOKEN` a login, `HF_HOME` another cache; with `HF_HUB_OFFLINE=1`
+only the cache is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from huggingface_hub.utils import disable_progress_bars
 import hybridzoo
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.hub.card import PLACE
-from hybridzoo.train.hub.folder import CARD, CONFIG, FILES, REPOSITORY, weights_in
+from hybridzoo.train.hub.folder import CARD, CONFIG, FILES, check_repository, split_name, weights_in
 from hybridzoo.train.plain import printable
 from hybridzoo.train.published import Unavailable, knock
 
@@ -37,15 +37,15 @@ _LOGIN = "give --token, set HF_TOKEN, or log in by: hf auth login"
 
 
 def push(folder: Path, repository: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a folder that `export` wrote as one commit; the repository is made where it is not there.
+    """Upload a folder that `export` wrote, as one commit; the repository is created if it does not exist.
 
-    In the model card the repository's name takes the place of USER/NAME. Hidden files stay here.
+    In the model card, USER/NAME is replaced by the repository's name. Hidden files are not uploaded.
 
     Args:
-        folder: with weights, config and model card.
+        folder: folder with weights, config and model card.
         repository: USER/NAME.
-        private: make a new repository private; one that is there stays as it is.
-        token: a login with the right to write; default `HF_TOKEN`, or what `hf auth login` keeps.
+        private: make a new repository private; an existing one is not changed.
+        token: a login that may write; default `HF_TOKEN`, or the stored login of `hf auth login`.
 
     Returns:
         The address of the repository.
@@ -53,10 +53,10 @@ def push(folder: Path, repository: str, *, private: bool = False, token: str | N
     Raises:
         UserError: no such folder or name; the hub refuses, or cannot be reached.
     """
-    _check_name(repository, "--repo-id")
+    check_repository(repository, "--repo-id")
     missing = [name for name in (CONFIG, CARD) if not (folder / name).is_file()]
     if weights_in(folder) is None or missing:
-        raise UserError(f"{folder}: is no folder that `hybridzoo hub export` wrote")
+        raise UserError(f"{folder}: is not a folder written by `hybridzoo hub export`")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
     with _told(repository, "upload to"):
         api = HfApi(endpoint=_endpoint(), token=token, library_name="hybridzoo", library_version=hybridzoo.__version__)
@@ -72,13 +72,12 @@ def push(folder: Path, repository: str, *, private: bool = False, token: str | N
 
 
 def bring(name: str) -> Path:
-    """The weights of `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`, with their config beside, in the hub's cache.
+    """Download `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`, and return the weights; the config is next to them.
 
     Raises:
-        UserError: no such name, nothing of use there, or the hub refuses or cannot be reached.
+        UserError: unknown name, no model there, or the hub refuses or cannot be reached.
     """
-    repository, _, revision = name.partition(":")[2].partition("@")
-    _check_name(repository, name)
+    repository, revision = split_name(name)
     how: dict[str, Any] = {"endpoint": _endpoint(), "library_name": "hybridzoo"}
     try:
         knock(_endpoint() or HOME)  # the hub's client would try for half a minute
@@ -90,7 +89,7 @@ def bring(name: str) -> Path:
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
-            raise UserError(f"{name}: holds no {CONFIG}: no model in timm's layout or ours") from error
+            raise UserError(f"{name}: holds no {CONFIG}: not a model in timm's layout or ours") from error
         for file in FILES:
             try:
                 return Path(hf_hub_download(repository, file, revision=config.parent.name, **how))
@@ -99,11 +98,6 @@ def bring(name: str) -> Path:
             except EntryNotFoundError:
                 continue
     raise UserError(f"{name}: holds none of {', '.join(FILES)}")
-
-
-def _check_name(repository: str, place: str) -> None:
-    if not REPOSITORY.fullmatch(repository):
-        raise UserError(f"{place} {printable(repository)!r}: a repository is called USER/NAME")
 
 
 def _endpoint() -> str | None:
@@ -116,16 +110,16 @@ def _hidden(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _told(repository: str, doing: str) -> Iterator[None]:
-    """What huggingface_hub raises, as what a person can do about it."""
+    """Turn huggingface_hub's errors into one line that says what to do."""
     host = urlsplit(_endpoint() or HOME).netloc
-    if not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
+    if not sys.stderr.isatty():  # huggingface_hub draws progress bars into files too
         disable_progress_bars()
     try:
         yield
     except UserError:
         raise
     except HFValidationError as error:
-        raise UserError(f"{repository}: is no name of a repository ({_line(error)})") from error
+        raise UserError(f"{repository}: is not a repository name ({_line(error)})") from error
     except OfflineModeIsEnabled as error:
         raise UserError(f"{repository}: cannot {doing} the hub: HF_HUB_OFFLINE is set") from error
     except LocalEntryNotFoundError as error:
@@ -135,9 +129,9 @@ def _told(repository: str, doing: str) -> Iterator[None]:
         raise UserError(f"{repository}: cannot {doing} {host}: {_answer(error)}") from error
     except (HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # a file of ours
+            raise  # a local file
         raise UserError(f"{repository}: cannot {doing} {host}: no connection ({_line(error)})") from error
-    except (ValueError, LookupError) as error:  # an answer that is none, a card that the hub does not take
+    except (ValueError, LookupError) as error:  # an invalid answer, or a card that the hub refuses
         raise UserError(f"{repository}: cannot {doing} {host}: {_line(error)}") from error
 
 
@@ -145,11 +139,11 @@ def _answer(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     said = f" ({printable(' '.join(error.server_message.split()))[:200]})" if error.server_message else ""
     meaning = {
-        401: f"it wants a login{said}; {_LOGIN}",
-        403: f"the login has no right to this{said}; {_LOGIN}",
-        404: f"there is no such repository, or this login does not see it{said}",
-        409: f"somebody else changes the repository{said}; try again",
-        413: f"it takes no files of this size{said}",
+        401: f"it needs a login{said}; {_LOGIN}",
+        403: f"this login is not allowed to do this{said}; {_LOGIN}",
+        404: f"there is no such repository, or this login cannot see it{said}",
+        409: f"somebody else is changing the repository{said}; try again",
+        413: f"it does not accept files of this size{said}",
         429: f"too many requests{said}; try again later",
     }
     return f"{status}, {meaning.get(status, f'it answers with an error{said}; try again later')}"
