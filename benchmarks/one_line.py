@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -90,15 +91,33 @@ def try_photographs(network: str, folder: Path, side: int = 96) -> tuple[dict[st
     return row, sheet
 
 
-def learn_digits(network: str, folder: Path, *, epochs: int, side: int) -> dict[str, str]:
-    """Fine-tune one network on the digits from scratch; a table's row."""
+def first_images(data: Path, count: int, folder: Path) -> Path:
+    """An image folder with `count` training images of `data`, as many of each class as of any other; all of `val`."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    classes = sorted((data / "train").iterdir())
+    for label in classes:
+        (folder / "train" / label.name).mkdir(parents=True)
+        for image in sorted(label.iterdir())[: count // len(classes)]:
+            (folder / "train" / label.name / image.name).symlink_to(image)
+    (folder / "val").symlink_to(data / "val")
+    return folder
+
+
+def learn_digits(network: str, folder: Path, *, epochs: int, side: int, images: int | None = None) -> dict[str, str]:
+    """Fine-tune one network on the digits from scratch, on so many training images or all; a table's row."""
     began = time.process_time()
-    words = ("--data", digits_root("classification"), "--img-size", side, "--epochs", epochs, *DIGITS, *WHOLE)
+    data = digits_root("classification").resolve()
+    if images is not None:
+        data = first_images(data, images, folder / f"{images}_images")
+    count = sum(1 for _ in (data / "train").glob("*/*"))
+    words = ("--data", data, "--img-size", side, "--epochs", epochs, *DIGITS, *WHOLE)
     printed = call("train", network, *words, "--work-dir", folder / network)
     minutes = (time.process_time() - began) / 60
     return {
         "network": network,
         "top-1": f"{score(printed, 'accuracy/top1'):.1f}",
+        "images": f"{count:,}",
         "epochs": str(epochs),
         "pixels": str(side),
         "CPU minutes": f"{minutes:.1f}",
@@ -127,6 +146,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks alone")
     parser.add_argument("--work", type=Path, default=Path("work_dirs/one_line"), help="where the runs go")
     parser.add_argument("--epochs", type=int, default=2, help="of digits")
+    parser.add_argument("--images", type=int, help="of digits to train on; default all")
     parser.add_argument("--side", type=int, default=32, help="of digits, in pixels")
     args = parser.parse_args()
     known = args.out.with_suffix(".json")
@@ -136,7 +156,8 @@ def main() -> None:
             rows[network], sheet = try_photographs(network, args.work)
             sheet.save(args.work / f"{network}.png")
         else:
-            rows[network] = learn_digits(network, args.work / "digits", epochs=args.epochs, side=args.side)
+            how = dict(epochs=args.epochs, side=args.side, images=args.images)
+            rows[network] = learn_digits(network, args.work / "digits", **how)
         print(*rows[network].values(), sep="  ", flush=True)
         write(rows, args.out)
 
