@@ -29,11 +29,11 @@ TABLE: Table = {
     for block_d in (16, 32)
     for itemsize in (2, 4)
 }
-# Of the blocks tried, these spill on no chip (32) or on sm_80 alone, 48 bytes (16).
-TABLE |= {("mix_backward_value", 16, 2): Config(16, 128, 8, 1), ("mix_backward_value", 32, 2): Config(16, 16, 8, 1)}
+TABLE |= {("mix_backward_value", block_d, 2): Config(16, 64, 8, 1) for block_d in (16, 32)}
+TABLE[("mix_backward_value", 16, 4)] = Config(16, 32, 4, 1)
 TABLE[("mix_backward_taps", 32, 2)] = Config(16, 64, 8, 1)
 TABLE[("mix_backward_query", 16, 4)] = Config(16, 32, 8, 1, 168)  # the compiler, left to itself, spills a few bytes
-PART = 64  # places that the backward passes over queries work on at a time
+PART = 64  # places that the backward passes work on at a time
 
 
 class _Call(NamedTuple):

@@ -9,9 +9,18 @@ No atomics: every sum is taken by one program in a fixed order. Gradients of tap
 program over its share of an image's tiles, written to a slot of their own, and added up by PyTorch. Backward, where a
 thread holds more matrices, PART places are worked on at a time.
 
-The arithmetic, for head_dim 16, bfloat16 and a 13 x 13 window: a query of one head takes 11 kFLOP of tensor cores' work
-against 96 bytes of query, value and result; it is the 256 exponentials and the shift through shared memory that take
-time. Of the plain form's tensors as wide as a window, five of 338 bytes a query and head, none exists.
+The arithmetic, for OverLoCK-T's third stage (14 x 14 tokens, 8 heads of 16 channels, a 13 x 13 window) at batch 128 in
+bfloat16, on an H100 (3.0 TB/s; 740 TFLOP/s; 132 processors with 16 exponentials a clock, 1.7 GHz). A map is 6.4 MB, the
+taps are 5.5 MB. A program of the forward pass takes 16 queries of a head, so there are 16384. Microseconds, each as if it
+were alone; not measured:
+
+    pass      bytes                                    products     exponentials
+    forward   three maps, the taps       25 MB   8     4.3 GF   6    67 M  19    (256 places for 169)
+    backward  eleven maps, thrice taps   87 MB  29    16 GF    22   200 M  56    (the weights in each of three passes)
+
+What limits it are the exponentials and the way from places to keys and back, as many scores again, each some ten
+instructions. Of the plain form's tensors as wide as a window, five of 338 bytes a query and head, none exists. Launches:
+one forward; three backward, and a sum for the taps and for either table.
 """
 
 from __future__ import annotations
@@ -288,10 +297,13 @@ def mix_backward_value(
     grad, query, taps, tap_bias, rpb, lse, dvalue, scale, heads, height, width, dilation_h, dilation_w,
     tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAPS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of values: a loop over the queries that see any of them, QUERIES at a time."""
+    """Gradient of a tile of values: a loop over the queries that see any of them, QUERIES at a time.
+
+    Scores of PART places at a time are brought to the keys: all of them would take more registers than threads have.
+    """
     size: tl.constexpr = KERNEL_H * KERNEL_W
     head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
@@ -305,8 +317,7 @@ def mix_backward_value(
     start_w, extent_w = queries_of(first_w, size_w, members_w, KERNEL_W)
     one = tl.cast(image, tl.int64)
     first_pixel = one * height * width * heads
-    tap = tl.arange(0, TAPS)
-    matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, tap, size, HEAD_DIM, BLOCK_D)
+    taps += (one * heads + head) * size * HEAD_DIM
     rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
     dv = tl.zeros([KEYS, BLOCK_E], tl.float32)
     for first in range(0, extent_h * extent_w, QUERIES):
@@ -324,8 +335,13 @@ def mix_backward_value(
             rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
         )
         place = places_of(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H, KERNEL_W)
-        scores = products(q, matrix, tap, tap_bias + head * size, scale, size, TAP_BIAS, PRECISION)
-        scores = tl.gather(scores, tl.where(seen, place, 0), 1) + bias
+        scores = bias
+        for first_tap in range(0, size, PART):
+            tap = first_tap + tl.arange(0, PART)
+            matrix = load_taps(taps, tap, size, HEAD_DIM, BLOCK_D)
+            by_place = products(q, matrix, tap, tap_bias + head * size, scale, size, TAP_BIAS, PRECISION)
+            here = seen & (place >= first_tap) & (place < first_tap + PART)
+            scores += tl.where(here, tl.gather(by_place, tl.where(here, place - first_tap, 0), 1), 0.0)
         weights = tl.exp2(scores - norm[:, None])
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, dv, input_precision=PRECISION)
     row, column = class_h + key_h * dilation_h, class_w + key_w * dilation_w
