@@ -11,16 +11,16 @@ thread holds more matrices, PART places are worked on at a time.
 
 The arithmetic, for OverLoCK-T's third stage (14 x 14 tokens, 8 heads of 16 channels, a 13 x 13 window) at batch 128 in
 bfloat16, on an H100 (3.0 TB/s; 740 TFLOP/s; 132 processors with 16 exponentials a clock, 1.7 GHz). A map is 6.4 MB, the
-taps are 5.5 MB. A program of the forward pass takes 16 queries of a head, so there are 16384. Microseconds, each as if it
-were alone; not measured:
+taps are 5.5 MB. A program of the forward pass takes 16 queries of a head, so there are 16384. Microseconds, each as if
+it were alone; not measured:
 
     pass      bytes                                    products     exponentials
     forward   three maps, the taps       25 MB   8     4.3 GF   6    67 M  19    (256 places for 169)
-    backward  eleven maps, thrice taps   87 MB  29    16 GF    22   200 M  56    (the weights in each of three passes)
+    backward  eleven maps, thrice taps   87 MB  29    21 GF    29   190 M  53    (the weights in each of three passes)
 
-What limits it are the exponentials and the way from places to keys and back, as many scores again, each some ten
-instructions. Of the plain form's tensors as wide as a window, five of 338 bytes a query and head, none exists. Launches:
-one forward; three backward, and a sum for the taps and for either table.
+What limits it are the exponentials and the way of as many scores from places to keys and back, which takes several
+instructions each. Of the plain form's tensors as wide as a window, five of 338 bytes a query and head, none exists.
+Launches: one forward; three backward, and a sum for the taps and for either table.
 """
 
 from __future__ import annotations
