@@ -62,14 +62,14 @@ def score(printed: str, metric: str) -> float:
     return float([line.split()[1] for line in printed.splitlines() if line.split()[:1] == [metric]][-1])
 
 
-def try_photographs(network: str, folder: Path, side: int = 96) -> tuple[dict[str, str], Image.Image]:
+def try_photographs(network: str, folder: Path, side: int = 96, count: int = 8) -> tuple[dict[str, str], Image.Image]:
     """Train, and predict with, one network on the three tasks.
 
     Returns:
         A table's row, and a picture per task of what it predicts, side by side.
     """
-    pictures = photographs.image_folder(folder / "photographs", side=side, count=8)
-    scenes = photographs.scenes(folder / "scenes", side=side, count=8)
+    pictures = photographs.image_folder(folder / "photographs", side=side, count=count)
+    scenes = photographs.scenes(folder / "scenes", side=side, count=count)
     data = {"finetune": pictures, "mask-rcnn": scenes, "upernet": scenes}
     row, drawn = {"network": network}, []
     for recipe, metric in TASKS.items():

@@ -2,18 +2,36 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hub_server import TOKEN, Hub
 from mmengine import Config
 from PIL import Image
+from yapf.yapflib import yapf_api
 
 from hybridzoo.train import digits
 from hybridzoo.train.config import load_config
 from hybridzoo.train.names import find_config
 
 CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _formatted_once() -> Iterator[None]:
+    """mmengine formats a run's config for every checkpoint, up to a CPU second each; the same text comes out the same."""
+    formatted: dict[str, Any] = {}
+
+    def remembered(text: str, **options: Any) -> Any:
+        if text not in formatted:
+            formatted[text] = format_code(text, **options)
+        return formatted[text]
+
+    format_code = yapf_api.FormatCode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yapf_api, "FormatCode", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -105,12 +105,12 @@ def test_the_folder_sets_classes_and_places(run_config: Any, image_folder: Path)
         assert loader.dataset.classes == ["blue", "green", "red"]
 
 
-def test_the_embedded_digits_are_the_default(run_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRIDZOO_DATA", str(tmp_path))
+def test_the_embedded_digits_are_the_default(run_config: Any, data_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIDZOO_DATA", str(data_home))
     config = run_config()
     configure(config, None)
     assert config.model.num_classes == 10
-    assert Path(config.train_dataloader.dataset.root).is_relative_to(tmp_path)
+    assert Path(config.train_dataloader.dataset.root).is_relative_to(data_home)
 
 
 def test_bad_images_stop_or_are_left_out(run_config: Any, tmp_path: Path) -> None:
