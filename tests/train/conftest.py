@@ -20,7 +20,7 @@ CLASSES = ("blue", "green", "red")
 
 @pytest.fixture(scope="session", autouse=True)
 def _formatted_once() -> Iterator[None]:
-    """mmengine formats a run's config for every checkpoint, up to a CPU second each; the same text comes out the same."""
+    """mmengine formats a run's config for every checkpoint, up to a CPU second each; the same text gives the same."""
     formatted: dict[str, Any] = {}
 
     def remembered(text: str, **options: Any) -> Any:
