@@ -385,7 +385,7 @@ def test_bad_input(run_config: Any, image_folder: Path, tmp_path: Path, option: 
 
 def test_bad_places(run_config: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"work_dir .*file/run: cannot be made"):
+    with pytest.raises(UserError, match=r"work_dir .*file/run: cannot be created"):
         engine.train(run_config(), work_dir=tmp_path / "file" / "run", data=image_folder, wandb=False)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match=r"torchrun"):
