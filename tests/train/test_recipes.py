@@ -25,8 +25,10 @@ from hybridzoo.__main__ import main
 from hybridzoo.train import published, raw, settle
 from hybridzoo.train.compose import read_network
 from hybridzoo.train.config import load_config
-from hybridzoo.train.engine import prepare
+from hybridzoo.train.engine import build_for_inference, prepare
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.export import exporting
+from hybridzoo.train.export.formats import FORMATS
 from hybridzoo.train.names import EVERYDAY, recipes
 from hybridzoo.train.predict import predict
 
@@ -317,6 +319,28 @@ def segmentor(scenes, tmp_path_factory) -> Path:
 def saved_config(folder: Path) -> str:
     (file,) = folder.glob("*.py")
     return str(file)
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmentor"])
+def test_what_a_dense_run_left_is_exported(request, tmp_path, kind):
+    """From its folder: the trained weights, with the classes and the size of the run."""
+    folder, out = request.getfixturevalue(kind), tmp_path / "network.torchscript"
+    run("export", folder, "--to", "torchscript", "--static", "--out", out)
+    model = build_for_inference(None, folder, "cpu")
+    facts = exporting.read_metadata(out)
+    assert tuple(facts["classes"]) == tuple(model.dataset_meta["classes"])
+    height, width = facts["input"]["size"]
+    image = torch.randn(2, 3, height, width)
+    found = FORMATS["torchscript"].open(out)(image)
+    with torch.no_grad():
+        if kind == "segmentor":
+            expected = model.encode_decode(image, [{"img_shape": (height, width)}])
+        else:
+            assert found[0].shape == (2, found[1].shape[1], 4)
+            scores = model.bbox_head(model.extract_feat(image))[0]
+            by_anchor = [s.permute(0, 2, 3, 1).reshape(2, -1, len(facts["classes"])) for s in scores]
+            expected = torch.cat(by_anchor, 1).sigmoid()
+    torch.testing.assert_close(found[-1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_classifier_in_one_line(images, tmp_path, capsys):
