@@ -1,4 +1,5 @@
-"""The tables in docs/speed.md and under `benchmarks/`, made from `benchmarks/results/`.
+"""The tables in docs/speed.md, docs/export.md and under `benchmarks/`, made from `benchmarks/results/` and
+docs/exports.json.
 
     python -m benchmarks.tables
 
@@ -7,9 +8,11 @@ Writes each table between its two marks, `<!-- bench: NAME -->` and `<!-- /bench
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hybridzoo.train.bench import rows as results
 from hybridzoo.train.bench.rows import Row
@@ -20,10 +23,12 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 FILES = [
     ROOT / "docs" / "speed.md",
+    ROOT / "docs" / "export.md",
     HERE / "networks_cpu.md",
     HERE / "operators_cpu.md",
     HERE / "input_pipeline_cpu.md",
 ]
+EXPORTS = ROOT / "docs" / "exports.json"
 MARKED = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- /bench -->)", re.S)
 OTHERS = {"mix": "gather", "depthwise": "grouped convolution", "merging": "torchvision's deform_conv2d"}
 
@@ -130,6 +135,28 @@ def input_pipeline() -> str:
     return markdown(head, body)
 
 
+def exports() -> str:
+    """Which heights and widths a file takes, by network and format."""
+    rows = json.loads(EXPORTS.read_text())
+    formats = list(dict.fromkeys(to for cells in rows.values() for to in cells))
+    body = [
+        [f"`{name}`", *(_sides(cells[to]) if to in cells else "-" for to in formats)] for name, cells in rows.items()
+    ]
+    return markdown(["network", *(f"`{to}`" for to in formats)], body)
+
+
+def _sides(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "not tried"
+    if "refused" in cell:
+        return "no"
+    if cell["multiple"] == 0:
+        return "one size"
+    least, most = (max(side or 0 for side in sides) for sides in zip(cell["height"], cell["width"], strict=True))
+    words = "any" if cell["multiple"] == 1 else f"multiples of {cell['multiple']}"
+    return words + (f" from {least}" if least > 32 else "") + (f" to {most}" if most else "")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "networks": networks,
     "networks in full": networks_in_full,
@@ -138,6 +165,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "operators": operators("operators_cpu"),
     "operators at 800x1344": operators("operators_800x1344_cpu"),
     "input pipeline": input_pipeline,
+    "exports": exports,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -19,15 +21,15 @@ def surely(condition: bool | torch.SymBool) -> bool:
     return bool(condition)
 
 
-def smaller(first: int, second: int) -> int:
+def smaller(first: Any, second: Any) -> Any:
     """The smaller one of two sizes; `min` would decide between sizes left open."""
     return torch.sym_min(first, second) if _open(first, second) else min(first, second)
 
 
-def larger(first: int, second: int) -> int:
+def larger(first: Any, second: Any) -> Any:
     """The larger one of two sizes; `max` would decide between sizes left open."""
     return torch.sym_max(first, second) if _open(first, second) else max(first, second)
 
 
-def _open(*sizes: int) -> bool:
+def _open(*sizes: Any) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)

@@ -80,7 +80,9 @@ def tables():
     return importlib.import_module("benchmarks.tables")
 
 
-@pytest.mark.parametrize("name", ["speed.md", "networks_cpu.md", "operators_cpu.md", "input_pipeline_cpu.md"])
+@pytest.mark.parametrize(
+    "name", ["speed.md", "networks_cpu.md", "operators_cpu.md", "input_pipeline_cpu.md", "export.md"]
+)
 def test_committed_tables_are_what_their_data_make(tables, name):
     (file,) = [file for file in tables.FILES if file.name == name]
     assert file.read_text() == tables.text(file), "run: python -m benchmarks.tables"

@@ -9,7 +9,7 @@ costs more than `tiles`: keys are copied about four times, and every tile has a 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,9 @@ class Axis(NamedTuple):
 
 def cut(length: int, kernel: int, dilation: int, extends: bool, device: torch.device) -> Axis:
     """`extends`: the axis goes on to `kernel * dilation` tokens where it has fewer. Sizes may be symbolic."""
-    whole = torch.sym_max(length, kernel * dilation) if extends else length
+    whole: Any = torch.sym_max(length, kernel * dilation) if extends else length
     # Tiles of a group; two at least, since PyTorch binds a program to sizes of one.
-    count = torch.sym_max(2, (length + dilation * kernel - 1) // (dilation * kernel))
+    count: Any = torch.sym_max(2, (length + dilation * kernel - 1) // (dilation * kernel))
     group = torch.arange(dilation, device=device)[:, None, None]
     members = ((whole - group + dilation - 1) // dilation).clamp(min=1)
     first = torch.arange(count, device=device)[None, :, None] * kernel
