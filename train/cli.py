@@ -4,6 +4,7 @@ Imports at the top of this file slow down every `--help`: torch, timm and mmengi
 they need when they run, after they have checked the names and paths they were given.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -224,6 +225,8 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0 on success, 2 on bad input or a missing package, 130 when interrupted, 143 when terminated.
     """
+    # mmengine imports transformers where it is installed, and that torchao, about which PyTorch warns in every process.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     command = typer.main.get_command(app)
     try:
         code = command.main(spread_options(argv) or ["--help"], prog_name="hybridzoo", standalone_mode=False)
