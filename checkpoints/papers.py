@@ -131,7 +131,7 @@ _PAPERS = (
     Paper(
         "2502.01303",
         "Partial Channel Network: Compute Fewer, Perform Better",
-        "Haiduo Huang and others",
+        "Haiduo Huang and Tian Xia and Wenzhe Zhao and Pengju Ren",
         2025,
     ),
     Paper(
@@ -141,7 +141,13 @@ _PAPERS = (
         2025,
         "CVPR",
     ),
-    Paper("2503.03148", "Partial Convolution Meets Visual Attention", "Haiduo Huang and others", 2025),
+    Paper(
+        "2503.03148",
+        "Partial Convolution Meets Visual Attention",
+        "Haiduo Huang and Fuwei Yang and Dong Li and Ji Liu and Lu Tian and Jinzhang Peng and Pengju Ren "
+        "and Emad Barsoum",
+        2025,
+    ),
 )
 
 
