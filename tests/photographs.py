@@ -27,17 +27,23 @@ def _picture(name: str) -> NDArray[np.uint8]:
 
 
 def _tiles(height: int, width: int, side: int, count: int) -> dict[str, list[tuple[int, int]]]:
-    """Top left corners: of training tiles in the left two thirds of a picture, of validation tiles right of them."""
-    border = width * 2 // 3
+    """Top left corners: of training tiles in the left of a picture, of validation tiles right of them.
+
+    The border is at two thirds of the width, or further left where a tile needs more than a third.
+
+    Raises:
+        ValueError: two tiles of this side do not fit next to each other.
+    """
+    if side > (largest := min(height, width // 2)):
+        raise ValueError(f"side={side}: a picture of {width} x {height} pixels gives tiles of {largest} at most")
+    border = min(width * 2 // 3, width - side)
     spans = {"train": (0, border - side), "val": (border, width - side)}
     corners: dict[str, list[tuple[int, int]]] = {}
     for split, (first, last) in spans.items():
-        rows = max(1, round((count * (height - side) / max(1, last - first)) ** 0.5))
+        rows = min(count, max(1, round((count * (height - side) / max(1, last - first)) ** 0.5)))
         columns = -(-count // rows)
         grid = [
-            (round(y), round(x))
-            for y in np.linspace(0, height - side, rows)
-            for x in np.linspace(first, max(first, last), columns)
+            (round(y), round(x)) for y in np.linspace(0, height - side, rows) for x in np.linspace(first, last, columns)
         ]
         corners[split] = grid[:count]
     return corners
