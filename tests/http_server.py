@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from local_server import LocalServer, QuietHandler
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Request:
     sent: int
 
 
-class Server:
+class Server(LocalServer):
     """Serves `files` (path -> bytes), first following `script`, and remembers every request.
 
     Attributes:
@@ -62,20 +62,7 @@ class Server:
         self._done: list[Request] = []
         self._under_way = 0
         self._changed = threading.Condition()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Server]:
-        thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._http.shutdown()
-            self._http.server_close()
-            thread.join()
+        super().__init__(self._handler())
 
     @property
     def requests(self) -> list[Request]:
@@ -94,10 +81,7 @@ class Server:
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args: object) -> None:
-                pass
-
+        class Handler(QuietHandler):
             def do_HEAD(self) -> None:
                 self.answer(Answer())
 
