@@ -138,7 +138,7 @@ def na2d_packed(
     window = _window(query, kernel_size, dilation, rpb, fill, scale)
     if arguments.exporting() or (fill is not None and beyond.reaches((query.shape[1], query.shape[2]), window)):
         query, key, value = qkv.unbind(3)
-        rest: dict[str, Any] = dict(rpb=rpb, fill=fill, scale=window.scale, impl=impl)
+        rest: dict[str, Any] = dict(rpb=rpb, fill=fill, scale=scale, impl=impl)  # of a trace, window.scale is a tensor
         return na2d(query, key, value, window.kernel, window.dilation, **rest)
     impl = arguments.implementation(impl, query, limit(window))
     return operators.attend(qkv, None, None, rpb, *window, impl, False)[0]

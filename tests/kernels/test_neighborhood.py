@@ -397,6 +397,9 @@ def test_compilers_take_one_tensor_as_query_key_and_value():
     attend = lambda x: na2d(x, x, x, 3, scale=0.5)  # noqa: E731
     torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(x), attend(x))
     assert "hybridzoo::" not in str(torch.jit.trace(attend, x).graph)
+    qkv = torch.randn(1, 6, 7, 3, 2, 4)
+    packed = lambda qkv: na2d_packed(qkv, 3)  # noqa: E731  # in a trace, the default scale is a tensor
+    torch.testing.assert_close(torch.jit.trace(packed, qkv)(qkv), packed(qkv))
 
 
 def test_compiles_once_for_all_sizes():
