@@ -1,12 +1,15 @@
-"""Draw the pictures of docs/show.md: what a query on scikit-image's cat (by S. van der Walt, CC0) sees.
+"""Draw the pictures of docs/show.md.
 
 python docs/attention.py [RUN_OR_NAME ...]
 
-A run's folder is drawn under its network's name; names have random weights.
+Names have random weights; their query lies on scikit-image's cat (by S. van der Walt, CC0). A run's folder holds a
+classifier of the embedded digits; it is drawn under its network's name, with a query on a validation image, a 3. The
+run of docs/show.md is that of `python benchmarks/one_line.py digits --only agent_pvt_tiny --epochs 1`.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,22 +17,27 @@ from pathlib import Path
 from PIL import Image
 from skimage import data
 
+from hybridzoo.train.digits import digits_root
 from hybridzoo.train.show import showing
 
-NETWORKS = ("dinat_mini", "biformer_tiny", "maxvit_tiny", "agent_swin_tiny", "dat_plus_tiny", "overlock_xtiny")
-QUERY = "0.49,0.68"  # the nose
+NETWORKS = ("dinat_mini", "biformer_tiny", "maxvit_tiny", "dat_plus_tiny", "overlock_xtiny")
+NOSE = "0.49,0.68"  # of the cat
+STROKE = "0.45,0.5"  # of the 3
 
 
 def main(networks: list[str]) -> None:
     folder = Path(__file__).parent / "attention"
     with tempfile.TemporaryDirectory() as temporary:
-        photo = Path(temporary, "cat.png")
-        Image.fromarray(data.chelsea()).save(photo)
+        cat, three = Path(temporary, "cat.png"), Path(temporary, "three.png")
+        Image.fromarray(data.chelsea()).save(cat)
         for network in networks:
             is_run = Path(network).exists()
             drawn = Path(temporary, "seen.jpg")
-            weights, size = (None, 224) if is_run else ("none", None)
-            seen = showing.show(network, photo, drawn, query=QUERY, weights=weights, img_size=size)
+            if is_run and not three.exists():
+                digits = sorted(digits_root("classification").joinpath("val", "3").iterdir())
+                shutil.copy(digits[2], three)
+            photo, query, weights, size = (three, STROKE, None, 224) if is_run else (cat, NOSE, "none", None)
+            seen = showing.show(network, photo, drawn, query=query, weights=weights, img_size=size)
             name = showing.find_network(network, weights, size).name
             folder.mkdir(exist_ok=True)
             drawn.replace(folder / f"{name}.jpg")
