@@ -1,5 +1,5 @@
 """The tables in docs/speed.md, docs/export.md and under `benchmarks/`, made from `benchmarks/results/` and
-docs/exports.json.
+docs/exports.json, docs/int8.json.
 
     python -m benchmarks.tables
 
@@ -29,6 +29,7 @@ FILES = [
     HERE / "input_pipeline_cpu.md",
 ]
 EXPORTS = ROOT / "docs" / "exports.json"
+INT8 = ROOT / "docs" / "int8.json"
 MARKED = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- /bench -->)", re.S)
 OTHERS = {"mix": "gather", "depthwise": "grouped convolution", "merging": "torchvision's deform_conv2d"}
 
@@ -145,6 +146,17 @@ def exports() -> str:
     return markdown(["network", *(f"`{to}`" for to in formats)], body)
 
 
+def int8() -> str:
+    """What int8 costs on the digits, and how large the ONNX files are."""
+    rows = json.loads(INT8.read_text())
+    ways = list(next(iter(rows.values())))
+    body = [
+        [f"`{name}`", *(f"{cells[way]['top1']:.2f} % ({cells[way]['mb']:.1f} MB)" for way in ways)]
+        for name, cells in rows.items()
+    ]
+    return markdown(["network", *(way if way == "float32" else f"`--int8 {way}`" for way in ways)], body)
+
+
 def _sides(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "not tried"
@@ -166,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "operators at 800x1344": operators("operators_800x1344_cpu"),
     "input pipeline": input_pipeline,
     "exports": exports,
+    "int8": int8,
 }
 
 

@@ -161,7 +161,9 @@ def as_function(network: Any) -> Reader:
 
 def _export(source: Source, image: torch.Tensor, dims: dict[int, Any]) -> ExportedProgram:
     with torch.no_grad(), quiet():
-        return torch.export.export(source.network, (image,), dynamic_shapes=(dims,) if dims else None)
+        program = torch.export.export(source.network, (image,), dynamic_shapes=(dims,) if dims else None)
+        # torchao's operators and tensors become PyTorch's, so that readers need no torchao
+        return program.run_decompositions() if "int8" in source.metadata else program
 
 
 def only(size: tuple[int, int]) -> Sizes:

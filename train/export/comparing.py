@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from hybridzoo.train.export.sources import Reader, Source
 
 TOLERANCE = 1e-3  # largest difference from PyTorch, of the standard deviation of an output
@@ -23,9 +25,14 @@ def compare(source: Source, run: Reader, size: tuple[int, int, int], tolerance: 
     for name, wanted, found in zip(source.outputs, expected, got, strict=True):
         if wanted.shape != found.shape:
             raise Mismatch(f"{name} has the shape {tuple(found.shape)}, PyTorch's {tuple(wanted.shape)} {where}")
-        scale = float(wanted.std(correction=0)) or float(wanted.abs().max()) or 1.0
-        error = float((found - wanted).abs().max()) / scale
+        error = difference(wanted, found)
         if not error <= tolerance:
             raise Mismatch(f"{name} differs from PyTorch's by {error:.2g} of its standard deviation {where}")
         worst = max(worst, error)
     return worst
+
+
+def difference(wanted: Tensor, found: Tensor) -> float:
+    """Largest difference of an output from the wanted one, in units of its standard deviation."""
+    scale = float(wanted.std(correction=0)) or float(wanted.abs().max()) or 1.0
+    return float((found - wanted).abs().max()) / scale

@@ -123,7 +123,10 @@ class Onnx(Format):
     packages = ("onnx", "onnxscript", "onnxruntime")
 
     def convert(self, program: ExportedProgram, source: Source) -> Any:
-        from onnxscript import optimizer
+        from onnxscript import opset20, optimizer
+
+        def int_mm(left: Any, right: Any) -> Any:  # (M, K) and (K, N) int8 -> int32, which the exporter lacks
+            return opset20.MatMulInteger(left, right)
 
         with quiet():
             converted = torch.onnx.export(
@@ -134,6 +137,7 @@ class Onnx(Format):
                 optimize=False,
                 input_names=["image"],
                 output_names=list(source.outputs),
+                custom_translation_table={torch.ops.aten._int_mm.default: int_mm},
             )
             assert converted is not None
             # `optimize=True` does more, and takes what is below 1e-8 in a sum for zero (onnxscript 0.7): linear

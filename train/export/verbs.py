@@ -29,12 +29,18 @@ class To(str, Enum):
     aoti = "aoti"
 
 
+class Int8(str, Enum):
+    weights = "weights"
+    dynamic = "dynamic"
+
+
 @app.command(
     "export",
     epilog=examples(
         "export efficientvit_msra_m0 --to onnx --weights none",
         "export dinat_mini --to pt2 --features --out maps.pt2",
         "export runs/digits --to openvino --out digits.xml",
+        "export litv2_small --to onnx --int8 weights",
     ),
 )
 def export(
@@ -60,6 +66,10 @@ def export(
         bool, typer.Option("--dynamic/--static", help="Any height and width where the network allows, or one size.")
     ] = True,
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold norms into their neighbours.")] = True,
+    int8: Annotated[
+        Int8 | None,
+        typer.Option(help="Linear layers in eight bits: their weights, or inputs too.", show_default=False),
+    ] = None,
     config: trained_verbs.ConfigOption = None,
     cfg_options: CfgOptions = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
@@ -85,6 +95,10 @@ def export(
 
     form = FORMATS[to.value]
     form.need_packages()
+    if int8 is not None:
+        from hybridzoo.train.export import int8 as eight
+
+        eight.check(int8.value, to.value)
     with tables.waiting(f"exporting {run}"):
         if by_name:
             source, file = _network(run, weights, features, cfg_options or []), Path(run)
@@ -97,18 +111,24 @@ def export(
 
             source = runs.from_run(loaded, file)
             file = file.with_suffix("")
-        from hybridzoo.train.export import exporting, sources
+        from hybridzoo.train.export import comparing, exporting, sources
 
         source.size = size or source.size
         source.metadata["input"]["size"] = list(source.size)
         if fuse:
             sources.fold(source.network)
+        change, tolerance = 0.0, comparing.TOLERANCE
+        if int8 is not None:
+            change = eight.quantize(source, int8.value)
+            tolerance = eight.tolerance(int8.value, change)
         target = out or file.with_name(file.name + form.suffix)
-        done = exporting.export(source, to.value, target, dynamic=dynamic, force=force)
+        done = exporting.export(source, to.value, target, dynamic=dynamic, force=force, tolerance=tolerance)
     megabytes = sum(part.stat().st_size for part in done.files) / 1e6
     print(f"written: {', '.join(str(part) for part in reversed(done.files))} ({form.title}, {megabytes:,.1f} MB)")
     print(f"takes: image (batch, {source.channels}, height, width) float32; {done.sizes}")
     print(f"gives: {', '.join(source.outputs)}; at most {done.error:.1g} of its deviation from PyTorch's")
+    if int8 is not None:
+        print(f"int8 ({int8.value}): changes the outputs by at most {change:.1%} of their deviation, at noise")
     if done.why:
         print(f"note: not for every size, because: {done.why[:300]}")
 
