@@ -57,21 +57,21 @@ def networks() -> str:
     rows = read("networks_cpu")
     body = []
     for name, ways in _by_way(rows).items():
-        for beside in _beside(ways["inference"]):
-            cells = [f"`{name}`", beside]
+        for other_form in _others(ways["inference"]):
+            cells = [f"`{name}`", other_form]
             for way in ("inference", "latency"):
                 forms = ways[way]
-                other = _faster(forms, beside)
+                other = _faster(forms, other_form)
                 cells += [
                     "" if other is None else f"{other / forms[form]['cpu_us']:.2f}x" for form in ("ours", "fused")
                 ]
             cells.append(f"{ways['inference']['ours']['cpu_us'] / ways['inference']['fused']['cpu_us']:.2f}x")
             forms = ways.get("training", {})
-            other = _faster(forms, beside)
+            other = _faster(forms, other_form)
             cells.append("" if other is None else f"{other / forms['ours']['cpu_us']:.2f}x")
             body.append(cells)
-    head = ["network", "beside", "as created", "fused", "one image, as created", "fused"]
-    head += ["fused beside as created", "training step"]
+    head = ["network", "compared with", "as created", "fused", "one image, as created", "fused"]
+    head += ["fused, compared with as created", "training step"]
     return f"{method(rows)}\n\n{markdown(head, body, 2)}"
 
 
@@ -211,15 +211,15 @@ def _by_shape(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
     return {size: forms for (_, size), forms in _by_op(rows).items()}
 
 
-def _beside(forms: Iterable[str]) -> list[str]:
+def _others(forms: Iterable[str]) -> list[str]:
     """What a network is compared with, once for both memory layouts; one empty word where there is nothing."""
     found = [form.removesuffix(", channels last") for form in forms if form not in ("ours", "fused")]
     return list(dict.fromkeys(found)) or [""]
 
 
-def _faster(forms: dict[str, Row], beside: str) -> float | None:
+def _faster(forms: dict[str, Row], other_form: str) -> float | None:
     """Microseconds of the processors by the faster memory layout."""
-    found = [row["cpu_us"] for form, row in forms.items() if form.removesuffix(", channels last") == beside]
+    found = [row["cpu_us"] for form, row in forms.items() if form.removesuffix(", channels last") == other_form]
     return min(found, default=None)
 
 
