@@ -30,12 +30,16 @@ def pytest_collection_modifyitems(items):
     """A file's tests share a process and its fixtures; what is the same for all models goes model by model instead.
 
     Marked `alone`: a test that takes as long as a file. These come first, so that none is left for the end, when other
-    workers have nothing to do.
+    workers have nothing to do. Before them those marked `forks`: once PyTorch has started threads for gradients, which
+    some tests make it do, a fork of the process cannot train.
     """
-    alone, contract, others = [], [], []
+    forks, alone, contract, others = [], [], [], []
     for item in items:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        if item.get_closest_marker("alone"):
+        if item.get_closest_marker("forks"):
+            forks.append(item)
+            group = "forks"
+        elif item.get_closest_marker("alone"):
             alone.append(item)
             group = item.nodeid
         elif item.path.name in ("test_contract.py", "test_tools.py") and name is not None:
@@ -45,7 +49,7 @@ def pytest_collection_modifyitems(items):
             others.append(item)
             group = str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    items[:] = [*alone, *(item for _, item in sorted(contract, key=lambda pair: pair[0])), *others]
+    items[:] = [*forks, *alone, *(item for _, item in sorted(contract, key=lambda pair: pair[0])), *others]
 
 
 @pytest.hookimpl(trylast=True)  # of what `-m` and `-k` leave

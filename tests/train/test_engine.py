@@ -117,6 +117,7 @@ def test_runs_in_one_process_do_not_share_state(run_config: Any, image_folder: P
 
 
 @pytest.mark.slow
+@pytest.mark.forks
 def test_a_killed_run_resumes_to_the_same_weights(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config = _resnet(run_config, RANDOM)
@@ -212,6 +213,7 @@ def test_nothing_to_resume_starts_anew(
 
 
 @pytest.mark.slow
+@pytest.mark.forks
 def test_two_processes_agree_with_one(
     run_config: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +327,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_config: Any, image_folder: 
     assert all(torch.isfinite(value).all() for value in read_state_dict(tmp_path / "epoch_1.pth").values())
 
 
+@pytest.mark.forks
 def test_a_full_disk_keeps_the_old_checkpoint(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     config = run_config("default_hooks.checkpoint.max_keep_ckpts=1", "default_hooks.checkpoint.save_best=None")
     work = tmp_path / "run"
@@ -353,6 +356,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(run_config: Any, image_folder: Pat
     assert hashlib.sha256((work / "epoch_1.pth").read_bytes()).digest() == hashlib.sha256(old).digest()
 
 
+@pytest.mark.forks
 def test_wandb_offline(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     config = run_config("train_cfg.max_epochs=1")

@@ -38,6 +38,7 @@ def test_two_machines(run_config: Any, image_folder: Path, tmp_path: Path) -> No
     assert (tmp_path / "run" / "final.pth").is_file()
 
 
+@pytest.mark.forks
 def test_divided_weights_under_slurm(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     """Two processes that srun seems to have started, and resumes: the same as one process with twice the batch."""
     options = ("optim_wrapper.optimizer.eps=1e-3", "optim_wrapper.clip_grad={'max_norm': 1.0}")

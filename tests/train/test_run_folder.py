@@ -81,6 +81,7 @@ def test_a_fresh_run_wants_a_fresh_folder(run_config: Any, image_folder: Path, t
 
 
 @pytest.mark.parametrize("how", ["alone", "fork"])
+@pytest.mark.forks
 def test_the_second_run_stops_until_the_first_is_dead(
     run_config: Any, image_folder: Path, tmp_path: Path, how: str
 ) -> None:
