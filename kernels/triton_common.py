@@ -67,10 +67,10 @@ class Launch(NamedTuple):
         return self.recipe.options
 
     def run(self) -> None:
-        """Triton looks at every argument in every call, to find what it compiled for such ones.
+        """Launch the kernel.
 
-        All but the tensors are the recipe's own, so what it found is kept for tensors of the same dtypes and alignment,
-        and called at once.
+        In every call, Triton examines all arguments to find the compiled kernel. Here only the tensors change, so the
+        compiled kernel is kept for each combination of dtypes and alignment, and launched directly.
         """
         recipe = self.recipe
         alike = tuple([(t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in self.tensors])

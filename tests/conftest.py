@@ -30,8 +30,8 @@ def pytest_collection_modifyitems(items):
     """A file's tests share a process and its fixtures; what is the same for all models goes model by model instead.
 
     Marked `alone`: a test that takes as long as a file. These come first, so that none is left for the end, when other
-    workers have nothing to do. Before them those marked `forks`: once PyTorch has started threads for gradients, which
-    some tests make it do, a fork of the process cannot train.
+    workers have nothing to do. Tests marked `forks` run before all others: some tests make PyTorch start threads for
+    gradients, and after that a fork of the process cannot train.
     """
     forks, alone, contract, others = [], [], [], []
     for item in items:

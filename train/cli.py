@@ -225,7 +225,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0 on success, 2 on bad input or a missing package, 130 when interrupted, 143 when terminated.
     """
-    # mmengine imports transformers where it is installed, and that torchao, about which PyTorch warns in every process.
+    # mmengine imports transformers if it is installed, and transformers imports torchao: PyTorch then prints warnings.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     command = typer.main.get_command(app)
     try:

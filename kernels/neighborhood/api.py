@@ -110,8 +110,8 @@ def na2d_packed(
 ) -> Tensor:
     """`na2d` of query, key and value that one projection made: `na2d(*qkv.unbind(3), ...)`, and cheaper to train.
 
-    The gradient of `qkv` is written where it belongs. Of three tensors, autograd would have to copy three gradients
-    into one: six maps to read and write, where the backward pass itself needs eight.
+    The backward pass writes the gradients of query, key and value into one tensor. With three separate tensors, autograd
+    copies their gradients into one: it reads and writes six maps, in addition to the eight of the backward pass.
 
     Args:
         qkv: `(batch, height, width, 3, heads, head_dim)`.
@@ -133,12 +133,12 @@ def na2d_packed(
     arguments.tensor("qkv", qkv)
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must have shape (batch, height, width, 3, heads, head_dim); got {tuple(qkv.shape)}")
-    query = qkv.select(3, 0)  # stands for all three: they are alike
+    query = qkv.select(3, 0)  # key and value have the same shape, dtype and strides
     arguments.token_map("qkv", query)
     window = _window(query, kernel_size, dilation, rpb, fill, scale)
     if arguments.exporting() or (fill is not None and beyond.reaches((query.shape[1], query.shape[2]), window)):
         query, key, value = qkv.unbind(3)
-        rest: dict[str, Any] = dict(rpb=rpb, fill=fill, scale=scale, impl=impl)  # of a trace, window.scale is a tensor
+        rest: dict[str, Any] = dict(rpb=rpb, fill=fill, scale=scale, impl=impl)  # in a trace, window.scale is a tensor
         return na2d(query, key, value, window.kernel, window.dilation, **rest)
     impl = arguments.implementation(impl, query, limit(window))
     return operators.attend(qkv, None, None, rpb, *window, impl, False)[0]

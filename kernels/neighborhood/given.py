@@ -1,4 +1,4 @@
-"""What the operators on neighborhoods are given, as their implementations hand it on."""
+"""Arguments of the neighborhood operators, grouped as their implementations pass them on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Maps(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """What `neighborhood_mix2d` is given, or the gradients of it: see there."""
+    """Tensor arguments of `neighborhood_mix2d`, or their gradients."""
 
     query: Tensor
     taps: Tensor
