@@ -37,8 +37,8 @@ def differentiable(
     and key through such a function, nor could a `torch.jit.trace` be saved.) For `torch.func`, `differentiate` too must
     compute with differentiable operators.
 
-    There are two autograd functions. Only `Transformed` works with `torch.func`, but PyTorch binds its arguments by name
-    in every call, which doubles the time of a call. So it is used under `torch.func` alone.
+    There are two autograd functions. Only `Transformed` works with `torch.func`, but PyTorch binds its arguments by
+    name in every call, which doubles the time of a call. So it is used under `torch.func` alone.
     """
     torch.library.register_autograd(op, differentiate, setup_context=save, lib=_LIBRARY)
 

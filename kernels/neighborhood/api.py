@@ -110,8 +110,8 @@ def na2d_packed(
 ) -> Tensor:
     """`na2d` of query, key and value that one projection made: `na2d(*qkv.unbind(3), ...)`, and cheaper to train.
 
-    The backward pass writes the gradients of query, key and value into one tensor. With three separate tensors, autograd
-    copies their gradients into one: it reads and writes six maps, in addition to the eight of the backward pass.
+    The backward pass writes the gradients of query, key and value into one tensor. With three tensors, autograd copies
+    their gradients into one: it reads and writes six maps, in addition to the eight of the backward pass.
 
     Args:
         qkv: `(batch, height, width, 3, heads, head_dim)`.
