@@ -1,4 +1,4 @@
-"""Operators: pure functions on tensors, one folder each: api, implementations in torch and triton, reference."""
+"""Operators: pure functions on tensors. Each folder has an API, a PyTorch and a Triton implementation, a reference."""
 
 from hybridzoo.kernels.depthwise import dynamic_depthwise_conv2d
 from hybridzoo.kernels.neighborhood import na2d, na2d_packed, neighborhood_mix2d

@@ -1,7 +1,8 @@
-"""Checks of arguments that the operators and the layers around them share, and the choice of implementation.
+"""Argument checks that the operators and their layers share, and the choice of implementation.
 
-Every message names the argument, what was given and what to give. A thing of another kind than a tensor or a number is
-a `TypeError`, everything else a `ValueError`. Sizes may be symbolic (`torch.SymInt`): no check compares two of them.
+Every message names the argument, the value that was given, and which values are valid. A value that is not a tensor or
+a number where one is needed raises `TypeError`; every other error is a `ValueError`. Sizes may be symbolic
+(`torch.SymInt`), so no check compares two of them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # does not import it: that would be slow
-PAIRS, WHOLE = (tuple, list), (int, torch.SymInt)  # a union of types would be made anew in every call
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # does not import Triton, which would be slow
+PAIRS, WHOLE = (tuple, list), (int, torch.SymInt)  # Python would build a union of types again in every call
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def whole(value: Any) -> int | None:
-    """`value` as a positive whole number, numpy's and symbolic ones included; None if it is none."""
+    """`value` if it is a positive whole number (numpy's and symbolic numbers too), otherwise None."""
     if isinstance(value, bool):
         return None
     if not isinstance(value, WHOLE):
@@ -51,7 +52,7 @@ def odd(name: str, value: Any) -> int:
 
 
 def pair(name: str, value: Any, axes: str = "rows, columns") -> tuple[int, int]:
-    """`value` per axis, checked to be one positive whole number for both, or two in a tuple or list."""
+    """`value` for each axis: one positive whole number for both axes, or a tuple or list of two."""
     first, second = value if isinstance(value, PAIRS) and len(value) == 2 else (value, value)
     rows, columns = whole(first), whole(second)
     if rows is None or columns is None:
@@ -60,7 +61,7 @@ def pair(name: str, value: Any, axes: str = "rows, columns") -> tuple[int, int]:
 
 
 def window(name: str, value: Any) -> tuple[int, int]:
-    """`value` as `pair`, checked to be odd."""
+    """Like `pair`; both numbers must be odd."""
     rows, columns = pair(name, value)
     if rows % 2 == 0 or columns % 2 == 0:
         raise ValueError(f"{name} must be odd, so that a window has a middle; got {value!r}")
@@ -79,13 +80,13 @@ def factor(name: str, value: Any, default: float) -> float:
         return default
     if isinstance(value, Tensor):
         raise TypeError(
-            f"{name} must be a number, got a tensor: no gradient would reach it. Multiply query by it instead, and"
-            f" give {name}=1"
+            f"{name} must be a number, got a tensor, which would receive no gradient. Multiply query by the tensor and"
+            f" pass {name}=1"
         )
     symbolic = isinstance(value, torch.SymInt | torch.SymFloat)
     if isinstance(value, bool) or not (symbolic or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, or None for the default; got {value!r}")
-    if symbolic or torch.compiler.is_compiling():  # there too it may stand for a symbol
+    if symbolic or torch.compiler.is_compiling():  # a compiler may pass a symbol as an ordinary number
         return value
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite; got {value!r}")
@@ -105,7 +106,7 @@ def floating(name: str, value: Tensor) -> None:
 
 
 def token_map(name: str, value: Any) -> None:
-    """A map of tokens, not empty but for its batch."""
+    """Check that `value` is a map of tokens. Only its batch may be empty."""
     tensor(name, value)
     if value.ndim != 5:
         raise ValueError(f"{name} must have shape (batch, height, width, heads, head_dim); got {tuple(value.shape)}")
@@ -115,7 +116,7 @@ def token_map(name: str, value: Any) -> None:
 
 
 def alike(name: str, value: Any, query: Tensor) -> None:
-    """A map of the shape, dtype and device of `query`."""
+    """Check that `value` is a map with the shape, dtype and device of `query`."""
     tensor(name, value)
     if value.shape != query.shape:
         raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}; got {tuple(value.shape)}")
@@ -123,7 +124,7 @@ def alike(name: str, value: Any, query: Tensor) -> None:
 
 
 def same_kind(name: str, value: Tensor, query: Tensor) -> None:
-    """A tensor with dtype and device of `query`."""
+    """Check that `value` has the dtype and device of `query`."""
     if value.dtype != query.dtype or value.device != query.device:
         raise ValueError(
             f"{name} must share dtype and device with query ({query.dtype}, {query.device});"
@@ -132,7 +133,7 @@ def same_kind(name: str, value: Tensor, query: Tensor) -> None:
 
 
 def table(name: str, value: Any, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:
-    """Parameters of `shape`, whose `axes` are named, in any floating dtype."""
+    """Check that `value` has `shape` and any floating dtype; `axes` names the axes for the message."""
     tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} must have shape ({axes}) = {shape}; got {tuple(value.shape)}")
@@ -140,19 +141,19 @@ def table(name: str, value: Any, query: Tensor, axes: str, shape: tuple[int, ...
         raise ValueError(f"{name} must be floating-point, on {query.device}; got {value.dtype}, {value.device}")
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.11 takes `is_exporting` for true in all that it compiles
+@torch.compiler.assume_constant_result  # PyTorch 2.11 replaces `is_exporting` by True in everything it compiles
 def exporting() -> bool:
-    """An exported program must run where hybridzoo is not installed: plain PyTorch operators, no node of ours."""
+    """Whether a program is being exported. It must run without hybridzoo, so it may not contain our operators."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def open_map(query: Tensor) -> bool:
-    """Whether a program is exported that leaves the height or width of its map open."""
+    """Whether a program is being exported whose map has a dynamic height or width."""
     return any(isinstance(side, torch.SymInt) for side in query.shape[1:3])
 
 
 def fixed_map(operator: str, query: Tensor) -> None:
-    """A map whose height and width are known while a program is exported: how it is cut depends on them."""
+    """Check that an exported map has a fixed height and width: how the operator cuts the map depends on them."""
     if open_map(query):
         raise ValueError(
             f"{operator} cannot be exported with a dynamic height or width: how it cuts the map depends on them;"
@@ -161,12 +162,17 @@ def fixed_map(operator: str, query: Tensor) -> None:
 
 
 def implementation(impl: Any, query: Tensor, limit: str | None = None, *, widths: tuple[int, int] = (16, 128)) -> str:
-    """`"triton"` or `"torch"`, as `impl` wants; `limit` says why an operator's Triton kernels cannot run the call.
+    """The implementation for a call, `"triton"` or `"torch"`.
 
-    `query` is the map that the operator works on, `widths` are the smallest and the largest head_dim that its kernels
-    take.
+    Args:
+        impl: what the caller asked for: `"auto"`, `"triton"` or `"torch"`.
+        query: the map that the operator works on.
+        limit: a further reason why the operator's Triton kernels cannot run the call; None if there is no reason.
+        widths: the smallest and the largest head_dim that its Triton kernels support.
 
-    An explicit choice never falls back: what Triton cannot run, it raises.
+    Raises:
+        ValueError: `impl` is not one of the three, or it is `"triton"` and Triton cannot run the call. An explicit
+            choice is never replaced by another one.
     """
     if not isinstance(impl, str) or impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
@@ -179,13 +185,13 @@ def implementation(impl: Any, query: Tensor, limit: str | None = None, *, widths
 
 
 def _triton_cannot(query: Tensor, widths: tuple[int, int]) -> str | None:
-    """Why no Triton kernel can run a call on this map; None if one can."""
+    """The reason why no Triton kernel can run a call on this map, or None if one can."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if exporting():
-        return "an exported program holds PyTorch's own operators only"
+        return "an exported program may contain only PyTorch's own operators"
     if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the map is on {query.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
-    from hybridzoo.kernels import triton_common  # only when used: Triton is slow to import
+    from hybridzoo.kernels import triton_common  # imported only when used, because Triton is slow to import
 
     return triton_common.unsupported(query, widths)

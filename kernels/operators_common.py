@@ -1,4 +1,4 @@
-"""What the operators share: their registration, first derivatives for autograd and `torch.func`, and autocast."""
+"""Shared by all operators: registration, first derivatives for autograd and `torch.func`, and autocast."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _LIBRARY = torch.library.Library("hybridzoo", "FRAGMENT")
 
 
 def operator(body: Callable[..., Any]) -> torch._ops.OpOverload:
-    """The `torch.library` operator `hybridzoo::<name of body>` that runs `body`, which changes none of its arguments.
+    """Register the `torch.library` operator `hybridzoo::<name of body>`, which runs `body`.
 
-    Compilers, exporters and counters see one node. `torch.library.custom_op` does the same, and checks in every call
-    that no result is a view of an argument: some 40 microseconds on a CPU, as much as a small kernel. The tests ask
-    `torch.library.opcheck` instead.
+    `body` must not change its arguments. Compilers, exporters and FLOP counters see one node.
+    `torch.library.custom_op` does the same, but also checks in every call that no result is a view of an argument. This
+    takes about 40 microseconds on a CPU, as long as a small kernel. Our tests call `torch.library.opcheck` instead.
     """
     name = body.__name__
     _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
@@ -31,14 +31,13 @@ def differentiable(
 ) -> Callable[..., Any]:
     """`op` with a gradient: `save(ctx, inputs, output)`, `differentiate(ctx, *grads)`, as in `register_autograd`.
 
-    What PyTorch makes of a registered gradient compiles to one node per direction, whatever the inputs, but
-    `torch.func.grad` stumbles over it, and forward mode passes it with tangents of zero. So outside of compilers an
-    autograd function goes around the operator, which does neither. (Compilers would not take the same tensor as query
-    and key through such a function, nor could a `torch.jit.trace` be saved.) For `torch.func`, `differentiate` too must
-    compute with differentiable operators.
+    A gradient that is registered with PyTorch compiles to one node per direction. But `torch.func.grad` fails on it,
+    and forward mode silently returns tangents of zero. So outside of compilers, an autograd function wraps the operator
+    and avoids both problems. (Compilers do not accept such a function if query and key are the same tensor, and
+    `torch.jit.trace` cannot save it.) For `torch.func`, `differentiate` must use differentiable operators.
 
     There are two autograd functions. Only `Transformed` works with `torch.func`, but PyTorch binds its arguments by
-    name in every call, which doubles the time of a call. So it is used under `torch.func` alone.
+    name in every call, which doubles the time of a call. So it is used only under `torch.func`.
     """
     torch.library.register_autograd(op, differentiate, setup_context=save, lib=_LIBRARY)
 
@@ -68,7 +67,7 @@ def differentiable(
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return op(*inputs)
-        if torch._C._are_functorch_transforms_active():  # asked by autograd functions too; there is no public question
+        if torch._C._are_functorch_transforms_active():  # autograd functions call it too; no public function tells it
             return Transformed.apply(*inputs)
         return Function.apply(*inputs) if _has_gradient(inputs) else op(*inputs)
 
@@ -76,7 +75,7 @@ def differentiable(
 
 
 def _has_gradient(inputs: tuple[Any, ...]) -> bool:
-    """Whether a derivative is asked for, in reverse mode or in forward mode."""
+    """Whether the call needs a derivative, in reverse mode or in forward mode."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
@@ -84,7 +83,7 @@ def _has_gradient(inputs: tuple[Any, ...]) -> bool:
 
 
 def differentiable_once(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
-    """The backward operator `op`, for `differentiate` to use: its own gradient, a second derivative, raises."""
+    """The backward operator `op` for `differentiate`. Its own gradient (a second derivative) raises an error."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -96,9 +95,9 @@ def differentiable_once(op: torch._ops.OpOverload, name: str) -> Callable[..., A
 
 
 def full_precision(query: Tensor) -> AbstractContextManager[Any]:
-    """Inside an operator autocast would still change the precision of its products, and of its output.
+    """Switch autocast off inside an operator, where it would change the precision of products and of the output.
 
-    Only where it is on: an exported program would show the switching.
+    Does nothing if autocast is not on, because an exported program would contain the switch.
     """
     device = query.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -1,7 +1,7 @@
-"""What the Triton kernels of all operators share: launches, block sizes, loading and storing tokens.
+"""Shared by the Triton kernels of all operators: launches, block sizes, loading and storing tokens.
 
 Tensors are `(batch, height, width, heads, head_dim)`. A *launch* holds everything a kernel is called with; the tests
-compile the very launches that calls make. Imported only when used: Triton is slow to import.
+compile the same launches that calls make. This module is imported only when used, because Triton is slow to import.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor
 from hybridzoo.kernels.tuning import Config
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2E = tl.constexpr(1.4426950408889634)  # the hardware has a fast exp2, no fast exp
-ALIGNMENT = 16  # bytes; Triton compiles other code for tensors that begin elsewhere
+LOG2E = tl.constexpr(1.4426950408889634)  # the hardware has a fast exp2, but no fast exp
+ALIGNMENT = 16  # bytes; Triton compiles different code for tensors that are not aligned
 UNSEEN = tl.constexpr(-1.0e30)  # the score of a key that is not attended to: finite, so that no row makes inf - inf
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A launch without its tensors, which are all that changes between calls of a shape, dtype, strides and device."""
+    """A launch without its tensors. Between calls with the same shape, dtype, strides and device, only they change."""
 
     kernel: Any
     programs: int
     tensors: tuple[str, ...]  # the kernel's first arguments
-    arguments: dict[str, Any]  # the others, in its order
-    options: dict[str, Any]  # of the compiler
-    compiled: dict[Any, Any] = field(default_factory=dict)  # by what Triton asks of tensors
+    arguments: dict[str, Any]  # the other arguments, in the kernel's order
+    options: dict[str, Any]  # for the compiler
+    compiled: dict[Any, Any] = field(default_factory=dict)  # by the tensors' dtypes and alignment
 
     @classmethod
     def of(cls, kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> Recipe:
-        """Of `arguments`, a kernel is passed those it has; the tensors are the rest of what it has."""
+        """The recipe for `kernel`, which receives those of `arguments` that it has; its other arguments are tensors."""
         tensors = tuple(name for name in kernel.arg_names if name not in arguments)
         rest = kernel.arg_names[len(tensors) :]
         assert not {*tensors} & {*rest}, f"{kernel} takes a tensor after other arguments"
@@ -59,7 +59,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All of them, in the kernel's order."""
+        """All arguments, in the kernel's order."""
         return dict(zip(self.recipe.tensors, self.tensors, strict=True)) | self.recipe.arguments
 
     @property
@@ -75,16 +75,16 @@ class Launch(NamedTuple):
         recipe = self.recipe
         alike = tuple([(t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in self.tensors])
         compiled = recipe.compiled.get(alike)
-        if compiled is not None and torch.version.hip is None:  # AMD's code depends on the memory's size too
+        if compiled is not None and torch.version.hip is None:  # AMD's code also depends on the size of the memory
             compiled[(recipe.programs, 1, 1)](*self.tensors, *recipe.arguments.values())
         else:  # the interpreter returns nothing
             recipe.compiled[alike] = recipe.kernel[(recipe.programs,)](*self.arguments.values(), **recipe.options)
 
 
 def unsupported(query: Tensor, widths: tuple[int, int] = (16, 128)) -> str | None:
-    """Why no kernel of ours can take this map, of heads as wide as `widths` or of plain channels; None if they can."""
+    """The reason why none of our kernels supports this map, or None. `widths`: smallest and largest head_dim."""
     if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is none of float16, bfloat16, float32"
+        return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
     if query.dtype == torch.bfloat16 and not query.is_cuda:
         return "Triton's interpreter multiplies bfloat16 matrices as if they were integers"
     if query.ndim == 5 and not widths[0] <= query.shape[4] <= widths[1]:
@@ -92,27 +92,27 @@ def unsupported(query: Tensor, widths: tuple[int, int] = (16, 128)) -> str | Non
     shape = query.shape[1:]
     reach = sum([(size - 1) * abs(stride) for size, stride in zip(shape, query.stride()[1:], strict=True)])
     if max(reach, math.prod(shape)) >= 2**31:
-        return "an image has more elements than 32-bit offsets reach"
+        return "an image has more elements than 32-bit offsets can address"
     if query.is_cuda and capability(query.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
 
 
-capability = functools.cache(torch.cuda.get_device_capability)  # asked for in every call
+capability = functools.cache(torch.cuda.get_device_capability)  # needed in every call
 
 
 def same_strides(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """The three with one set of strides, as the kernels want them: views of a packed projection pass as they are."""
+    """The three tensors with equal strides, which the kernels need. Views of a packed projection are not copied."""
     if not (query.stride() == key.stride() == value.stride() and query.stride(4) == 1):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     return dict(query=query, key=key, value=value)
 
 
 def precision(query: Tensor) -> str:
-    """How float32 products are taken: as PyTorch's own are, exactly unless the user allows TF32; others have no choice.
+    """How products are computed: in TF32 for float32 inputs if the user allows it in PyTorch, otherwise exactly.
 
-    PyTorch has three ways to allow it, and refuses to answer by one of them once another was used. The newest attribute
-    always answers.
+    PyTorch has three ways to allow TF32. After one was used, reading another one may raise. The newest attribute can
+    always be read.
     """
     matmul = torch.backends.cuda.matmul
     if query.dtype != torch.float32:
@@ -123,7 +123,7 @@ def precision(query: Tensor) -> str:
 
 @triton.jit
 def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, exists=None):
-    """`[n, BLOCK_D]`, zeros beyond HEAD_DIM, and in tokens that do not exist, which cost no transfer."""
+    """`[n, BLOCK_D]`, zeros beyond HEAD_DIM and in tokens that do not exist, which are not read from memory."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     pointers = tensor + offsets[:, None] + channel
     if exists is not None:

@@ -1,15 +1,15 @@
-"""Which block sizes a Triton kernel takes: a table tuned on this very chip where there is one, else the defaults.
+"""Block sizes of the Triton kernels: from a table tuned on the same GPU model if there is one, otherwise the defaults.
 
-A tuned table is a JSON file, `kernels/tuned/<GPU name>.json` or, before it, what the environment variable
-`HYBRIDZOO_TUNED` names; `python -m benchmarks.gpu` writes one:
+A tuned table is a JSON file: the one that the environment variable `HYBRIDZOO_TUNED` names, otherwise
+`kernels/tuned/<GPU name>.json`. `python -m benchmarks.gpu` writes it:
 
     {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0", "rows": [
         {"operator": "na2d", "kernel": "forward_tiled", "block_d": 32, "itemsize": 2, "shape": "56x56k7x7",
          "config": [64, 32, 4, 3, null], "time": 0.82}]}
 
-`config` is `queries, keys, warps, stages, registers` of `Config`; `time` is that of the whole pass over its time with
-the default. `shape` is the operator's own word for the shapes that share a row; an empty one
-serves all shapes without a row. Nothing here imports Triton.
+`config` is `queries, keys, warps, stages, registers` of `Config`. `time` is the time of the whole pass, divided by its
+time with the default. `shape` is a text by which the operator names the shapes that share a row; a row with an empty
+one is for all shapes that have no row. Nothing here imports Triton.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ VARIABLE = "HYBRIDZOO_TUNED"
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is cut and compiled. Some kernels take a block from what they work on, not from here."""
+    """Block sizes and compiler options of one kernel. Some kernels derive a block size from the input instead."""
 
     queries: int  # per block of scores
     keys: int
     warps: int
     stages: int
-    registers: int | None = None  # a thread may have; the compiler, left to itself, may rather spill a few bytes
+    registers: int | None = None  # limit for a thread; without one, the compiler may spill a few bytes
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """For the compiler. Whether multiplications and additions may fuse is said, because defaults differ."""
+        """Compiler options. Fusing multiplications and additions is set explicitly, because defaults differ."""
         options: dict[str, int | bool] = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
         return options if self.registers is None else options | dict(maxnreg=self.registers)
 
@@ -57,13 +57,13 @@ class Key(NamedTuple):
     kernel: str  # a name in the operator's table of defaults
     block_d: int  # head_dim, padded to a power of two: 16 to 128
     itemsize: int  # bytes per element: 2 or 4
-    shape: str = ""  # the operator's word for shapes that share a row
+    shape: str = ""  # names the shapes that share a row
 
 
 def pick(table: Table, key: Key, device: torch.device | None = None) -> Config:
-    """The configuration for `key`: one being tried, else tuned on `device`, else of `table`.
+    """The configuration for `key`: the one being tried, otherwise the one tuned on `device`, otherwise from `table`.
 
-    Where head_dim 16 has no row in `table`, that of 32 serves.
+    If head_dim 16 has no row in `table`, the row of 32 is used.
     """
     for asked in _listeners:
         asked[key] = _default(table, key)
@@ -81,18 +81,18 @@ def _default(table: Table, key: Key) -> Config:
 
 
 def table_name(device_name: str) -> str:
-    """File name of the table for a GPU: of `NVIDIA H100 80GB HBM3`, `nvidia-h100-80gb-hbm3.json`."""
+    """File name of the table for a GPU: `nvidia-h100-80gb-hbm3.json` for `NVIDIA H100 80GB HBM3`."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
 
 
 def read_table(file: Path) -> dict[Key, Config]:
-    """The rows of a tuned table; ValueError where the file is none."""
+    """The rows of a tuned table; ValueError if the file is not one."""
     try:
         rows = json.loads(file.read_text())["rows"]
         return {Key(*(row[field] for field in Key._fields)): Config(*row["config"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is no table of tuned kernels ({error!r}); write one with python -m benchmarks.gpu"
+            f"{file} is not a table of tuned kernels ({error!r}); write one with python -m benchmarks.gpu"
         ) from error
 
 
@@ -125,14 +125,14 @@ _plans: list[Callable[[], None]] = []
 
 
 def plan(function: F) -> F:
-    """Cache what `function` makes of shapes, dtypes and strides; whatever calls `pick` must be cached by this only."""
+    """Cache the results of `function` by its arguments. Use only this cache for functions that call `pick`."""
     cached = functools.lru_cache(maxsize=1024)(function)
     _plans.append(cached.cache_clear)
     return cached  # type: ignore[return-value]
 
 
 def forget() -> None:
-    """Tables and plans are made anew."""
+    """Empty the caches of tables and plans."""
     _tuned.cache_clear()
     for clear in _plans:
         clear()
@@ -140,7 +140,7 @@ def forget() -> None:
 
 @contextmanager
 def trying(configs: Mapping[Key, Config]) -> Iterator[None]:
-    """Inside, kernels run with these configurations."""
+    """Inside the context, kernels run with these configurations."""
     _trials.update(configs)
     forget()
     try:
@@ -153,7 +153,7 @@ def trying(configs: Mapping[Key, Config]) -> Iterator[None]:
 
 @contextmanager
 def asked() -> Iterator[dict[Key, Config]]:
-    """What is asked for inside, in order, with the defaults."""
+    """Yields a dict that records, in order, the keys requested inside the context, with their defaults."""
     found: dict[Key, Config] = {}
     forget()
     _listeners.append(found)
@@ -164,9 +164,9 @@ def asked() -> Iterator[dict[Key, Config]]:
 
 
 def candidates(default: Config, blocks: bool = True) -> list[Config]:
-    """What is worth trying beside `default`, nearest first: blocks half and twice as large, other warps and stages.
+    """Configurations to try besides `default`, nearest first: half and double blocks, other warps and stages.
 
-    A thread holds 8 to 64 scores. Without `blocks` the kernel takes its blocks from elsewhere.
+    A thread holds 8 to 64 scores. `blocks=False`: the kernel does not take its blocks from the configuration.
     """
     d, found = default, []
     sides = [(d.queries, d.keys)]

@@ -1,4 +1,4 @@
-"""Dynamic depthwise convolution: every image brings the 3x3 kernels of its own channels."""
+"""Dynamic depthwise convolution: every image has its own 3x3 kernel for each channel."""
 
 from hybridzoo.kernels.depthwise.api import dynamic_depthwise_conv2d
 

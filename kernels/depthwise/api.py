@@ -1,6 +1,6 @@
 """The public operator: shapes, argument checks, choice of implementation.
 
-InLine attention (Han et al., NeurIPS 2024, arXiv 2412.06590) adds such a convolution of its values, the local residual.
+InLine attention (Han et al., NeurIPS 2024, arXiv 2412.06590) adds such a convolution of its values ("local residual").
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from hybridzoo.kernels.depthwise import operators, torch_impl
 
 
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """3x3 cross-correlation with zero padding of every image's every channel with a kernel and a bias of its own.
+    """3x3 cross-correlation with zero padding; each channel of each image has its own kernel and bias.
 
-    Differentiable in all tensors; Triton's result once and in reverse mode, with sums in float32 and in a fixed order:
-    two runs give the same bits.
+    Differentiable with respect to all tensors. Triton's result is differentiable once, in reverse mode; sums are taken
+    in float32 and in a fixed order, so two runs give the same bits.
 
     Args:
         x: channels-last maps `(batch, height, width, channels)`, any strides; the batch may be empty.
         kernels: `(batch, channels, 9)`, row by row; any floating dtype, rounded to that of `x`.
-        bias: `(batch, channels)`, likewise, added to every pixel; none by default.
-        impl: `"triton"` (CUDA; elsewhere only under `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`, which
-            takes Triton on CUDA where it supports the call, else torch; compilers are given torch, as nine products
-            that they fuse. An explicit choice never falls back: where Triton cannot run, it raises.
+        bias: `(batch, channels)`, any floating dtype, rounded to that of `x`, added to every pixel; default None.
+        impl: `"triton"` (CUDA; on other devices only with `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`:
+            Triton on CUDA if it supports the call, otherwise torch. Under a compiler, `"auto"` uses torch, as nine
+            products that the compiler fuses. With `"triton"`, a call that Triton cannot run raises.
 
     Returns:
         `(batch, height, width, channels)` in the dtype of `x`.
 
     Raises:
-        ValueError: an argument does not fit, or `impl="triton"` cannot run this call; the message names the reason.
-        TypeError: an argument is no tensor.
-        NotImplementedError: a second or a forward-mode derivative of Triton's result is asked for.
+        ValueError: an argument is not valid, or `impl="triton"` cannot run this call; the message names the reason.
+        TypeError: an argument is not a tensor.
+        NotImplementedError: a second or a forward-mode derivative of Triton's result is requested.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None = N
     arguments.tensor("x", x)
     if x.ndim != 4 or any(size == 0 for size in x.shape[1:]):
         raise ValueError(
-            f"x must have shape (batch, height, width, channels), only the batch empty; got {tuple(x.shape)}"
+            f"x must have shape (batch, height, width, channels), and only the batch may be empty; got {tuple(x.shape)}"
         )
     arguments.floating("x", x)
     batch, _, _, channels = x.shape

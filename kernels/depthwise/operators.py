@@ -1,4 +1,4 @@
-"""Dynamic depthwise convolution by Triton as two `torch.library` operators: one node per direction."""
+"""Dynamic depthwise convolution in Triton as two `torch.library` operators: one node per direction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hybridzoo.kernels.operators_common import differentiable, differentiable_on
 
 @operator
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    from hybridzoo.kernels.depthwise import triton_impl  # only when used: Triton is slow to import
+    from hybridzoo.kernels.depthwise import triton_impl  # imported only when used, because Triton is slow to import
 
     return triton_impl.forward(x, kernels, bias)
 

@@ -1,4 +1,4 @@
-"""The formula, window by window. Slow, meant for float64 tests."""
+"""The formula, computed window by window. Slow; for tests in float64."""
 
 from __future__ import annotations
 

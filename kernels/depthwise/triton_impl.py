@@ -11,10 +11,10 @@ from hybridzoo.kernels.depthwise import triton_kernels
 from hybridzoo.kernels.triton_common import Launch, Recipe
 from hybridzoo.kernels.tuning import Config
 
-PIXELS = {"convolve": 32, "backward_kernels": 16}  # of a program's tile
-CHANNELS = 64  # at most
-PROGRAMS = 4096  # of `backward_kernels`, about: images are cut into parts until there are as many
-CONFIG = Config(0, 0, warps=4, stages=1)  # blocks are those above
+PIXELS = {"convolve": 32, "backward_kernels": 16}  # pixels of a program's tile
+CHANNELS = 64  # most channels of a tile
+PROGRAMS = 4096  # images are cut into parts until `backward_kernels` has about so many programs
+CONFIG = Config(0, 0, warps=4, stages=1)  # the block sizes are the constants above
 
 
 def forward(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
@@ -35,7 +35,7 @@ def backward(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, 
         for one in launches:
             one.run()
     sums = partial.sum(1).to(kernels.dtype)
-    # Never views of it: an operator's results may not share memory.
+    # Copies, not views of `partial`: the results of an operator must not share memory.
     return dx, sums[:, :9].mT.clone(memory_format=torch.contiguous_format), sums[:, 9].clone()
 
 
@@ -44,7 +44,7 @@ def forward_launch(x: Tensor, kernels: Tensor, bias: Tensor | None, out: Tensor)
 
 
 def backward_launches(grad: Tensor, x: Tensor, kernels: Tensor, dx: Tensor) -> tuple[list[Launch], Tensor]:
-    """The kernels in any order, and the parts, `(batch, parts, 10, channels)`, of the sums of kernels and bias."""
+    """The kernels, and the partial sums `(batch, parts, 10, channels)` of the gradients of kernels and bias."""
     grad, x = grad.contiguous(), _dense_channels(x)
     sums = _sums(tuple(x.shape), x.stride(), x.device)
     partial = torch.empty(x.shape[0], sums.arguments["parts"], 10, x.shape[3], dtype=torch.float32, device=x.device)
@@ -54,7 +54,7 @@ def backward_launches(grad: Tensor, x: Tensor, kernels: Tensor, dx: Tensor) -> t
 
 def _convolve(x: Tensor, kernels: Tensor, bias: Tensor | None, out: Tensor, flip: bool) -> Launch:
     x, kernels = _dense_channels(x), kernels.contiguous()
-    shift = kernels if bias is None else bias.contiguous()  # a pointer that nobody reads
+    shift = kernels if bias is None else bias.contiguous()  # without bias, a placeholder that is not read
     recipe = _convolution(tuple(x.shape), x.stride(), x.device, bias is not None, flip)
     return recipe.launch(dict(x=x, kernels=kernels, bias=shift, out=out))
 
@@ -77,11 +77,11 @@ def _sums(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device
 
 
 def _tiling(kernel: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[dict[str, int], int]:
-    """Sizes and strides for the kernel; groups of channels."""
+    """Sizes and strides for the kernel, and the number of channel blocks."""
     _, height, width, channels = shape
     block = min(CHANNELS, triton.next_power_of_2(channels))
     if channels % block and channels % (block // 2) == 0:
-        block //= 2  # 96 channels are three blocks of 32, not two of 64
+        block //= 2  # 96 channels make three blocks of 32, not two of 64
     pixels = PIXELS[kernel] * (CHANNELS // block)
     steps = dict(zip(("stride_b", "stride_h", "stride_w"), strides, strict=False))
     sizes = dict(height=height, width=width, channels=channels, tiles=triton.cdiv(height * width, pixels))

@@ -1,6 +1,6 @@
 """Dynamic depthwise convolution in Triton: one pass over a channels-last map, forward and for each gradient.
 
-A program holds a tile of PIXELS pixels, row by row, by CHANNELS channels. The nine reads of a pixel come out of caches.
+A program holds a tile of PIXELS pixels (row by row) and CHANNELS channels. Caches serve the nine reads of a pixel.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Sizes differ between images of a multi-scale training run; a kernel compiled for each would never be reused.
+# Sizes change in multi-scale training, so the kernel is not compiled again for each of them.
 SIZES = ["height", "width", "tiles"]
 
 
 @triton.jit
 def _neighbours(tensor, pixel, channel, known, down, right, height, width, stride_h, stride_w):
-    """`[PIXELS, CHANNELS]` in float32: what lies `down` and `right` of every pixel; zero beyond the map."""
+    """`[PIXELS, CHANNELS]` in float32: the value `down` rows below and `right` columns right of every pixel, or 0."""
     row, column = pixel // width + down, pixel % width + right
     on_map = (pixel < height * width) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     pointers = tensor + (row * stride_h + column * stride_w)[:, None] + channel[None, :]
@@ -26,7 +26,7 @@ def convolve(
     x, kernels, bias, out, height, width, channels, tiles, stride_b, stride_h, stride_w,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BIAS: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the result. With FLIP the kernels are turned by half a turn: from its gradient to that of the map."""
+    """A tile of the result. With FLIP, kernels are rotated by 180 degrees, which gives the gradient of the map."""
     groups = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0)
     group, tile, image = program % groups, program // groups % tiles, (program // groups // tiles).to(tl.int64)
@@ -53,9 +53,10 @@ def backward_kernels(
     grad, x, partial, height, width, channels, tiles, parts, stride_b, stride_h, stride_w,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A row of three taps, over a part of an image's tiles: sums of gradient times map, in `partial[image, part]`.
+    """Sums of gradient times map for one row (three values) of the kernels, over a part of an image's tiles.
 
-    That is `(10, channels)`: nine taps and, from the middle row's program, the gradient alone, which is the bias's.
+    They are written to `partial[image, part]`, `(10, channels)`: nine values of the kernels and, from the program of
+    the middle row, the sum of the gradient itself, which is the gradient of the bias.
     """
     groups = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0)

@@ -1,8 +1,8 @@
 """Block sizes, warps and pipeline stages of the Triton kernels, and how a map is cut into tiles for them.
 
-A block of scores is `QUERIES x KEYS`. The "whole" kernels hold one block of a tile: all its queries against all keys
-that any of them sees (keys' gradients: all its keys against all queries that see any of them). Which block that is
-depends on the map, so there is a rule; the others, which go through the keys block by block, have a table.
+A block of scores is `QUERIES x KEYS`. The "whole" kernels hold one block of a tile: all its queries and all keys that
+any of them sees (for the gradients of keys: all its keys and all queries that see any of them). The size of that block
+depends on the map, so a rule computes it. The other kernels loop over blocks of keys; their sizes are in a table.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ WHOLE = ("forward_whole", "backward_dense", "backward_query_whole", "backward_ke
 TILED = ("forward_tiled", "backward_query", "backward_key", "backward_bias")
 KINDS = WHOLE + TILED
 
-OWN, OTHER = (16, 64), (16, 32, 64, 128, 256)  # sides of a whole kernel's block; 64 rows are what Hopper multiplies
-# Largest blocks (own side, scores) that were seen to stay in registers, by the padded head_dim.
+OWN, OTHER = (16, 64), (16, 32, 64, 128, 256)  # sides of a whole kernel's block; Hopper multiplies 64 rows at a time
+# The largest blocks (own side, scores) that stayed in registers, for each padded head_dim.
 HELD = {
     "forward_whole": {16: (64, 8192), 32: (64, 8192), 64: (64, 4096), 128: (64, 4096)},
     "backward_query_whole": {32: (64, 4096), 64: (16, 2048)},
     "backward_key_whole": {16: (64, 4096), 32: (64, 4096), 64: (64, 4096)},
 }
-# Registers of a thread in sm_90's code: a base, and more with every score that it holds, by the kernel and own side.
+# Registers of a thread in the code for sm_90, by kernel and own side: a base, and more for each score that it holds.
 REGISTERS = {
     ("forward_whole", 16): (56.0, 3.4),
     ("forward_whole", 64): (19.0, 3.4),
     ("backward_key_whole", 16): (50.0, 5.1),
 }
 MAX_OTHER = {"forward_whole": 256, "backward_query_whole": 128, "backward_key_whole": 128}
-MAX_SHARED = 65536  # bytes of the two maps that a program loads most of, in one stage
-DENSE_MAX_BYTES = 8192  # of a block of float32 tokens, whose products take no tensor cores: it stays in registers
+MAX_SHARED = 65536  # bytes, in one stage, of the two maps that a program reads most from
+DENSE_MAX_BYTES = 8192  # size of a block of float32 tokens, which stays in registers (no tensor cores in float32)
 
 # NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
-# Numbers of registers are there where the compiler, left to itself, spilled.
+# A number of registers is given where the compiler spilled without one.
 TABLE: Table = {
     ("forward_tiled", 32, 2): Config(64, 32, 4, 3),
     ("forward_tiled", 64, 2): Config(64, 32, 4, 3),
@@ -70,7 +70,7 @@ TABLE: Table = {
 
 
 class Axis(NamedTuple):
-    """One axis of a map: the sizes of its dilation groups, of which there are one or two, and the window."""
+    """One axis of a map: the one or two sizes of its dilation groups, and the window."""
 
     members: tuple[int, ...]
     kernel: int
@@ -95,7 +95,7 @@ class Cut(NamedTuple):
 
 
 def whole(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, device: torch.device) -> Cut | None:
-    """How the whole kernel `kind` cuts a map; None where no block of it holds a tile."""
+    """How the whole kernel `kind` cuts a map into tiles; None if none of its blocks can hold a tile."""
     if kind == "backward_dense" and not _holds_all(rows, columns, block_d, itemsize, capability(device)):
         return None
     default = _whole_block(kind, rows, columns, block_d, itemsize)
@@ -103,20 +103,20 @@ def whole(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, dev
         return None
     config = tuning.pick({(kind, block_d, itemsize): default}, _key(kind, rows, columns, block_d, itemsize), device)
     cut = _cut_whole(kind, rows, columns, config) or _cut_whole(kind, rows, columns, default)
-    assert cut is not None  # the default was chosen for this very map
+    assert cut is not None  # the default was chosen for this map
     return cut
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; elsewhere that of the chip that the defaults are for."""
+    """Compute capability of a GPU; for other devices that of the H100, for which the defaults were chosen."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _holds_all(rows: Axis, columns: Axis, block_d: int, itemsize: int, chip: tuple[int, int]) -> bool:
-    """Whether one kernel has registers for all gradients of a dense group.
+    """Whether one kernel has enough registers for all gradients of a dense group.
 
-    Of 64 tokens only where tensor cores read shared memory, from compute capability 9.0 on.
+    For 64 tokens this needs compute capability 9.0, whose tensor cores read shared memory.
     """
     tokens = rows.members[0] * columns.members[0]
     if itemsize == 4:
@@ -125,7 +125,7 @@ def _holds_all(rows: Axis, columns: Axis, block_d: int, itemsize: int, chip: tup
 
 
 def at_a_time(kind: str, cut: Cut, block_d: int, itemsize: int) -> int:
-    """Programs of a whole kernel that a multiprocessor runs at a time, about: by its registers and shared memory."""
+    """About how many programs of a whole kernel a multiprocessor runs at a time, given registers and shared memory."""
     config = cut.config
     own, other = sorted((config.queries, config.keys))
     base, each = REGISTERS.get((kind, own), (100.0, 4.0))
@@ -136,30 +136,30 @@ def at_a_time(kind: str, cut: Cut, block_d: int, itemsize: int) -> int:
 
 
 def tiled(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, device: torch.device) -> Cut:
-    """How the kernel `kind`, which goes through its other side block by block, cuts a map."""
+    """How the kernel `kind`, which loops over blocks of the other side, cuts a map into tiles."""
     config = tuning.pick(TABLE, _key(kind, rows, columns, block_d, itemsize), device)
     return square(rows, columns, config.keys if kind == "backward_key" else config.queries, config)
 
 
 def square(rows: Axis, columns: Axis, block: int, config: Config) -> Cut:
-    """Tiles of at most `block` tokens."""
-    side = 1 << ((block.bit_length() - 1) // 2)  # about square, all tiles of a group about equal
+    """Cut a map into nearly square, nearly equal tiles of at most `block` tokens."""
+    side = 1 << ((block.bit_length() - 1) // 2)
     tile_h = _even(rows.members[0], side)
     tile = tile_h, _even(columns.members[0], block // tile_h)
     return _of_tile(rows, columns, tile, config)
 
 
 def candidates(key: Key, default: Config) -> list[Config]:
-    """What a tuning run tries for `key` beside `default`: its block with other warps and stages, then other blocks.
+    """Configurations that a tuning run tries for `key` besides `default`: other warps and stages, then other blocks.
 
-    Few warps have less to say to each other, many hide more waiting. On an H100 three stages were best everywhere.
+    Few warps exchange less data, many warps hide more latency. On an H100, three stages were best everywhere.
     """
     if key.kernel not in WHOLE:
         return tuning.candidates(default)
     groups, windows = key.shape.split(", kernel ")
     members = (tuple(map(int, side.split("+"))) for side in groups.split(" x "))
     rows, columns = itertools.starmap(Axis, zip(members, map(int, windows.split(" x ")), strict=True))
-    sides = (*OWN, 32) if key.kernel == "forward_whole" else OWN  # too many registers for a default
+    sides = (*OWN, 32) if key.kernel == "forward_whole" else OWN  # 32 needs too many registers to be a default
     blocks = sorted(_blocks(key.kernel, rows, columns, key.block_d, key.itemsize, sides))
     blocks = [block for block in blocks if block[0] <= 1.7 * blocks[0][0]]
     blocks.sort(key=lambda block: {block[1], block[2]} != {default.queries, default.keys})
@@ -167,7 +167,7 @@ def candidates(key: Key, default: Config) -> list[Config]:
     for warps, stages in ((2, 3), (1, 3), (4, 3), (2, 2), (4, 2), (1, 2), (8, 2), (4, 1), (2, 1)):
         for order, (_, own, other) in enumerate(blocks[:3]):
             queries, keys = (other, own) if key.kernel == "backward_key_whole" else (own, other)
-            # Sixteen rows are what a warp multiplies; backward, 64 scores a thread, several times over, are too many.
+            # A warp multiplies 16 rows. In a backward pass, 64 scores per thread need too many registers.
             most = 64 if key.kernel == "forward_whole" or own == 64 else 32
             if warps <= max(4, own // 16) and own // 16 <= 2 * warps and own * other / (32 * warps) <= most:
                 found.append((order * 3, Config(queries, keys, warps, stages)))
@@ -181,7 +181,7 @@ def _key(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -> K
 
 
 def _whole_block(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int) -> Config | None:
-    """The cheapest block by a count of what it computes and loads; as many warps as its registers take."""
+    """The block with the lowest estimated cost of computing and loading, and enough warps for its registers."""
     blocks = _blocks(kind, rows, columns, block_d, itemsize)
     if not blocks:
         return None
@@ -202,7 +202,10 @@ def _whole_block(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: i
 def _blocks(
     kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, sides: tuple[int, ...] | None = None
 ) -> list[tuple[float, int, int]]:
-    """Cost, about cycles of a multiprocessor for an image, and blocks `(own side, other side)` that hold a tile."""
+    """`(cost, own side, other side)` of the blocks that can hold a tile.
+
+    The cost is an estimate in cycles of a multiprocessor for one image.
+    """
     found = []
     if kind == "backward_dense" or itemsize == 4:
         tokens = max(16, _power_of_two(rows.members[0] * columns.members[0]))
@@ -217,15 +220,15 @@ def _blocks(
             continue
         fit = _fit(kind, rows, columns, own, other)
         if fit is not None:
-            # Counted in sm_90's code: an image takes 200 instructions of every warp, and 7.4 more per score of a
-            # thread, where a multiprocessor issues four; 64 bytes of keys or values arrive in a cycle meanwhile.
+            # Counted in the code for sm_90: every warp executes 200 instructions per image, and 7.4 per score of a
+            # thread. A multiprocessor issues four instructions in a cycle and receives 64 bytes of keys or values.
             tiles, seen = fit[0]
             found.append((tiles * (200 + 0.058 * own * other + seen * block_d * itemsize / 64), own, other))
     return found
 
 
 def _cut_whole(kind: str, rows: Axis, columns: Axis, config: Config) -> Cut | None:
-    """None where no tile fits, as with a row of a table that was tuned before blocks changed."""
+    """None if no tile fits, for example with a tuned row that is older than the current blocks."""
     queries, keys = config.queries, config.keys
     fit = _fit(kind, rows, columns, *((keys, queries) if kind == "backward_key_whole" else (queries, keys)))
     return None if fit is None else _of_tile(rows, columns, fit[1], config)
@@ -238,8 +241,10 @@ def _of_tile(rows: Axis, columns: Axis, tile: tuple[int, int], config: Config) -
 
 @functools.lru_cache(maxsize=2048)
 def _fit(kind: str, rows: Axis, columns: Axis, own: int, other: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The tile of at most `own` tokens that is cheapest, if it and the `other` tokens it meets fit: least tiles, least
-    tokens met. `((tiles, tokens met), tile)`."""
+    """The best tile of at most `own` tokens that meets at most `other` tokens, as `((tiles, tokens met), tile)`.
+
+    Best: the fewest tiles, then the fewest tokens met. None if no tile fits.
+    """
     found = []
     for count in range(1, rows.members[0] + 1):
         tile_h = math.ceil(rows.members[0] / count)
@@ -260,7 +265,7 @@ def _fit(kind: str, rows: Axis, columns: Axis, own: int, other: int) -> tuple[tu
 
 @functools.lru_cache(maxsize=2048)
 def _met(kind: str, axis: Axis, tile: int) -> int:
-    """Most keys that any tile of queries sees along an axis, or queries that see any tile of keys."""
+    """Along an axis, the largest number of keys that a tile of queries sees (or of queries that see a tile of keys)."""
     most, kernel = 0, axis.kernel
     for members in axis.members:
         for first in range(0, members, tile):
@@ -276,7 +281,7 @@ def _met(kind: str, axis: Axis, tile: int) -> int:
 
 
 def _even(members: int, tile: int) -> int:
-    """The smallest tile that cuts `members` into no more tiles than `tile` does."""
+    """The smallest tile size that cuts `members` into as many tiles as `tile` does."""
     return math.ceil(members / math.ceil(members / tile))
 
 

@@ -1,7 +1,7 @@
 """Neighborhood attention on the GPU: which kernels run, on which tiles, with which configuration.
 
-Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. What does not depend on
-the tensors' memory is worked out once for every shape, dtype and strides, and kept.
+Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. Everything that does not
+depend on the tensors' memory is computed once for each shape, dtype and strides, and cached.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
 from hybridzoo.kernels.tuning import Config
 
-MAX_IMAGES = 64  # that one program takes
-START = {"forward_whole": 1.5, "backward_bias": 6.0}  # what a program does once, in images; others: 2.5
-ENTRIES = 64  # of the bias table, that a program of `bias_table` sums
+MAX_IMAGES = 64  # per program
+START = {"forward_whole": 1.5, "backward_bias": 6.0}  # cost of a program's start, in images; other kernels: 2.5
+ENTRIES = 64  # entries of the bias table that one program of `bias_table` sums
 
 
 def forward(maps: Maps, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
@@ -48,9 +48,9 @@ def backward(
     into: Maps,
     want_rpb: bool,
 ) -> Tensor | None:
-    """Fill `into` with the gradients of `maps`, and return that of rpb, in the dtype of its own, where it is wanted.
+    """Write the gradients of `maps` to `into`; return that of rpb, in the dtype of rpb, or None if it is not needed.
 
-    Tokens of all three in `into` follow one another row by row, equally far from each other.
+    The tokens of each map in `into` follow one another row by row, at equal distances in memory.
     """
     if not grad.numel():
         return torch.zeros_like(rpb) if rpb is not None and want_rpb else None
@@ -80,11 +80,11 @@ def backward_launches(
     into: Maps,
     want_rpb: bool = True,
 ) -> tuple[list[Launch], Tensor | None]:
-    """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that one of them fills."""
+    """The kernels of the backward pass in order, and the tables, `(n, heads, entries)`, that one of them writes."""
     tensors = dict(same_strides(*maps), grad=grad, rpb=_table(rpb, maps.query), out=out, lse=lse)
     call = _call(tensors["query"], window, rpb is not None)
     recipes = _backward_recipes(call, into.query.stride(2), rpb is not None and want_rpb, grad_lse is not None)
-    partial, blocks = None, lse  # a pointer that nobody reads
+    partial, blocks = None, lse  # `lse` is a placeholder that is not read
     if rpb is not None and want_rpb:
         heads, entries = call.shape[3], math.prod(2 * k - 1 for k in window.kernel)
         last = recipes[-1]
@@ -102,11 +102,11 @@ def backward_launches(
 
 
 def _table(rpb: Tensor | None, query: Tensor) -> Tensor:
-    return query if rpb is None else rpb.contiguous()  # without one, a pointer that nobody reads
+    return query if rpb is None else rpb.contiguous()  # without rpb, a placeholder that is not read
 
 
 class _Call(NamedTuple):
-    """What the launches of a call depend on."""
+    """Everything that the launches of a call depend on."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -123,7 +123,7 @@ class _Call(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Dilation groups of all heads."""
+        """The number of dilation groups of all heads together."""
         return self.shape[3] * math.prod(map(min, self.window.dilation, self.shape[1:3]))
 
 
@@ -139,9 +139,9 @@ def _forward_recipe(call: _Call) -> Recipe:
 
 @tuning.plan
 def _backward_recipes(call: _Call, grad_token: int, want_bias: bool, grad_lse: bool) -> list[Recipe]:
-    """The kernels in order; the last one leaves tables of the bias's gradient, where that is wanted.
+    """The kernels in order. If the bias needs a gradient, the last kernel writes tables of it.
 
-    `grad_token`: elements from a token's gradient to the next one's.
+    `grad_token`: elements between the gradients of two neighboring tokens.
     """
     fixed: dict[str, Any] = dict(grad_token=grad_token, GRAD_LSE=grad_lse, WANT_BIAS=want_bias)
     dense = _whole("backward_dense", call)
@@ -150,20 +150,20 @@ def _backward_recipes(call: _Call, grad_token: int, want_bias: bool, grad_lse: b
     else:
         recipes = [_fitting("backward_query", call, fixed), _fitting("backward_key", call, fixed)]
     if want_bias:
-        of_query = recipes[0].kernel is triton_kernels.backward_query  # which leaves the bias to another
+        of_query = recipes[0].kernel is triton_kernels.backward_query  # does not compute the gradient of the bias
         recipes.append(_bias_recipe(call) if of_query else _table_recipe(call, recipes[0]))
     return recipes
 
 
 def _bias_recipe(call: _Call) -> Recipe:
     entries = math.prod(2 * k - 1 for k in call.window.kernel)
-    columns = min(64, triton.next_power_of_2(entries))  # the kernel holds its table as a matrix, padded
+    columns = min(64, triton.next_power_of_2(entries))  # the kernel holds its table as a padded matrix
     rows = triton.next_power_of_2(math.ceil(entries / columns))
     return _recipe("backward_bias", call, _tiled("backward_bias", call), dict(COLUMNS=columns, ROWS=rows))
 
 
 def _table_recipe(call: _Call, first: Recipe) -> Recipe:
-    """Of the launch after `first`, which left a block of sums from each program."""
+    """The recipe of the kernel that makes tables from the blocks of sums that `first` wrote."""
     known = first.arguments
     block = (known["TOKENS"],) * 2 if "TOKENS" in known else (known["QUERIES"], known["KEYS"])
     tiles = dict(tile_h=call.shape[1], tile_w=call.shape[2], tiles_h=1, tiles_w=1)  # a dense group is one tile
@@ -176,7 +176,7 @@ def _table_recipe(call: _Call, first: Recipe) -> Recipe:
 
 
 def _fitting(direction: str, call: _Call, more: dict[str, Any] | None = None) -> Recipe:
-    """The whole kernel, where a block of scores holds a tile, else the one that goes block by block."""
+    """The whole kernel if a block of scores can hold a tile, otherwise the kernel that loops over blocks."""
     cut = _whole(f"{direction}_whole", call)
     if cut is not None:
         return _recipe(f"{direction}_whole", call, cut, more)
@@ -215,9 +215,9 @@ def _recipe(kind: str, call: _Call, cut: Cut, more: dict[str, Any] | None = None
 
 
 def _images(groups: int, batch: int, start: float, slots: int) -> int:
-    """Images per program, so that all programs together end soonest.
+    """The number of images per program with which all programs together finish first.
 
-    `groups` programs take one image; `start` is what each does once, in images; `slots` programs run at a time.
+    One image needs `groups` programs; each program starts at the cost of `start` images; `slots` run at a time.
     """
     return min(
         range(1, min(MAX_IMAGES, batch) + 1),
@@ -227,5 +227,5 @@ def _images(groups: int, batch: int, start: float, slots: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere those of an H100."""
+    """The number of multiprocessors of a GPU; for other devices that of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,4 +1,4 @@
-"""Routed attention: each query region attends to the tokens of a short list of key regions."""
+"""Routed attention: each region of queries attends to the tokens of a short list of key regions."""
 
 from hybridzoo.kernels.routed.api import bi_level_route, routed_attention2d
 

@@ -1,11 +1,11 @@
 """The public operators: shapes, argument checks, choice of implementation.
 
-Layout of every map: `(batch, height, width, heads, head_dim)`, heads first among the channels, any strides. Such
-tensors may be views into one packed qkv projection; no copy is needed to call these functions.
+Layout of every map: `(batch, height, width, heads, head_dim)`, any strides. Such tensors may be views of one packed qkv
+projection; no copy is needed to call these functions.
 
-A map is cut into `regions_h x regions_w` regions of `ceil(height / regions_h) x ceil(width / regions_w)` tokens, or of
-the given `region_size`, numbered row by row. Where they reach beyond the map, the tokens there do not exist and take
-part in nothing, or they all are alike: the constant `fill`.
+A map is cut into `rows x columns` regions of `ceil(height / rows) x ceil(width / columns)` tokens, or of the given
+`region_size`. Regions are numbered row by row. If regions extend beyond the map, the tokens there do not exist and are
+ignored, or they all have the constant value `fill`.
 
 BiFormer (Zhu et al., CVPR 2023, arXiv 2303.08810), section 3.2.
 """
@@ -31,28 +31,29 @@ def bi_level_route(
     fill: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """For every region of `query`, the `topk` regions of `key` whose mean is most alike (its largest dot product).
+    """For each region of `query`, the `topk` regions of `key` with the most similar mean (largest dot product).
 
-    One routing serves all heads. It is discrete, so no gradient flows through it, and it is computed in float32 or
-    wider whatever the inputs' precision: rounding flips near-ties.
+    All heads share one routing. It is discrete, so no gradient flows through it. It is always computed in float32 or
+    wider, because rounding would change the order of nearly equal regions.
 
     Args:
         query: `(batch, height, width, heads, head_dim)`.
         key: same shape as `query`.
-        regions: regions per axis, `(rows, columns)` or one number for both.
-        topk: regions kept for each region, `1 <= topk <= rows * columns`.
-        region_size: tokens of a region, `(height, width)` or one number for both; default the smallest with which the
-            regions cover the map.
-        fill: `(2, heads, head_dim)`, query and key of the tokens beyond the map, which then count in the means. Default
-            none: means are taken over the tokens on the map.
-        scale: factor on the dot products, default `(heads * head_dim) ** -0.5`. A positive one changes no choice.
+        regions: number of regions per axis, `(rows, columns)` or one number for both.
+        topk: number of regions kept for each region, `1 <= topk <= rows * columns`.
+        region_size: size of a region in tokens, `(height, width)` or one number for both; default the smallest size
+            with which the regions cover the map.
+        fill: `(2, heads, head_dim)`, query and key of the tokens beyond the map, which are then included in the means.
+            Default None: means are taken over the tokens on the map.
+        scale: factor on the dot products, default `(heads * head_dim) ** -0.5`. A positive factor does not change the
+            choice.
 
     Returns:
-        `(batch, rows * columns, topk)` int64, the chosen regions of each region, in no particular order.
+        `(batch, rows * columns, topk)` int64: the regions chosen for each region, in no particular order.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
-        TypeError: an argument is no tensor, or no number, where one is wanted.
+        ValueError: an argument is not valid; the message names it.
+        TypeError: an argument that must be a tensor or a number is of another type.
     """
     arguments.token_map("query", query)
     arguments.alike("key", key, query)
@@ -81,35 +82,35 @@ def routed_attention2d(
 ) -> Tensor:
     """Softmax attention of every token to all tokens of the regions that its own region is routed to.
 
-    `out[i] = softmax_j(scale * query[i] . key[j]) value[j]`, per head, with `j` running over the tokens of the regions
+    `out[i] = softmax_j(scale * query[i] . key[j]) value[j]`, per head, where `j` runs over the tokens of the regions
     `routes[:, region(i)]`. A region listed twice counts twice; the order of the list does not matter. Differentiable
-    once, in reverse mode, in `query`, `key`, `value` and `fill`; gradients are summed in a fixed order, so two runs
-    give the same bits.
+    once, in reverse mode, with respect to `query`, `key`, `value` and `fill`. Gradients are summed in a fixed order, so
+    two runs give the same bits.
 
     Args:
         query, key, value: `(batch, height, width, heads, head_dim)`, one dtype and device; the batch may be empty.
         routes: `(batch, rows * columns, topk)` int64 region numbers, as `bi_level_route` returns them. On a CPU,
-            numbers out of range raise; on a GPU, where looking would mean waiting, and in an exported program, nobody
-            looks, and with them the result is undefined.
-        regions: regions per axis, `(rows, columns)` or one number for both.
-        region_size: tokens of a region, `(height, width)` or one number for both; default the smallest with which the
-            regions cover the map.
+            numbers out of range raise. On a GPU (where a check would have to wait for the device) and in an exported
+            program they are not checked, and the result is undefined.
+        regions: number of regions per axis, `(rows, columns)` or one number for both.
+        region_size: size of a region in tokens, `(height, width)` or one number for both; default the smallest size
+            with which the regions cover the map.
         fill: `(2, heads, head_dim)`, any floating dtype: key and value of the tokens beyond the map, which are then
-            attended to like others. Default none: there are no such tokens. Unused, its gradient `None`, where regions
-            end with the map.
-        scale: factor on the scores, default `head_dim ** -0.5`. (BiFormer's weights want `(heads * head_dim) ** -0.5`.)
-        impl: `"triton"` (CUDA; elsewhere only under `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`, which
-            takes Triton on CUDA where it supports the call, unless dense attention with the routes as a bias is faster
-            (`Grid.crowded`), else torch. An explicit choice never falls back: where Triton cannot run, in
-            `torch.export` for one, it raises.
+            attended to like the others. Default None: there are no such tokens. If the regions end where the map ends,
+            `fill` is not used and its gradient is `None`.
+        scale: factor on the scores, default `head_dim ** -0.5`. (BiFormer's weights need `(heads * head_dim) ** -0.5`.)
+        impl: `"triton"` (CUDA; on other devices only with `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`:
+            Triton on CUDA if it supports the call and dense attention with the routes as a bias is not faster
+            (`Grid.crowded`), otherwise torch. With `"triton"`, a call that Triton cannot run raises, for example in
+            `torch.export`.
 
     Returns:
         `(batch, height, width, heads, head_dim)`, contiguous, in the dtype of `query`.
 
     Raises:
-        ValueError: an argument does not fit, or `impl="triton"` cannot run this call; the message names the reason.
-        TypeError: an argument is no tensor, or no number, where one is wanted.
-        NotImplementedError: a second or a forward-mode derivative is asked for.
+        ValueError: an argument is not valid, or `impl="triton"` cannot run this call; the message names the reason.
+        TypeError: an argument that must be a tensor or a number is of another type.
+        NotImplementedError: a second or a forward-mode derivative is requested.
 
     Example:
         >>> import torch
@@ -142,7 +143,7 @@ def routed_attention2d(
 
 
 def _implementation(impl: str, query: Tensor, routes: Tensor, grid: Grid) -> str:
-    """`"triton"` or `"torch"`. On a crowded map, listing regions one by one is not better than attending to all."""
+    """`"triton"` or `"torch"`. On a crowded map, attention region by region is not faster than dense attention."""
     chosen = arguments.implementation(impl, query)
     if impl == "auto" and chosen == "triton" and torch_impl.prefers_dense(query, routes):
         from hybridzoo.kernels.routed import triton_impl  # only when used: Triton is slow to import
@@ -156,7 +157,7 @@ def _implementation(impl: str, query: Tensor, routes: Tensor, grid: Grid) -> str
 def _region_grid(
     query: Tensor, regions: int | tuple[int, int], region_size: int | tuple[int, int] | None, fill: Tensor | None
 ) -> Grid:
-    """The grid, checked to cover the map and, where nothing fills it, to leave no region without tokens."""
+    """The grid. It must cover the map; without `fill`, every region must contain at least one token of the map."""
     rows, columns = arguments.pair("regions", regions)
     grid = Grid.of(query, rows, columns)
     if region_size is not None:

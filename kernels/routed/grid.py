@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """`rows x columns` regions, numbered row by row, of `height x width` tokens; together they cover the map."""
+    """`rows x columns` regions of `height x width` tokens, numbered row by row; together they cover the map."""
 
     rows: int
     columns: int
@@ -23,28 +23,28 @@ class Grid(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a region, those beyond the map included."""
+        """The number of tokens of a region, including those beyond the map."""
         return self.height * self.width
 
     def crowded(self, topk: int) -> bool:
-        """Whether attending to `topk` regions makes as many products on a GPU as attending to all of the map.
+        """Whether attention to `topk` regions needs more multiplications on a GPU than attention to the whole map.
 
-        A product there takes 16 queries at least, and one of the routes those of one region.
+        A product on a GPU has at least 16 rows, and routed attention multiplies the tokens of one region at a time.
         """
         return topk * math.ceil(self.tokens / 16) * 16 > self.regions * self.tokens
 
     def beyond(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens that the regions reach beyond the map `x`, at the bottom and on the right."""
+        """How many rows (at the bottom) and columns (on the right) the regions extend beyond the map `x`."""
         return self.rows * self.height - x.shape[1], self.columns * self.width - x.shape[2]
 
     def tokens_on(self, x: Tensor) -> Tensor:
-        """`(regions,)`: how many tokens of every region lie on the map `x`."""
+        """`(regions,)`: how many tokens of each region lie on the map `x`."""
         rows = (x.shape[1] - self.height * torch.arange(self.rows, device=x.device)).clamp(0, self.height)
         columns = (x.shape[2] - self.width * torch.arange(self.columns, device=x.device)).clamp(0, self.width)
         return (rows[:, None] * columns).flatten()
 
     def extend(self, x: Tensor, fill: Tensor) -> Tensor:
-        """Append copies of the token `fill`, `x.shape[3:]`, to a map, as far as the regions reach."""
+        """Append copies of the token `fill`, of shape `x.shape[3:]`, to a map until it covers all regions."""
         below, right = self.beyond(x)
         fill = fill.to(x.dtype)
         if right:
@@ -55,5 +55,5 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, rows: int, columns: int) -> Grid:
-        """The grid with the smallest regions, so that no token more than need be lies beyond the map."""
+        """The grid with the smallest regions, so that as few tokens as possible lie beyond the map."""
         return cls(rows, columns, math.ceil(x.shape[1] / rows), math.ceil(x.shape[2] / columns))

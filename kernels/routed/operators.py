@@ -1,4 +1,4 @@
-"""Routed attention as `torch.library` operators: compilers see one node per direction, and one for Triton's choice."""
+"""Routed attention as `torch.library` operators: one node per direction, and one for Triton's choice of regions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def routed_attention2d(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The result and, from Triton, the log-sum-exp of the scores that its backward pass wants, (B, H, W, heads)."""
+    """The result, and the log-sum-exp of the scores `(B, H, W, heads)`, which Triton's backward pass needs.
+
+    The log-sum-exp is empty if `impl` is not `"triton"`.
+    """
     args = (query, key, value, routes, fill, Grid(*grid), scale)
-    if routes.device.type == "cpu":  # on a GPU, looking would mean waiting
+    if routes.device.type == "cpu":  # on a GPU, a check would have to wait for the device
         torch_impl.check_routes(routes, Grid(*grid))
     if impl == "triton":
-        from hybridzoo.kernels.routed import triton_impl  # only when used: Triton is slow to import
+        from hybridzoo.kernels.routed import triton_impl  # imported only when used, because Triton is slow to import
 
         return triton_impl.forward(*args)
     with full_precision(query):
@@ -49,7 +52,7 @@ def routed_attention2d_backward(
     impl: str,
     want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and fill; the last is empty where it is not wanted. Only Triton reads out, lse."""
+    """Gradients of query, key, value and fill; the last is empty if not needed. Only Triton reads `out` and `lse`."""
     if impl == "triton":
         from hybridzoo.kernels.routed import triton_impl
 
@@ -64,12 +67,12 @@ def routed_attention2d_backward(
     return dq, dk, dv, query.new_empty(0) if dfill is None else dfill
 
 
-ROUTE_MAX_REGIONS = 256  # among which a program of Triton's chooses
+ROUTE_MAX_REGIONS = 256  # limit of the Triton kernel that chooses regions
 
 
 @operator
 def bi_level_route(query: Tensor, key: Tensor, fill: Tensor | None, grid: list[int], topk: int, scale: float) -> Tensor:
-    """By Triton; elsewhere `torch_impl.route` serves as it is."""
+    """The choice of regions by Triton. Otherwise `torch_impl.route` is called directly."""
     from hybridzoo.kernels.routed import triton_impl
 
     return triton_impl.route(query, key, fill, Grid(*grid), topk, scale)
@@ -109,16 +112,16 @@ attend = differentiable(routed_attention2d, "routed_attention2d", _save, _differ
 
 
 def _multiplications(query, routes, grid) -> int:
-    """Of q k^T alone."""
+    """The number of multiplications in q k^T."""
     batch, height, width, heads, head_dim = query
     return batch * height * width * heads * routes[2] * Grid(*grid).tokens * head_dim
 
 
 @register_flop_formula(torch.ops.hybridzoo.routed_attention2d)
 def _flops(query, key, value, routes, fill, grid, *args, out_shape=None, **kwargs) -> int:
-    return 2 * 2 * _multiplications(query, routes, grid)  # q k^T and weights v, a multiply and an add each
+    return 2 * 2 * _multiplications(query, routes, grid)  # two products, q k^T and weights v; multiply and add
 
 
 @register_flop_formula(torch.ops.hybridzoo.routed_attention2d_backward)
 def _backward_flops(grad, query, key, value, routes, fill, out, lse, grid, *args, out_shape=None, **kwargs) -> int:
-    return 2 * 5 * _multiplications(query, routes, grid)  # the scores again, dweights, and one for each of q, k, v
+    return 2 * 5 * _multiplications(query, routes, grid)  # five products: scores, d(weights), dq, dk, dv

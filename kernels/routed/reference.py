@@ -1,4 +1,4 @@
-"""The formulas, token by token. Slow, meant for float64 tests."""
+"""The formulas, computed token by token. Slow; for tests in float64."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hybridzoo.kernels.routed.grid import Grid
 
 
 def region_of(grid: Grid) -> Tensor:
-    """Region number of every token, those beyond the map included, `(rows * height, columns * width)`."""
+    """`(rows * height, columns * width)`: the region number of every token, including those beyond the map."""
     rows = torch.arange(grid.rows * grid.height) // grid.height
     columns = torch.arange(grid.columns * grid.width) // grid.width
     return rows[:, None] * grid.columns + columns
 
 
 def extended(x: Tensor, grid: Grid, fill: Tensor | None) -> Tensor:
-    """The map with `fill` (default zeros) in the tokens beyond it."""
+    """The map, extended by tokens with the value `fill` (default zeros)."""
     height, width = grid.rows * grid.height, grid.columns * grid.width
     fill = torch.zeros(x.shape[3:], dtype=x.dtype) if fill is None else fill
     beyond = torch.ones(height, width, dtype=torch.bool)
@@ -47,7 +47,7 @@ def routed_attention2d(
     scale: float,
     fill: Tensor | None = None,
 ) -> Tensor:
-    """One query at a time: softmax over the concatenated tokens of its regions. Differentiable."""
+    """One query at a time: softmax over all tokens of its regions. Differentiable."""
     batch, height, width = query.shape[:3]
     region = region_of(grid)
     if fill is None:

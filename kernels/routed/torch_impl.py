@@ -1,18 +1,19 @@
 """Routed attention in plain PyTorch, on any device.
 
-Tokens are regrouped so that ordinary dense attention does the work, in one of two ways:
+Tokens are grouped so that ordinary dense attention can be used, in one of two ways:
 
-* *by region*: a group is one query region with the tokens of its `topk` key regions, gathered by indexing the
-  un-expanded map. (The published code gathers from an expanded view, whose gradient is `regions` times the map.) The
+* *by region*: a group is one query region with the tokens of its `topk` key regions, gathered by indexing the map.
+  (The published code gathers from an expanded view, whose gradient is `regions` times as large as the map.) The
   backward pass gathers again instead of keeping the copies.
 * *dense*: a group is the whole image, and the routing becomes an additive bias: the log of how often a region is
-  listed, minus infinity where it is not. Where the routes cover a quarter of a small map this wastes arithmetic but
-  saves all gathering; on a CPU it is several times faster (BiFormer's third stage: 4-token regions, 16 of 49 routed).
+  listed, or minus infinity if it is not listed. If the routes cover a quarter of a small map, this wastes arithmetic
+  but needs no gathering. On a CPU it is several times faster (BiFormer's third stage: regions of 4 tokens, 16 of 49
+  routed).
 
-Memory between the passes is that of the inputs. Backward passes recompute the weights in float32 or wider, and work
-through the groups in chunks, so that scores never take more than a fixed amount; sums have a fixed order.
+Between the passes only the inputs are kept. Backward passes recompute the weights in float32 or wider, and process the
+groups in chunks, so that scores never need more than a fixed amount of memory. Sums have a fixed order.
 
-Tokens beyond the map are absent, or copies of `fill` appended to keys and values.
+Tokens beyond the map do not take part, or they are copies of `fill` appended to keys and values.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch import Tensor
 
 from hybridzoo.kernels.routed.grid import Grid
 
-DENSE_MAX_TOKENS = 1024  # the bias of the dense grouping is quadratic in tokens
-DENSE_MIN_SHARE = 0.25  # of all regions routed; below it the wasted arithmetic outweighs the gathering
-CHUNK_SCORES = 1 << 24  # scores held at once in the backward pass, per temporary
+DENSE_MAX_TOKENS = 1024  # the size of the dense grouping's bias is quadratic in tokens
+DENSE_MIN_SHARE = 0.25  # share of regions routed to; with fewer, the wasted arithmetic costs more than gathering
+CHUNK_SCORES = 1 << 24  # scores in one temporary tensor of the backward pass
 BIAS_ALIGNMENT = 16  # elements
-CHUNK_DENSE = 1 << 18  # the same for the dense grouping on a CPU, per thread: what its cache holds
+CHUNK_DENSE = 1 << 18  # the same for the dense grouping on a CPU, per thread, so that they fit into its cache
 
 
 def route(query: Tensor, key: Tensor, fill: Tensor | None, grid: Grid, topk: int, scale: float) -> Tensor:
@@ -38,20 +39,20 @@ def route(query: Tensor, key: Tensor, fill: Tensor | None, grid: Grid, topk: int
         query_fill, key_fill = (None, None) if fill is None else fill
         q, k = _region_means(query, grid, query_fill), _region_means(key, grid, key_fill)
         if q.device.type != "mps":
-            # The product is tiny, and in float64 neither autocast nor TF32, which a user may have on, can round it.
+            # The product is tiny. In float64, neither autocast nor TF32, which a user may have enabled, can round it.
             q, k = q.double(), k.double()
         return torch.topk(scale * q @ k.transpose(1, 2), topk, dim=-1, sorted=False).indices
 
 
 def prefers_dense(query: Tensor, routes: Tensor) -> bool:
-    """Whether the dense grouping is the faster one for these shapes."""
+    """Whether the dense grouping is faster for these shapes."""
     return query.shape[1] * query.shape[2] <= DENSE_MAX_TOKENS and routes.shape[2] >= DENSE_MIN_SHARE * routes.shape[1]
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
-    """See `api.routed_attention2d`; in the faster grouping, differentiable by autograd as it stands (for export)."""
+    """See `api.routed_attention2d`. Uses the faster grouping; autograd can differentiate it (needed for export)."""
     attend = dense_forward if prefers_dense(query, routes) else region_forward
     return attend(query, key, value, routes, fill, grid, scale)
 
@@ -67,13 +68,13 @@ def backward(
     scale: float,
     want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `forward` with respect to query, key, value, each like `query`, and, where wanted, fill."""
+    """Gradients of query, key and value, each like `query`, and of fill if `want_fill`."""
     differentiate = dense_backward if prefers_dense(query, routes) else region_backward
     return differentiate(grad, query, key, value, routes, fill, grid, scale, want_fill)
 
 
 def check_routes(routes: Tensor, grid: Grid) -> None:
-    """Raise where a number is out of range: in the gathering it would name a region of another image."""
+    """Raise if a number is out of range: gathering would read a region of another image."""
     if routes.numel() and not (routes.min() >= 0 and routes.max() < grid.regions):
         raise ValueError(
             f"routes must be region numbers from 0 to {grid.regions - 1};"
@@ -84,7 +85,7 @@ def check_routes(routes: Tensor, grid: Grid) -> None:
 def dense_forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
-    """`forward` with the whole image as the group."""
+    """`forward` with the dense grouping."""
     key, value = _filled(key, value, fill, grid)
     q, k, v = (_heads_first(t) for t in (query, key, value))
     bias = _routing_bias(routes, query, key, grid, query.dtype)
@@ -103,7 +104,7 @@ def dense_backward(
     scale: float,
     want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`backward` with the whole image as the group."""
+    """`backward` with the dense grouping."""
     key, value = _filled(key, value, fill, grid)
     bias = _routing_bias(routes, query, key, grid, torch.promote_types(query.dtype, torch.float32))
     maps = [torch.empty(t.shape, dtype=bias.dtype, device=t.device) for t in (query, key, value)]
@@ -122,7 +123,7 @@ def dense_backward(
 def region_forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
-    """`forward` grouped by region."""
+    """`forward` with the grouping by region."""
     key, value = _filled(key, value, fill, grid)
     q, k, v = (_to_regions(t, grid) for t in (query, key, value))
     index, bias = _flat_index(routes), _existence_bias(key, routes, grid)
@@ -141,7 +142,7 @@ def region_backward(
     scale: float,
     want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`backward` grouped by region."""
+    """`backward` with the grouping by region."""
     key, value = _filled(key, value, fill, grid)
     q_all, k_all, v_all, g_all = (_to_regions(t, grid) for t in (query, key, value, grad))
     index, bias = _flat_index(routes), _existence_bias(key, routes, grid)
@@ -177,31 +178,31 @@ def _group_gradients(
 
 
 def _cropped(maps: list[Tensor], query: Tensor, fill: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the extended query, key and value, cropped to the map and cast, and that of fill: the rest."""
+    """Gradients of query, key and value, cropped to the map and cast; the cropped part gives the gradient of fill."""
     grad_fill = None if fill is None else torch.stack([_sum_beyond(t, query) for t in maps[1:]]).to(fill.dtype)
     q, k, v = (t[:, : query.shape[1], : query.shape[2]].to(query.dtype).contiguous() for t in maps)
     return q, k, v, grad_fill
 
 
 def _filled(key: Tensor, value: Tensor, fill: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Key and value with the tokens beyond the map, where something fills them."""
+    """Key and value, extended by the tokens beyond the map if `fill` is given."""
     return (key, value) if fill is None else (grid.extend(key, fill[0]), grid.extend(value, fill[1]))
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """`(B, H, W, heads, d)` -> `(B, heads, H * W, d)`, a view where rows of the map follow one another."""
+    """`(B, H, W, heads, d)` -> `(B, heads, H * W, d)`; a view if the map's rows follow one another in memory."""
     return x.flatten(1, 2).transpose(1, 2)
 
 
 def _pad(x: Tensor, grid: Grid) -> Tensor:
-    """Zeros appended to a map as far as its regions reach."""
+    """Append zeros to a map until it covers all regions."""
     below, right = grid.beyond(x)
-    # Padding by nothing would copy.
+    # F.pad would copy even if there is nothing to pad.
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, right, 0, below)) if below or right else x
 
 
 def _to_regions(x: Tensor, grid: Grid) -> Tensor:
-    """`(B, H, W, heads, d)` -> `(B * regions, heads, tokens, d)`, zeros where a region reaches beyond the map."""
+    """`(B, H, W, heads, d)` -> `(B * regions, heads, tokens, d)`, zeros in tokens beyond the map."""
     x = _pad(x, grid)
     batch, _, _, heads, head_dim = x.shape
     x = x.reshape(batch, grid.rows, grid.height, grid.columns, grid.width, heads, head_dim)
@@ -214,7 +215,7 @@ def _from_regions(x: Tensor, like: Tensor, grid: Grid) -> Tensor:
 
 
 def _whole(x: Tensor, like: Tensor, grid: Grid) -> Tensor:
-    """Inverse of `_to_regions`, with the tokens beyond the map."""
+    """Inverse of `_to_regions`, including the tokens beyond the map."""
     batch, _, _, heads, head_dim = like.shape
     x = x.reshape(batch, grid.rows, grid.columns, heads, grid.height, grid.width, head_dim)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(
@@ -223,13 +224,13 @@ def _whole(x: Tensor, like: Tensor, grid: Grid) -> Tensor:
 
 
 def _sum_beyond(x: Tensor, like: Tensor) -> Tensor:
-    """`(heads, d)`: sum over the tokens of a map beyond that of `like`."""
+    """`(heads, d)`: sum over the tokens of `x` that lie beyond the map of `like`."""
     height, width = like.shape[1:3]
     return x[:, height:].sum((0, 1, 2)) + x[:, :height, width:].sum((0, 1, 2))
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """`(B * regions, heads, tokens, d)` -> `(groups, heads, topk * tokens, d)`: what each group looks at."""
+    """`(B * regions, heads, tokens, d)` -> `(groups, heads, topk * tokens, d)`: the tokens that each group sees."""
     groups, topk = index.shape
     _, heads, tokens, head_dim = x.shape
     gathered = x.index_select(0, index.flatten()).view(groups, topk, heads, tokens, head_dim)
@@ -237,42 +238,42 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _scatter(grad: Tensor, index: Tensor, into: Tensor) -> None:
-    """Adjoint of `_gather`: every region adds what flowed back to its copies."""
+    """Adjoint of `_gather`: add the gradients of all copies of a region."""
     groups, topk = index.shape
     _, heads, tokens, head_dim = into.shape
     copies = grad.view(groups, heads, topk, tokens, head_dim).transpose(1, 2).flatten(0, 1).contiguous()
-    if grad.is_cuda:  # index_add_ uses atomics there; index_put_ sorts, so that the order of the sum is fixed
+    if grad.is_cuda:  # index_add_ uses atomics on CUDA; index_put_ sorts, so the order of the sum is fixed
         into.index_put_((index.flatten(),), copies, accumulate=True)
     else:
         into.index_add_(0, index.flatten(), copies)
 
 
 def _flat_index(routes: Tensor) -> Tensor:
-    """`(B * regions, topk)`: routes as rows of the `(B * regions, ...)` grouping."""
+    """`(B * regions, topk)`: routes as row numbers of tensors `(B * regions, ...)`."""
     batch, count, _ = routes.shape
     return (routes + torch.arange(batch, device=routes.device).view(batch, 1, 1) * count).flatten(0, 1)
 
 
 def _routing_bias(routes: Tensor, query: Tensor, key: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """`(B, 1, queries, keys)`: log of how many times the query's region lists the key's region."""
+    """`(B, 1, queries, keys)`: the log of how often the query's region lists the key's region."""
     listed = (routes.unsqueeze(-1) == torch.arange(grid.regions, device=routes.device)).sum(2)  # (B, regions, regions)
     of_query, of_key = (_region_of(x, grid) for x in (query, key))
     keys = len(of_key)
-    if query.is_cuda:  # rows of memory that the fast kernels of PyTorch take as they are; others they would copy
+    if query.is_cuda:  # PyTorch's fast kernels copy a bias whose rows are not aligned
         of_key = F.pad(of_key, (0, -keys % BIAS_ALIGNMENT))
-    # Keys first: the larger copy then goes by whole rows.
+    # Keys first, so that the larger copy moves whole rows.
     bias = listed.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
     return bias.index_select(2, of_key).index_select(1, of_query).unsqueeze(1)[..., :keys]
 
 
 def _region_of(x: Tensor, grid: Grid) -> Tensor:
-    """`(tokens,)`: the region of every token of a map."""
+    """`(tokens,)`: the region of each token of a map."""
     rows, columns = (torch.arange(size, device=x.device) for size in x.shape[1:3])
     return (rows[:, None] // grid.height * grid.columns + columns // grid.width).flatten()
 
 
 def _existence_bias(like: Tensor, routes: Tensor, grid: Grid) -> Tensor | None:
-    """`(B * regions, 1, 1, topk * tokens)`: minus infinity for keys beyond the map of `like`; None without any."""
+    """`(B * regions, 1, 1, topk * tokens)`: minus infinity for keys beyond the map of `like`. None if it has none."""
     if not any(grid.beyond(like)):
         return None
     inside_h = (torch.arange(grid.rows * grid.height, device=like.device) < like.shape[1]).view(grid.rows, 1, -1, 1)
@@ -282,7 +283,7 @@ def _existence_bias(like: Tensor, routes: Tensor, grid: Grid) -> Tensor | None:
 
 
 def _region_means(x: Tensor, grid: Grid, fill: Tensor | None) -> Tensor:
-    """`(B, regions, channels)` means over the tokens of each region, in float32 or wider."""
+    """`(B, regions, channels)`: means over the tokens of each region, in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     padded = _pad(x.flatten(3), grid)
     padded = padded.reshape(x.shape[0], grid.rows, grid.height, grid.columns, grid.width, padded.shape[3])

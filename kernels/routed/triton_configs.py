@@ -1,4 +1,4 @@
-"""Block sizes, warps and pipeline stages of the routed Triton kernels, by what they must hold in registers."""
+"""Block sizes, warps and pipeline stages of the routed Triton kernels, chosen by the registers that they need."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hybridzoo.kernels.tuning import Config, Key, Table
 
 KINDS = ("forward", "backward_query", "backward_key", "backward_single", "forward_small", "backward_small")
 
-# The largest blocks; smaller regions take smaller ones, and fewer warps with them (see `triton_impl`).
+# The largest blocks; smaller regions use smaller blocks and fewer warps (see `triton_impl`).
 # NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
-# Numbers of registers are there where the compiler, left to itself, spilled.
+# A number of registers is given where the compiler spilled without one.
 TABLE: Table = {
     ("forward", 16, 2): Config(64, 64, 4, 2, 255),
     ("forward", 32, 2): Config(64, 64, 4, 2),
@@ -42,12 +42,15 @@ TABLE: Table = {
 
 
 def pick(kind: str, block_d: int, itemsize: int, shape: str = "", device: torch.device | None = None) -> Config:
-    """See `tuning.pick`. `shape` tells apart what is tuned apart: tokens of a region, regions, regions attended to."""
+    """See `tuning.pick`. Each `shape` is tuned on its own: the regions, tokens of a region, and regions attended to."""
     return tuning.pick(TABLE, Key("routed", kind, block_d, itemsize, shape), device)
 
 
 def candidates(key: Key, default: Config) -> list[Config]:
-    """What a tuning run tries for `key` beside `default`. In `backward_small`, queries are those of the whole map."""
+    """Configurations that a tuning run tries for `key` besides `default`.
+
+    The queries of `backward_small` are always those of the whole map.
+    """
     if key.kernel == "forward_small":
         blocks = [
             (64, 32, 4),
@@ -60,7 +63,7 @@ def candidates(key: Key, default: Config) -> list[Config]:
             (64, 128, 4),
         ]
         found = [Config(*block, stages) for stages in (3, 2, 4) for block in blocks]
-    elif key.kernel == "backward_single":  # keys are those of a region
+    elif key.kernel == "backward_single":  # its keys are always those of a whole region
         found = [Config(queries, 64, warps, n) for queries in (64, 32) for warps in (4, 8, 2) for n in (1, 2)]
     elif key.kernel == "backward_small":
         keys_warps = [(64, 4), (64, 8), (32, 4), (32, 8), (64, 16), (128, 8)]

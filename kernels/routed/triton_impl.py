@@ -1,7 +1,7 @@
 """Routed attention on the GPU: which kernels run, on which tiles, with which configuration.
 
-Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. What the two forms are,
-and what they cost, is said in `triton_kernels`.
+Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. `triton_kernels`
+describes the two forms and their cost.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
 from hybridzoo.kernels.tuning import Config
 
-SMALLEST_BLOCK = 16  # what a product on tensor cores takes
-USUAL_SIDES = {1, 2, 4, 8, 16}  # of regions, in tokens
-INVERSION_BLOCK = 256  # routes looked at at once
-# What fits into registers: tokens, padded head_dim, bytes of a number.
+SMALLEST_BLOCK = 16  # rows of a product on tensor cores
+USUAL_SIDES = {1, 2, 4, 8, 16}  # sides of regions, in tokens
+INVERSION_BLOCK = 256  # routes read at a time
+# Limits of the registers: tokens, padded head_dim, bytes of a number.
 SMALL_MAX_TOKENS, SMALL_MAX_WIDTH, SINGLE_MAX_TOKENS, SINGLE_MAX_WIDTH, ITEMSIZES = 256, 32, 64, 64, (2,)
 
 
@@ -52,7 +52,7 @@ def backward(
     scale: float,
     want_fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and fill, each in the dtype of its own; None for fill where it is not wanted."""
+    """Gradients of query, key, value and fill, each in the dtype of its input; None for fill if it is not needed."""
     dquery, dkey, dvalue = (query.new_empty(query.shape) for _ in range(3))
     if not query.numel():
         return dquery, dkey, dvalue, torch.zeros_like(fill) if fill is not None and want_fill else None
@@ -62,7 +62,7 @@ def backward(
         )
         for one in launches:
             one.run()
-    if fill is None or partial is None or not want_fill:  # a sum of few small parts: the kernel leaves them anyway
+    if fill is None or partial is None or not want_fill:  # the kernel writes the small parts in any case
         return dquery, dkey, dvalue, None
     return dquery, dkey, dvalue, partial.sum(0).transpose(0, 1).to(fill.dtype).contiguous()
 
@@ -97,7 +97,7 @@ def backward_launches(
     grid: Grid,
     scale: float,
 ) -> tuple[list[Launch], Tensor | None]:
-    """The kernels of the backward pass in order, and the parts, `(n, heads, 2, head_dim)`, of the fill's gradient."""
+    """The kernels of the backward pass in order, and the parts `(n, heads, 2, head_dim)` of the gradient of fill."""
     tensors = _tensors(query, key, value, routes, fill) | dict(
         grad=grad, out=out, lse=lse, dquery=dquery, dkey=dkey, dvalue=dvalue, partial=lse
     )
@@ -113,7 +113,7 @@ def backward_launches(
 
 
 def route(query: Tensor, key: Tensor, fill: Tensor | None, grid: Grid, topk: int, scale: float) -> Tensor:
-    """See `api.bi_level_route`. Among equal regions, those of smaller numbers are chosen."""
+    """See `api.bi_level_route`. Among equal regions, those with the smaller numbers are chosen."""
     routes = torch.empty(query.shape[0], grid.regions, topk, dtype=torch.int64, device=query.device)
     if routes.numel():
         with torch.cuda.device_of(query):
@@ -125,7 +125,7 @@ def route(query: Tensor, key: Tensor, fill: Tensor | None, grid: Grid, topk: int
 def route_launches(
     query: Tensor, key: Tensor, fill: Tensor | None, routes: Tensor, grid: Grid, scale: float
 ) -> list[Launch]:
-    """The means of all regions, and the choice."""
+    """Two kernels: the means of all regions, and the choice of regions."""
     batch, _, _, heads, head_dim = query.shape
     means = torch.empty(batch, 2, grid.regions, heads * head_dim, dtype=torch.float32, device=query.device)
     tensors = _tensors(query, key, key, routes, fill) | dict(means=means)
@@ -134,18 +134,18 @@ def route_launches(
 
 
 def small(query: Tensor, grid: Grid, topk: int) -> bool:
-    """Whether the small form runs on such a map."""
+    """Whether the small form is used for such a map."""
     return _call(query, None, grid, topk, 1.0).small
 
 
 def _tensors(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, fill: Tensor | None) -> dict[str, Tensor]:
-    """What all kernels read; without a fill, a pointer that nobody reads stands for it."""
+    """The tensors that all kernels read. Without fill, `query` is passed as a placeholder that is not read."""
     others = dict(routes=routes.contiguous(), fill=query if fill is None else fill.contiguous())
     return same_strides(query, key, value) | others
 
 
 class _Call(NamedTuple):
-    """What the launches of a call depend on."""
+    """Everything that the launches of a call depend on."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -163,19 +163,19 @@ class _Call(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether regions end with the map."""
+        """Whether the regions end exactly where the map ends."""
         return self.shape[1:3] == (self.grid.rows * self.grid.height, self.grid.columns * self.grid.width)
 
     @property
     def small(self) -> bool:
-        """Whether the small form runs, which holds a bit for every region, and all queries of a head at once."""
+        """Whether to use the small form, which holds a bit for each region and all queries of a head at once."""
         narrow = self.block_d <= SMALL_MAX_WIDTH and self.itemsize in ITEMSIZES
         fits = self.grid.regions <= 64 and self.grid.regions * self.grid.tokens <= SMALL_MAX_TOKENS
         return narrow and fits and self.grid.crowded(self.topk)
 
     @property
     def single(self) -> bool:
-        """Whether one pass backward serves the listed form, with all keys of a region at once."""
+        """Whether one backward pass is enough for the listed form, with all keys of a region at once."""
         narrow = self.block_d <= SINGLE_MAX_WIDTH and self.itemsize in ITEMSIZES
         return narrow and self.topk == 1 and not self.fill and self.grid.tokens <= SINGLE_MAX_TOKENS
 
@@ -193,7 +193,7 @@ def _forward_recipe(call: _Call) -> Recipe:
 
 @tuning.plan
 def _backward_recipes(call: _Call) -> tuple[list[Recipe], int]:
-    """The kernels in order, and how many parts of the fill's gradient each head gets."""
+    """The kernels in order, and the number of parts of the gradient of fill for each head."""
     if call.small:
         recipes = [_small("backward_small", call)]
     elif call.single:
@@ -229,7 +229,7 @@ def _inversion(call: _Call) -> Recipe:
 
 
 def _sizes(call: _Call) -> dict[str, Any]:
-    """Arguments of all kernels."""
+    """The arguments that all kernels take."""
     _, height, width, heads, head_dim = call.shape
     grid = call.grid
     return dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False)) | dict(
@@ -251,10 +251,10 @@ def _tiled(kind: str, call: _Call) -> Recipe:
         keys = max(SMALLEST_BLOCK, triton.next_power_of_2(grid.tokens))
         config = replace(config, keys=keys, queries=min(config.queries, keys))
     else:
-        least = 1 if call.block_d <= 32 and call.itemsize == 2 else 2  # warps that a small tile's numbers fit into
+        least = 1 if call.block_d <= 32 and call.itemsize == 2 else 2  # warps that a small tile needs
         config = _fitted(config, grid.tokens, call.topk * grid.tokens, own, least)
     tiles = math.ceil(grid.tokens / getattr(config, own))
-    # Where a region's sides are powers of two, as in networks at their usual sizes, they are constants of the kernel.
+    # If a region's sides are powers of two (networks at their usual sizes), they become constants of the kernel.
     usual = {grid.height, grid.width} <= USUAL_SIDES
     arguments = _sizes(call) | dict(
         tiles=tiles, QUERIES=config.queries, KEYS=config.keys, TOPK=call.topk if usual else 0,
@@ -271,9 +271,9 @@ def _small(kind: str, call: _Call) -> Recipe:
     queries = all_tokens if kind == "backward_small" else min(config.queries, all_tokens)
     tiles = math.ceil(tokens / queries)
     keys = min(config.keys, all_tokens)
-    while keys > 32 and (grid.tokens - 1 + keys - 1) // grid.tokens > 31:  # a block may reach into 32 regions
+    while keys > 32 and (grid.tokens - 1 + keys - 1) // grid.tokens > 31:  # a block may overlap 32 regions at most
         keys //= 2
-    # A smaller block for what is left of the keys, if that saves half of one.
+    # A smaller block for the remaining keys, if it saves at least half a block.
     last = max(SMALLEST_BLOCK, triton.next_power_of_2(tokens % keys))
     last = last if tokens % keys and last <= keys // 2 else 0
     arguments = _sizes(call) | dict(
@@ -284,19 +284,19 @@ def _small(kind: str, call: _Call) -> Recipe:
 
 
 def _fitted(config: Config, members: int, listed: int, own: str, least: int) -> Config:
-    """`config` with blocks no larger than what there is to do: `members` tokens in tiles, `listed` for each of them.
+    """`config` with blocks no larger than needed for `members` tokens in tiles and `listed` tokens for each tile.
 
-    `own` is the side that is cut into tiles, `"queries"` or `"keys"`. Smaller blocks take fewer warps.
-    At least `least` of them.
+    `own` is the side that is cut into tiles, `"queries"` or `"keys"`. Smaller blocks get fewer warps, but at least
+    `least`.
     """
     blocks = dict(queries=config.queries, keys=config.keys)
     other = "keys" if own == "queries" else "queries"
-    # Rows computed, times a share for what every tile reads again; the larger block where equal.
+    # Minimize the computed rows, plus a share for what every tile reads again; if equal, take the larger block.
     sizes = [size for size in (128, 64, 32, 16) if size <= blocks[own]]
     blocks[own] = min(sizes, key=lambda size: math.ceil(members / size) * (size + SMALLEST_BLOCK))
-    # No longer than the list, and with a small tile no more than twice as long: it takes registers, and few threads.
+    # Not longer than the list. With a small tile, at most twice as long: few threads have few registers.
     all_listed = max(SMALLEST_BLOCK, triton.next_power_of_2(listed))
-    most = 4 if all_listed <= 4 * blocks[own] else 2  # a list in one block needs no loop
+    most = 4 if all_listed <= 4 * blocks[own] else 2  # a list that fits into one block needs no loop
     blocks[other] = min(blocks[other], most * blocks[own], all_listed)
     share = config.queries * config.keys // (blocks["queries"] * blocks["keys"])
     return replace(config, **blocks, warps=max(least, config.warps // share))

@@ -59,7 +59,7 @@ def test_what_is_no_table_is_named(gpu, monkeypatch, tmp_path, text):
     if text is not None:
         file.write_text(text)
     monkeypatch.setenv(tuning.VARIABLE, str(file))
-    with pytest.raises(ValueError, match=r"bad\.json is no table of tuned kernels"):
+    with pytest.raises(ValueError, match=r"bad\.json is not a table of tuned kernels"):
         tuning.pick(TABLE, KEY, GPU)
 
 
