@@ -1,9 +1,9 @@
-"""Neighborhood attention as a graph for maps of any size: for exported programs whose height and width are open.
+"""Neighborhood attention as a graph for maps of any size: for exported programs with a dynamic height and width.
 
-`tiles` lists what a map of one size is cut into. Here nothing is decided by the size: per axis, every dilation group is
-cut into tiles of `kernel` queries, and the tile's keys are the `2 * kernel - 1` members of the group from its first
-window on. Where tokens lie is computed in the graph, and what a query does not see is minus infinity in its bias. That
-costs more than `tiles`: keys are copied about four times, and every tile has a bias of its own.
+`tiles` plans the tiles for a map of one size. Here no decision depends on the size: per axis, every dilation group is
+cut into tiles of `kernel` queries, and a tile's keys are the `2 * kernel - 1` members of the group from its first
+window on. The graph itself computes the positions of tokens; keys that a query does not see have minus infinity in its
+bias. This costs more than `tiles`: keys are copied about four times, and every tile has its own bias.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 
 class Axis(NamedTuple):
-    """One axis of a map, cut into tiles, those of the first dilation group first.
+    """One axis of a map, cut into tiles. The tiles of the first dilation group come first.
 
     Attributes:
-        queries: `(tiles, kernel)`, positions of the queries; of places that no token has, those of other tokens.
+        queries: `(tiles, kernel)`, positions of the queries; places without a token repeat the position of another one.
         keys: `(tiles, 2 * kernel - 1)`, positions of the keys, which may lie beyond the map.
         entries: `(tiles, kernel, 2 * kernel - 1)`, index into rpb; `2 * kernel - 1` for a key that is not seen.
-        tile, place: `(length,)`, in which tile a token is a query, and which one of it.
+        tile, place: `(length,)`, the tile in which a token is a query, and its place in that tile.
     """
 
     queries: Tensor
@@ -34,9 +34,9 @@ class Axis(NamedTuple):
 
 
 def cut(length: int, kernel: int, dilation: int, extends: bool, device: torch.device) -> Axis:
-    """`extends`: the axis goes on to `kernel * dilation` tokens where it has fewer. Sizes may be symbolic."""
+    """Cut an axis. `extends`: a shorter axis is extended to `kernel * dilation` tokens. Sizes may be symbolic."""
     whole: Any = torch.sym_max(length, kernel * dilation) if extends else length
-    # Tiles of a group; two at least, since PyTorch binds a program to sizes of one.
+    # Tiles of a group. At least two, because PyTorch makes a size of 1 a constant of the program.
     count: Any = torch.sym_max(2, (length + dilation * kernel - 1) // (dilation * kernel))
     group = torch.arange(dilation, device=device)[:, None, None]
     members = ((whole - group + dilation - 1) // dilation).clamp(min=1)
@@ -78,7 +78,7 @@ def forward(
     )
     q = _tiles(query.flatten(1, 2).to(dtype), _pairs(rows.queries * width, columns.queries))
     keys = _pairs(rows.keys.clamp(max=height - 1) * width, columns.keys.clamp(max=width - 1))
-    if fill is not None:  # one token more, which stands for all beyond the map
+    if fill is not None:  # one additional token represents all tokens beyond the map
         beyond = _pairs((rows.keys >= height).long(), (columns.keys >= width).long()) > 0
         keys = torch.where(beyond, height * width, keys)
     k, v = (
@@ -97,23 +97,23 @@ def forward(
 
 
 def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
-    """Sums of what `(tiles, size)` rows and columns say, `(tiles, tokens)`, of all pairs of their tiles."""
+    """`(tiles, tokens)`: the sums of `rows` and `columns`, each `(tiles, size)`, for all pairs of their tiles."""
     return (rows[:, None, :, None] + columns[:, None]).flatten(2).flatten(0, 1)
 
 
 def _tiles(tokens: Tensor, index: Tensor) -> Tensor:
-    """`(batch, tokens, heads, d)` -> `(batch, tiles * heads, size, d)`, of an index `(tiles, size)`."""
+    """`(batch, tokens, heads, d)` -> `(batch, tiles * heads, size, d)`, selected by an index `(tiles, size)`."""
     taken = tokens.index_select(1, index.flatten()).unflatten(1, (-1, index.shape[1]))
     return taken.transpose(2, 3).flatten(1, 2)
 
 
 def _with_token(x: Tensor, token: Tensor) -> Tensor:
-    """A map `(batch, height, width, heads, d)` as tokens, and one more `(heads, d)` at their end."""
+    """The tokens of a map `(batch, height, width, heads, d)`, followed by one additional token `(heads, d)`."""
     return torch.cat((x.flatten(1, 2), token.to(x.dtype).expand(x.shape[0], 1, -1, -1)), dim=1)
 
 
 def _bias(rows: Axis, columns: Axis, rpb: Tensor, heads: int) -> Tensor:
-    """`(tiles * heads, queries, keys)`, minus infinity where a query does not see a key."""
+    """`(tiles * heads, queries, keys)`, minus infinity if a query does not see a key."""
     table = F.pad(rpb, (0, 1, 0, 1), value=-math.inf)
     row, column = rows.entries[:, None, :, None, :, None], columns.entries[:, None, :, None]
     entries = (row * table.shape[2] + column).flatten(4).flatten(2, 3).flatten(0, 1)

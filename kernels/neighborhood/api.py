@@ -1,14 +1,14 @@
 """The public operator: shapes, argument checks, choice of implementation.
 
-Layout of every map: `(batch, height, width, heads, head_dim)`, any strides. Such tensors may be views into one packed
-qkv projection; no copy is needed to call the function.
+Layout of every map: `(batch, height, width, heads, head_dim)`, any strides. Such tensors may be views of one packed qkv
+projection; no copy is needed to call the function.
 
 Which keys a query sees, per axis (the two-dimensional neighborhood is the product of the two axes):
 
-* dilation `d` splits the axis into `d` groups by position modulo `d`; a query sees keys of its own group only;
-* within its group it sees the `kernel` members centred on itself. Near an end the window is *shifted inward*, never
+* dilation `d` splits the axis into `d` groups by position modulo `d`; a query sees only keys of its own group;
+* in its group, it sees the `kernel` members centered on itself. Near an end the window is *shifted inward*, never
   truncated: the first query sees the first `kernel` members;
-* where a group has fewer members than `kernel`, the window is the whole group.
+* if a group has fewer members than `kernel`, the window is the whole group.
 
 Neighborhood Attention Transformer (Hassani et al., CVPR 2023, arXiv 2204.07143), section 3.1, with the relative
 position bias of its section 3.3; dilation from arXiv 2209.15001.
@@ -25,7 +25,7 @@ from hybridzoo.kernels.neighborhood import any_size, beyond, operators, torch_im
 from hybridzoo.kernels.neighborhood.given import Maps, Window
 from hybridzoo.kernels.operators_common import full_precision
 
-TRITON_KERNELS = (3, 13)  # smallest and largest window that the Triton kernels can hold
+TRITON_KERNELS = (3, 13)  # smallest and largest window that the Triton kernels support
 
 
 def na2d(
@@ -42,34 +42,35 @@ def na2d(
 ) -> Tensor:
     """Softmax attention of every token to the `kernel_size` window of tokens around it.
 
-    `out[i] = softmax_j(scale * query[i] . key[j] + rpb[j - i]) value[j]`, per head, with `j` running over the
-    neighborhood of `i` (see the module's docstring) and `j - i` counted in steps of the dilation. Differentiable once,
-    in reverse mode, in `query`, `key`, `value`, `rpb` and `fill`; gradients are summed in a fixed order, so two runs
-    give the same bits.
+    `out[i] = softmax_j(scale * query[i] . key[j] + rpb[j - i]) value[j]`, per head, where `j` runs over the
+    neighborhood of `i` (see the module's docstring) and `j - i` is counted in steps of the dilation. Differentiable
+    once, in reverse mode, with respect to `query`, `key`, `value`, `rpb` and `fill`. Gradients are summed in a fixed
+    order, so two runs give the same bits.
 
     Args:
         query, key, value: `(batch, height, width, heads, head_dim)`, one dtype and device, any height and width; the
-            batch may be empty. In an exported program batch, height and width may be dynamic.
-        kernel_size: window in tokens, `(rows, columns)` or one number for both; odd.
-        dilation: step between the window's tokens, `(rows, columns)` or one number for both; 1 is none.
+            batch may be empty. In an exported program, batch, height and width may be dynamic.
+        kernel_size: size of the window in tokens, `(rows, columns)` or one number for both; odd.
+        dilation: step between the window's tokens, `(rows, columns)` or one number for both; 1 means no dilation.
         rpb: relative position bias `(heads, 2 * rows - 1, 2 * columns - 1)`, any floating dtype, indexed by key minus
-            query plus `kernel - 1`; added after scaling. (Swin's tables have the opposite sign.) Default none.
-        fill: `(2, heads, head_dim)`, any floating dtype: key and value of tokens that extend the map, at its bottom and
-            right, to `kernel_size * dilation` tokens along an axis with fewer, so that every window is whole. They are
-            attended to like others, but never appended: the cost is that of the map. Default none: there are no such
-            tokens. Unused, its gradient `None`, where windows end with the map.
+            query plus `kernel - 1`; added after scaling. (Swin's tables have the opposite sign.) Default None.
+        fill: `(2, heads, head_dim)`, any floating dtype: key and value of the tokens that extend a small map at its
+            bottom and right. An axis with fewer than `kernel_size * dilation` tokens is extended to this number, so
+            that every window is whole. These tokens are attended to like the others, but never created: the cost is
+            that of the map. Default None: there are no such tokens. If no axis is extended, `fill` is not used and its
+            gradient is `None`.
         scale: factor on the dot products, default `head_dim ** -0.5`.
-        impl: `"triton"` (CUDA; elsewhere only under `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`, which
-            takes Triton on CUDA where it supports the call, else torch. An explicit choice never falls back: where
-            Triton cannot run, in `torch.export` for one, it raises.
+        impl: `"triton"` (CUDA; on other devices only with `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`:
+            Triton on CUDA if it supports the call, otherwise torch. With `"triton"`, a call that Triton cannot run
+            raises, for example in `torch.export`.
 
     Returns:
         `(batch, height, width, heads, head_dim)`, contiguous, in the dtype of `query`.
 
     Raises:
-        ValueError: an argument does not fit, or `impl="triton"` cannot run this call; the message names the reason.
-        TypeError: an argument is no tensor, or no number, where one is wanted.
-        NotImplementedError: a second or a forward-mode derivative is asked for.
+        ValueError: an argument is not valid, or `impl="triton"` cannot run this call; the message names the reason.
+        TypeError: an argument that must be a tensor or a number is of another type.
+        NotImplementedError: a second or a forward-mode derivative is requested.
 
     Example:
         >>> import torch
@@ -108,7 +109,7 @@ def na2d_packed(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`na2d` of query, key and value that one projection made: `na2d(*qkv.unbind(3), ...)`, and cheaper to train.
+    """`na2d(*qkv.unbind(3), ...)`, but faster in training: query, key and value come from one projection.
 
     The backward pass writes the gradients of query, key and value into one tensor. With three tensors, autograd copies
     their gradients into one: it reads and writes six maps, in addition to the eight of the backward pass.
@@ -121,7 +122,7 @@ def na2d_packed(
         `(batch, height, width, heads, head_dim)`, contiguous, in the dtype of `qkv`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `na2d`.
+        ValueError, TypeError, NotImplementedError: see `na2d`.
 
     Example:
         >>> import torch
@@ -152,7 +153,7 @@ def _window(
     fill: Tensor | None,
     scale: float | None,
 ) -> Window:
-    """The window that the arguments describe; they and the tables are checked."""
+    """Check the arguments and the tables, and return the window."""
     kernel = arguments.window("kernel_size", kernel_size)
     steps = arguments.pair("dilation", dilation)
     if rpb is not None:
@@ -164,7 +165,7 @@ def _window(
 
 
 def limit(window: Window) -> str | None:
-    """Why the Triton kernels cannot hold such a window; None if they can."""
+    """The reason why the Triton kernels do not support such a window, or None if they do."""
     smallest, largest = TRITON_KERNELS
     if all(smallest <= k <= largest for k in window.kernel):
         return None

@@ -1,14 +1,14 @@
-"""Neighborhood attention on a map that constant tokens extend at its bottom and right: what they add to the result.
+"""Neighborhood attention on a map that is extended by constant tokens at its bottom and right.
 
-Where a map has fewer than `kernel * dilation` tokens along an axis, the published NAT and DiNAT extend it to that many
-with zeros, which the projection turns into its bias: tokens that are all alike. To a query they are one key, as often
-as its window reaches beyond the map, each time with another position bias. So nothing has to be appended: attention
-over the map alone, and its log-sum-exp, are merged with that one key.
+If a map has fewer than `kernel * dilation` tokens along an axis, the published NAT and DiNAT extend it to this number
+with zeros. The projection turns zeros into its bias, so all these tokens are equal. For a query they are one key that
+occurs once for each place of its window beyond the map, each time with another position bias. So nothing has to be
+appended: the result of attention over the map, with its log-sum-exp, is merged with that one key.
 
     weight = exp(l) / (exp(l) + exp(lse)),  l = scale * query . key + log(sum over the window beyond of exp(rpb))
 
-The tokens of a map's own windows stay the same: along an extended axis every dilation group is as long as the window,
-which is then the whole group, with or without the tokens beyond.
+The extension does not change which tokens of the map a query sees: along an extended axis every dilation group is as
+long as the window, which is then the whole group, with or without the tokens beyond the map.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from hybridzoo.kernels.neighborhood.given import Window
 
 
 def reaches(size: tuple[int, int], window: Window) -> bool:
-    """Whether windows reach beyond a map of this size, `(rows, columns)`."""
+    """Whether windows extend beyond a map of this size, `(rows, columns)`."""
     return any(k * d > length for length, k, d in zip(size, window.kernel, window.dilation, strict=True))
 
 
 def merge(out: Tensor, lse: Tensor, query: Tensor, rpb: Tensor | None, fill: Tensor, window: Window) -> Tensor:
-    """Attention over the map and the tokens beyond it, from that over the map alone.
+    """Attention over the map and the tokens beyond it, computed from attention over the map.
 
     Args:
-        out: `(batch, height, width, heads, head_dim)`, the result for the map alone.
+        out: `(batch, height, width, heads, head_dim)`, the result for the map without the other tokens.
         lse: `(batch, height, width, heads)`, log-sum-exp of its scores.
         query: like `out`.
-        rpb: `(heads, 2 * rows - 1, 2 * columns - 1)` or none.
-        fill: `(2, heads, head_dim)`, key and value of the tokens beyond.
+        rpb: `(heads, 2 * rows - 1, 2 * columns - 1)` or None.
+        fill: `(2, heads, head_dim)`, key and value of the tokens beyond the map.
         window: see `api.na2d`.
 
     Returns:
-        Like `out`; computed in float32 or wider, differentiable in all tensors.
+        Like `out`; computed in float32 or wider, differentiable with respect to all tensors.
     """
     key, value = fill.to(lse.dtype).unbind(0)
     bias = log_sum_beyond((out.shape[1], out.shape[2]), rpb, out.shape[3], window, lse)
@@ -49,7 +49,7 @@ def merge(out: Tensor, lse: Tensor, query: Tensor, rpb: Tensor | None, fill: Ten
 
 
 def log_sum_beyond(size: tuple[int, int], rpb: Tensor | None, heads: int, window: Window, like: Tensor) -> Tensor:
-    """`(height, width, heads)`: log of the sum of exp(rpb) over a query's window beyond the map; -inf where none is."""
+    """`(height, width, heads)`: log of the sum of exp(rpb) over a query's window beyond the map; -inf if empty."""
     if rpb is None:
         rpb = like.new_zeros(heads, *(2 * k - 1 for k in window.kernel))
     table = rpb.to(like.dtype)
@@ -59,7 +59,7 @@ def log_sum_beyond(size: tuple[int, int], rpb: Tensor | None, heads: int, window
         _offsets(length, k, d, like) for length, k, d in zip(size, window.kernel, window.dilation, strict=True)
     )
 
-    def total(table: Tensor) -> Tensor:  # beyond at the bottom, and beside that on the right alone; no differences
+    def total(table: Tensor) -> Tensor:  # the part at the bottom, then the rest on the right; no inexact differences
         return rows_off @ table @ (columns_on + columns_off).T + rows_on @ table @ columns_off.T
 
     some = total(torch.ones_like(table[:1])) > 0
@@ -68,9 +68,9 @@ def log_sum_beyond(size: tuple[int, int], rpb: Tensor | None, heads: int, window
 
 
 def _offsets(length: int, kernel: int, dilation: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`(length, 2 * kernel - 1)`: entries of the bias table that a token's window has on the map, and beyond it.
+    """Two `(length, 2 * kernel - 1)` masks: the entries of the bias table in a token's window on and beyond the map.
 
-    Every token has a whole window, since the axis is thought of as `kernel * dilation` tokens long at least.
+    Every window is whole, because the axis is extended to at least `kernel * dilation` tokens.
     """
     token = torch.arange(length, device=like.device)
     group, place = token % dilation, token // dilation

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Window(NamedTuple):
-    """Which keys a query sees, rows and columns, and the factor on its products with them."""
+    """Which keys a query sees, along rows and columns, and the factor on the dot products."""
 
     kernel: tuple[int, int]
     dilation: tuple[int, int]
@@ -17,7 +17,7 @@ class Window(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Sequence[int], dilation: Sequence[int], scale: float) -> Window:
-        """From an operator's arguments, which are lists."""
+        """From the arguments of an operator, which are lists."""
         return cls((kernel[0], kernel[1]), (dilation[0], dilation[1]), scale)
 
 
@@ -30,7 +30,7 @@ class Maps(NamedTuple):
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor | None, value: Tensor | None) -> Maps:
-        """From an operator's arguments: `query` alone is packed, `(batch, height, width, 3, heads, head_dim)`."""
+        """From an operator's arguments. If only `query` is given, it is packed, `(B, H, W, 3, heads, d)`."""
         if key is None or value is None:
             return cls(*query.unbind(3))
         return cls(query, key, value)

@@ -1,9 +1,9 @@
 """The public operator of dynamic convolution: neighborhood attention whose keys are the places of the window.
 
-Layout, neighborhoods and border rule are those of `na2d`, see `api`. What differs is where scores come from: an image
-has one vector (a *tap*) for every place of the window, row by row from the window's first token, and a query's score of
-a key is the query's product with the tap of the place where the key lies. At a border, where the window is shifted
-inward, places keep their taps: the window's first token has the first tap wherever the query is.
+Layout, neighborhoods and border rule are those of `na2d`, see `api`. Only the scores differ: an image has one vector (a
+*tap*) for every place of the window, row by row. The score of a key is the dot product of the query with the tap of the
+key's place in the window. At a border, where the window is shifted inward, places keep their taps: the window's first
+token always has the first tap.
 
 OverLoCK (Lou and Yu, CVPR 2025, arXiv 2502.20087), section 3.3: "context-mixing dynamic kernels".
 """
@@ -18,7 +18,7 @@ from hybridzoo.kernels.neighborhood.api import limit
 from hybridzoo.kernels.neighborhood.given import Mix, Window
 from hybridzoo.kernels.operators_common import full_precision
 
-TRITON_WIDTHS = (1, 32)  # smallest and largest head_dim, of queries and of values
+TRITON_WIDTHS = (1, 32)  # smallest and largest width of a head, for queries and for values
 
 
 def neighborhood_mix2d(
@@ -33,35 +33,35 @@ def neighborhood_mix2d(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Mix every token's window of values with a kernel that the token makes of its image's taps.
+    """Average the values of every token's window with weights that the token computes from the taps of its image.
 
-    `out[i] = softmax_j(scale * query[i] . taps[t] + tap_bias[t] + rpb[j - i]) value[j]`, per head, with `j` running
-    over the neighborhood of `i` as in `na2d` and `t` the place of `j` in it. Differentiable once, in reverse mode, in
-    all five tensors; gradients are summed in a fixed order, so two runs give the same bits.
+    `out[i] = softmax_j(scale * query[i] . taps[t] + tap_bias[t] + rpb[j - i]) value[j]`, per head, where `j` runs over
+    the neighborhood of `i` as in `na2d`, and `t` is the place of `j` in it. Differentiable once, in reverse mode, with
+    respect to all five tensors. Gradients are summed in a fixed order, so two runs give the same bits.
 
     Args:
         query: `(batch, height, width, heads, head_dim)`, any strides, height and width; the batch may be empty. In an
-            exported program only the batch may be dynamic.
-        taps: `(batch, heads, rows * columns, head_dim)`, a vector for every place of the window, row by row. Where a
+            exported program, only the batch may be dynamic.
+        taps: `(batch, heads, rows * columns, head_dim)`, a vector for every place of the window, row by row. If a
             dilation group has fewer members than the window, the last places along that axis are not used.
         value: `(batch, height, width, heads, value_dim)`.
-        kernel_size: window in tokens, `(rows, columns)` or one number for both; odd.
-        dilation: step between the window's tokens, `(rows, columns)` or one number for both; 1 is none.
-        tap_bias: `(heads, rows * columns)`, any floating dtype, added to the scores by place. Default none.
+        kernel_size: size of the window in tokens, `(rows, columns)` or one number for both; odd.
+        dilation: step between the window's tokens, `(rows, columns)` or one number for both; 1 means no dilation.
+        tap_bias: `(heads, rows * columns)`, any floating dtype, added to the scores by place. Default None.
         rpb: relative position bias `(heads, 2 * rows - 1, 2 * columns - 1)`, any floating dtype, indexed by key minus
-            query plus `kernel - 1`. Default none.
-        scale: factor on the products, default `head_dim ** -0.5`.
-        impl: `"triton"` (CUDA; elsewhere only under `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`, which
-            takes Triton on CUDA where it supports the call, else torch. An explicit choice never falls back: where
-            Triton cannot run, in `torch.export` for one, it raises.
+            query plus `kernel - 1`. Default None.
+        scale: factor on the dot products, default `head_dim ** -0.5`.
+        impl: `"triton"` (CUDA; on other devices only with `TRITON_INTERPRET=1`), `"torch"` (any device) or `"auto"`:
+            Triton on CUDA if it supports the call, otherwise torch. With `"triton"`, a call that Triton cannot run
+            raises, for example in `torch.export`.
 
     Returns:
         `(batch, height, width, heads, value_dim)`, contiguous, in the dtype of `query`.
 
     Raises:
-        ValueError: an argument does not fit, or `impl="triton"` cannot run this call; the message names the reason.
-        TypeError: an argument is no tensor, or no number, where one is wanted.
-        NotImplementedError: a second or a forward-mode derivative is asked for.
+        ValueError: an argument is not valid, or `impl="triton"` cannot run this call; the message names the reason.
+        TypeError: an argument that must be a tensor or a number is of another type.
+        NotImplementedError: a second or a forward-mode derivative is requested.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ def neighborhood_mix2d(
 
 
 def _shaped(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:
-    """A tensor of `shape`, whose `axes` are named, with dtype and device of `query`."""
+    """Check that `value` has `shape` and the dtype and device of `query`; `axes` names the axes for the message."""
     arguments.tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} must have shape ({axes}) = {shape}; got {tuple(value.shape)}")
@@ -101,7 +101,7 @@ def _shaped(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int
 
 
 def _too_wide(value: Tensor) -> str | None:
-    """Why the Triton kernels cannot take such values; None if they can."""
+    """The reason why the Triton kernels do not support such values, or None if they do."""
     if value.shape[4] > TRITON_WIDTHS[1]:
         return f"value_dim {value.shape[4]} does not lie between {TRITON_WIDTHS[0]} and {TRITON_WIDTHS[1]}"
     return None

@@ -1,4 +1,4 @@
-"""The dynamic convolution of neighborhoods as two `torch.library` operators: compilers see one node per direction."""
+"""The dynamic convolution of neighborhoods as two `torch.library` operators: one node per direction."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def neighborhood_mix2d(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The result and, for Triton's backward pass, the log-sum-exp of the scores (B, H, W, heads); else empty."""
+    """The result, and the log-sum-exp of the scores `(B, H, W, heads)`, which is empty if `impl` is not `"triton"`."""
     given, window = Mix(query, taps, value, tap_bias, rpb), Window.of(kernel, dilation, scale)
     if impl == "triton":
-        from hybridzoo.kernels.neighborhood import mix_triton  # only when used: Triton is slow to import
+        from hybridzoo.kernels.neighborhood import mix_triton  # slow to import, so only if used
 
         return mix_triton.forward(given, window)
     with full_precision(query):
@@ -49,7 +49,7 @@ def neighborhood_mix2d_backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, taps, value, tap_bias and rpb; empty for a table that is not there."""
+    """Gradients of query, taps, value, tap_bias and rpb; an empty tensor for a table that was not given."""
     given, window = Mix(query, taps, value, tap_bias, rpb), Window.of(kernel, dilation, scale)
     if impl == "triton":
         from hybridzoo.kernels.neighborhood import mix_triton
@@ -97,10 +97,10 @@ mix = differentiable(neighborhood_mix2d, "neighborhood_mix2d", _save, _different
 
 @register_flop_formula(torch.ops.hybridzoo.neighborhood_mix2d)
 def _flops(query, taps, value, tap_bias, rpb, kernel, dilation, *args, out_shape=None, **kwargs) -> int:
-    return 2 * pairs(query, kernel, dilation) * (query[4] + value[4])  # the scores, and the sum
+    return 2 * pairs(query, kernel, dilation) * (query[4] + value[4])  # two products: the scores, and the sum of values
 
 
 @register_flop_formula(torch.ops.hybridzoo.neighborhood_mix2d_backward)
 def _backward_flops(grad, query, taps, value, tap_bias, rpb, out, lse, kernel, dilation, *args, **kwargs) -> int:
-    # The scores again, their gradient's two products with queries and taps; of the weights, and of the values.
+    # Five products: the scores, the products of their gradient with queries and with taps, d(weights), d(values).
     return 2 * pairs(query, kernel, dilation) * (3 * query[4] + 2 * value[4])

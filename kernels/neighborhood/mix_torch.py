@@ -1,10 +1,10 @@
 """Dynamic convolution of neighborhoods in plain PyTorch, on any device: the tiles of neighborhood attention.
 
-A query's scores are counted by the places of its window, `rows * columns` of them, and come out of one product with the
-image's matrix of taps. Per tile the softmax of these scores is spread over the keys of the tile, zeros where a query
-does not see a key, and one product with the values mixes them. Where windows of neighbouring queries start alike, or
-one key apart, spreading is a copy into a strided view, so nothing is gathered. Tensors as wide as a window exist for a
-few tiles at a time. Everything is computed in float32 or wider, and summed in a fixed order.
+A query has one score for each place of its window, `rows * columns` of them: one product with the image's matrix of
+taps. Then the softmax of these scores is assigned to the keys of a tile, with zeros for keys that a query does not see,
+and one product with the values computes the result. If the windows of neighboring queries start at the same key or one
+key apart, the assignment is a copy into a strided view, so nothing is gathered. Tensors as wide as a window exist only
+for a few tiles at a time. Everything is computed in float32 or wider, and summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hybridzoo.kernels.neighborhood import tiles
 from hybridzoo.kernels.neighborhood.given import Mix, Window
 from hybridzoo.kernels.neighborhood.torch_impl import chunks
 
-# Measured on a CPU. Larger tiles copy fewer keys twice, and multiply with more zeros.
+# Measured on a CPU. Larger tiles copy fewer keys twice, but multiply with more zeros.
 SHAPE = tiles.Shape(max_tile=8, uncut_rows=2, uncut_columns=2)
 EXPORTED = tiles.Shape(max_tile=16, columns=2, uncut_columns=2, exporting=True)
-CHUNK = 1 << 18  # scores worked on at once; they stay in a processor's cache
+CHUNK = 1 << 18  # scores processed at a time, so that they stay in the CPU's cache
 
 
 class _Spread:
-    """Scores by a window's places, `(n, queries, rows * columns)`, as matrices of a tile's keys, and back."""
+    """Converts weights by place of a window, `(n, queries, rows * columns)`, to weights by key of a tile, and back."""
 
     def __init__(self, block: tiles.Block) -> None:
         self.queries = block.rows.tile, block.columns.tile
@@ -35,11 +35,11 @@ class _Spread:
         self.kernel = block.rows.kernel, block.columns.kernel
         self.pieces = list(itertools.product(block.rows.pieces(), block.columns.pieces()))
         self.seen = tuple(min(run.kernel, run.members) for run in block)
-        # One window, whole: the places are the keys.
+        # If there is only one window, and it is whole, the places are the keys.
         self.same = self.keys == self.kernel == self.seen and len(self.pieces) == 1
 
     def _views(self, places: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Equal parts of scores by place and of scores by key."""
+        """Pairs of views, one of `places` and one of `keys`, that hold the same weights."""
         places = places.view(-1, *self.queries, *self.kernel)[..., : self.seen[0], : self.seen[1]]
         across = self.keys[1]
         key_step, query_step = self.keys[0] * across, self.queries[1] * self.keys[0] * across
@@ -51,7 +51,7 @@ class _Spread:
             yield places[:, row : row + rows, column : column + columns], view
 
     def to_keys(self, places: Tensor) -> Tensor:
-        """`(n, queries, keys)`, zeros where a key is not seen."""
+        """`(n, queries, keys)`, zeros for keys that are not seen."""
         if self.same:
             return places
         keys = places.new_zeros(len(places), math.prod(self.queries), math.prod(self.keys))
@@ -60,7 +60,7 @@ class _Spread:
         return keys
 
     def to_places(self, keys: Tensor) -> Tensor:
-        """`(n, queries, rows * columns)`, zeros where a place lies beyond the dilation group."""
+        """`(n, queries, rows * columns)`, zeros for places beyond the dilation group."""
         if self.same:
             return keys
         places = keys.new_zeros(len(keys), math.prod(self.queries), math.prod(self.kernel))
@@ -76,13 +76,13 @@ def _by_head(view: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _like(x: Tensor, view: Tensor) -> Tensor:
-    """What `_by_head` made of a tensor of the shape of `view`, in that shape again."""
+    """Inverse of `_by_head`: back to the axes of `view`."""
     batch, heads, axes = view.shape[0], view.shape[5], (*view.shape[1:5], *view.shape[6:8])
     return x.view(batch, heads, *axes, x.shape[-1]).permute(0, 2, 3, 4, 5, 1, 6, 7, 8)
 
 
 def _weights(q: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Softmax over the window's places `(B * heads, queries of all tiles, places)`; `bias` is a tile's, by head."""
+    """Softmax over the window's places, `(B * heads, queries of all tiles, places)`; `bias` is that of one tile."""
     scores = q.new_empty(*q.shape[:2], taps.shape[1])
     scores.view(-1, bias.shape[0], q.shape[1] // bias.shape[1], *bias.shape[1:]).copy_(bias[:, None])
     scores.baddbmm_(q, taps.transpose(1, 2), alpha=scale)
@@ -90,7 +90,7 @@ def _weights(q: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Tensor:
 
 
 def _bias(block: tiles.Block, plan: tiles.Plan, tap_bias: Tensor | None, heads: int) -> Tensor:
-    """`(heads, queries of a tile, places)`; minus infinity where a place lies beyond the group."""
+    """`(heads, queries of a tile, places)`; minus infinity for places beyond the group."""
     bias = block.bias(plan)
     if tap_bias is not None:
         bias = bias + tap_bias.to(plan.dtype)[:, None]
@@ -98,7 +98,7 @@ def _bias(block: tiles.Block, plan: tiles.Plan, tap_bias: Tensor | None, heads: 
 
 
 def _budget(query: Tensor, block: tiles.Block) -> int:
-    """Scores of a tile, by place and by key."""
+    """The number of weights of a tile, by place and by key together."""
     queries = block.rows.tile * block.columns.tile
     places = block.rows.kernel * block.columns.kernel
     return query.shape[3] * queries * (places + block.rows.keys * block.columns.keys)
@@ -123,7 +123,7 @@ def forward(given: Mix, window: Window) -> Tensor:
 
 
 def backward(grad: Tensor, given: Mix, out: Tensor, window: Window) -> Mix:
-    """Gradients of `forward` with respect to all that is given, each of its own dtype."""
+    """Gradients of `forward` with respect to all inputs, each in the dtype of its input."""
     query, taps, value, tap_bias, rpb = given
     plan = tiles.plan(query, rpb, window.kernel, window.dilation, SHAPE, taps=True)
     grad_query = query.new_empty(query.shape)
@@ -168,7 +168,10 @@ def backward(grad: Tensor, given: Mix, out: Tensor, window: Window) -> Mix:
 
 
 def exportable_forward(given: Mix, window: Window) -> Tensor:
-    """`forward` for graphs: no writing into views, no chunks, larger tiles; hence few nodes, and any batch size."""
+    """`forward` for exported graphs: it does not write into views, and uses no chunks but larger tiles.
+
+    So the graph has few nodes and works for any batch size.
+    """
     query, taps, value, tap_bias, rpb = given
     plan = tiles.plan(query, rpb, window.kernel, window.dilation, EXPORTED, taps=True)
     batch, _, width, heads, _ = query.shape
@@ -184,7 +187,7 @@ def exportable_forward(given: Mix, window: Window) -> Tensor:
         scores = (query_map.index_select(2, tokens) @ matrix).mul(window.scale).view(batch, heads, count, tile, -1)
         weights = (scores + bias[:, None]).softmax(-1)
         zero = torch.zeros_like(weights[..., :1])
-        padded = torch.cat([weights, zero], -1).flatten(3)  # a tile's unseen keys take the zero
+        padded = torch.cat([weights, zero], -1).flatten(3)  # keys that are not seen read the zero
         dense = padded.index_select(3, _places(block, query.device)).view(batch, heads, count, tile, met)
         values = value_map.index_select(2, others).view(batch, heads, count, met, value.shape[4])
         pieces.append((dense @ values).flatten(2, 3))
@@ -198,7 +201,7 @@ def exportable_forward(given: Mix, window: Window) -> Tensor:
 
 
 def _places(block: tiles.Block, device: torch.device) -> Tensor:
-    """`(queries * keys)`: where a tile's weights by key lie among its weights by place and a zero after each row."""
+    """`(queries * keys)`: the index of each weight by key in the weights by place, which have a zero after each row."""
     axes = []
     for run in block:
         start = torch.tensor(run.starts(), device=device)[:, None]

@@ -1,6 +1,6 @@
 """The dynamic convolution of neighborhoods on the GPU: which kernels run, on which tiles, with which configuration.
 
-As `triton_impl`; taps and tables are made contiguous, query and value may lie in memory as they like.
+It works like `triton_impl`. Taps and tables are made contiguous; query and value may have any strides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hybridzoo.kernels.neighborhood.triton_impl import multiprocessors
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision
 from hybridzoo.kernels.tuning import Config, Key, Table
 
-PROGRAMS = 4  # of the pass that sums, for every multiprocessor: fewer programs leave fewer sums behind
+PROGRAMS = 4  # programs per multiprocessor in the pass that sums; fewer programs write fewer partial sums
 
 # NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
 TABLE: Table = {
@@ -32,12 +32,12 @@ TABLE: Table = {
 TABLE |= {("mix_backward_value", block_d, 2): Config(16, 64, 8, 1) for block_d in (16, 32)}
 TABLE[("mix_backward_value", 16, 4)] = Config(16, 32, 4, 1)
 TABLE[("mix_backward_taps", 32, 2)] = Config(16, 64, 8, 1)
-TABLE[("mix_backward_query", 16, 4)] = Config(16, 32, 8, 1, 168)  # the compiler, left to itself, spills a few bytes
-PART = 64  # places that the backward passes work on at a time
+TABLE[("mix_backward_query", 16, 4)] = Config(16, 32, 8, 1, 168)  # without a limit, the compiler spills a few bytes
+PART = 64  # places that the backward passes process at a time
 
 
 class _Call(NamedTuple):
-    """What the launches of a call depend on."""
+    """Everything that the launches of a call depend on."""
 
     shape: tuple[int, ...]  # of query
     value_dim: int
@@ -63,7 +63,7 @@ def forward(given: Mix, window: Window) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, given: Mix, out: Tensor, lse: Tensor, window: Window) -> Mix:
-    """Gradients of all that is given, each in the dtype of its own."""
+    """Gradients of all inputs, each in the dtype of its input."""
     query, taps, value, tap_bias, rpb = given
     dquery, dvalue = query.new_empty(query.shape), value.new_empty(value.shape)
     if not query.numel():
@@ -91,7 +91,7 @@ def forward_launch(given: Mix, out: Tensor, lse: Tensor, window: Window) -> Laun
 def backward_launches(
     grad: Tensor, given: Mix, out: Tensor, lse: Tensor, dquery: Tensor, dvalue: Tensor, window: Window
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The kernels of the backward pass, and the sums that the second leaves, `(slots, ...)` of taps by image."""
+    """The kernels of the backward pass, and the partial sums of taps, tap_bias and rpb that the second one writes."""
     tensors = _tensors(given)
     _, *recipes = _recipes(_call(tensors, given, window))
     batch, heads, places, head_dim = given.taps.shape
@@ -107,7 +107,7 @@ def backward_launches(
 
 def _tensors(given: Mix) -> dict[str, Tensor]:
     query, value = (t if t.stride(4) == 1 else t.contiguous() for t in (given.query, given.value))
-    # Without a table, a pointer that nobody reads.
+    # Without a table, `query` is a placeholder that is not read.
     tap_bias, rpb = (query if t is None else t.contiguous() for t in (given.tap_bias, given.rpb))
     return dict(query=query, taps=given.taps.contiguous(), value=value, tap_bias=tap_bias, rpb=rpb)
 
@@ -122,7 +122,7 @@ def _call(tensors: dict[str, Tensor], given: Mix, window: Window) -> _Call:
 
 @tuning.plan
 def _recipes(call: _Call) -> list[Recipe]:
-    """Forward, and the three passes of backward."""
+    """The forward pass, then the three backward passes."""
     kinds = "mix_forward", "mix_backward_query", "mix_backward_taps", "mix_backward_value"
     return [_recipe(kind, call) for kind in kinds]
 

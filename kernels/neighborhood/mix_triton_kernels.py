@@ -1,26 +1,26 @@
 """The dynamic convolution of neighborhoods in Triton: the kernels.
 
 Tiles, dilation groups and places are those of `triton_kernels`. A row of scores has a column for every place of the
-query's window, TAPS of them, padded: one product of a tile's queries with the image's taps makes them, with their
-softmax complete in registers, whatever the map's size. `tl.gather` brings a row from the window's places to the keys of
-the tile (a shift of its own for every query), and the gradient of the weights back.
+query's window, TAPS columns with padding. One product of a tile's queries with the image's taps computes them, so the
+whole softmax happens in registers for any size of the map. `tl.gather` moves a row from the window's places to the keys
+of the tile (every query has a different shift), and the gradient of the weights back.
 
-No atomics: every sum is taken by one program in a fixed order. Gradients of taps and of both tables are summed by a
-program over its share of an image's tiles, written to a slot of their own, and added up by PyTorch. Backward, where a
-thread holds more matrices, PART places are worked on at a time.
+There are no atomics: one program computes each sum, in a fixed order. A program sums the gradients of taps and of both
+tables over its share of an image's tiles and writes them to its own slot; PyTorch adds the slots. In backward passes,
+where a thread holds more matrices, PART places are processed at a time.
 
-The arithmetic, for OverLoCK-T's third stage (14 x 14 tokens, 8 heads of 16 channels, a 13 x 13 window) at batch 128 in
-bfloat16, on an H100 (3.0 TB/s; 740 TFLOP/s; 132 processors with 16 exponentials a clock, 1.7 GHz). A map is 6.4 MB, the
-taps are 5.5 MB. A program of the forward pass takes 16 queries of a head, so there are 16384. Microseconds, each as if
-it were alone; not measured:
+Cost, for OverLoCK-T's third stage (14 x 14 tokens, 8 heads of 16 channels, a 13 x 13 window) at batch 128 in bfloat16,
+on an H100 (3.0 TB/s; 740 TFLOP/s; 132 multiprocessors with 16 exponentials per cycle, 1.7 GHz). A map is 6.4 MB, the
+taps are 5.5 MB. A program of the forward pass takes 16 queries of a head, so there are 16384. Microseconds for each
+part alone; computed, not measured:
 
     pass      bytes                                    products     exponentials
     forward   three maps, the taps       25 MB   8     4.3 GF   6    67 M  19    (256 places for 169)
-    backward  eleven maps, thrice taps   87 MB  29    21 GF    29   190 M  53    (the weights in each of three passes)
+    backward  11 maps, 3 times taps      87 MB  29    21 GF    29   190 M  53    (the weights in each of three passes)
 
-What limits it are the exponentials and the way of as many scores from places to keys and back, which takes several
-instructions each. Of the plain form's tensors as wide as a window, five of 338 bytes a query and head, none exists.
-Launches: one forward; three backward, and a sum for the taps and for either table.
+The limits are the exponentials, and moving as many scores from places to keys and back, which takes several
+instructions each. The plain form has five tensors as wide as a window, with 338 bytes per query and head; here none of
+them exists. Launches: one forward; three backward, and one sum for the taps and for each table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MIX_SIZES = [*SIZES, "share", "shares"]
 
 @triton.jit
 def load_taps(taps, tap, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[taps, BLOCK_D]` of one image and head; zeros beyond the last one."""
+    """`[taps, BLOCK_D]` of one image and head; zeros beyond the last tap."""
     return load_tokens(taps, tap * HEAD_DIM, HEAD_DIM, BLOCK_D, tap < SIZE)
 
 
@@ -63,7 +63,7 @@ def with_rpb(
     scores, tap, rpb, query_h, query_w, members_h, members_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Scores by place with the position bias, and UNSEEN at places beyond the group."""
+    """Scores by place with the position bias; UNSEEN at places beyond the group."""
     tap_h, tap_w = tap // KERNEL_W, tap % KERNEL_W
     seen = (tap_h < tl.minimum(KERNEL_H, members_h)) & (tap_w < tl.minimum(KERNEL_W, members_w))
     if BIAS:
@@ -77,7 +77,7 @@ def with_rpb(
 
 @triton.jit
 def places_of(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
-    """`[queries, keys]`: the place of a key in a query's window; of an unseen key anything."""
+    """`[queries, keys]`: the place of a key in a query's window; any number for a key that is not seen."""
     start_h = window_start(query_h, members_h, KERNEL_H)
     start_w = window_start(query_w, members_w, KERNEL_W)
     return (key_h[None, :] - start_h[:, None]) * KERNEL_W + key_w[None, :] - start_w[:, None]
@@ -98,7 +98,7 @@ def mix_forward(
     )
     first_h, first_w = at_h * tile_h, at_w * tile_w
     size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -152,7 +152,7 @@ def score_gradients(
     column = window_start(query_w, members_w, KERNEL_W)[:, None] + tap_w[None, :] - start_w
     inside = ((tap_h < shown_h) & (tap_w < shown_w))[None, :]
     key = row * extent_w + column
-    # Keys at these places, of any of the queries, lie in a few rows.
+    # For all queries together, the keys at these places lie in a few rows.
     first_row = tl.minimum(tl.min(tap_h, 0), shown_h)
     rows = tl.minimum(extent_h, extent_h - shown_h + tl.max(tap_h, 0) + 1)
     dweights = tl.zeros([QUERIES, PART], tl.float32)
@@ -175,14 +175,14 @@ def mix_backward_query(
     VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, PART places at a time, and `delta` of each, sum(grad * out), for the taps."""
+    """Gradient of a tile of queries, PART places at a time, and `delta = sum(grad * out)` of each, for the taps."""
     size: tl.constexpr = KERNEL_H * KERNEL_W
     head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
     first_h, first_w = at_h * tile_h, at_w * tile_w
     size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -220,9 +220,9 @@ def mix_backward_taps(
     VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of PART taps, and of the tables at their places, from `share` tiles of queries of an image and head.
+    """Gradients of PART taps, and of the tables at their places, for `share` tiles of queries of an image and head.
 
-    Sums of taps go to a slot `(image, one of the shares, head)`; those of the tables to one of the program.
+    Sums of taps are written to the slot `(image, share, head)`; sums of the tables to a slot of the program.
     """
     size: tl.constexpr = KERNEL_H * KERNEL_W
     parts: tl.constexpr = (size + PART - 1) // PART
@@ -240,7 +240,7 @@ def mix_backward_taps(
     matrix = load_taps(taps + (one * heads + head) * size * HEAD_DIM, tap, size, HEAD_DIM, BLOCK_D)
     sum_taps = tl.zeros([PART, BLOCK_D], tl.float32)
     sum_bias = tl.zeros([PART], tl.float32)
-    table = tl.zeros([ROWS, COLUMNS], tl.float32)  # flattens the bias table and pads its end
+    table = tl.zeros([ROWS, COLUMNS], tl.float32)  # the flattened bias table, padded at its end
     for tile in range(begin, tl.minimum(begin + share, all_tiles)):
         _, at_h, at_w, class_h, class_w, _, members_h, members_w = locate(
             tile * heads, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
@@ -251,7 +251,7 @@ def mix_backward_taps(
         query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
         start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
         start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
-        # A class may be one member short of its last tile, which then has no query and needs no key.
+        # In a class with one member less, the last tile may be empty. Then it has no query and needs no key.
         extent_h = tl.where((size_h > 0) & (size_w > 0), extent_h, 0)
         row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
         pixels = (row * width + column) * heads + head
@@ -273,7 +273,7 @@ def mix_backward_taps(
             lead_h = query_h - window_start(query_h, members_h, KERNEL_H) - (KERNEL_H - 1)
             lead_w = query_w - window_start(query_w, members_w, KERNEL_W) - (KERNEL_W - 1)
             for i in range((entries + COLUMNS - 1) // COLUMNS):
-                # For every entry of the table each query has at most one place; pick it, and sum over queries.
+                # For an entry of the table, each query has at most one place; it is picked and summed over queries.
                 entry = i * COLUMNS + tl.arange(0, COLUMNS)
                 place_h = lead_h[:, None] + (entry // columns)[None, :]
                 place_w = lead_w[:, None] + (entry % columns)[None, :]
@@ -302,7 +302,7 @@ def mix_backward_value(
 ):  # fmt: skip
     """Gradient of a tile of values: a loop over the queries that see any of them, QUERIES at a time.
 
-    Scores of PART places at a time are brought to the keys: all of them would take more registers than threads have.
+    Scores of PART places at a time are moved to the keys: all of them would need more registers than threads have.
     """
     size: tl.constexpr = KERNEL_H * KERNEL_W
     head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(

@@ -1,4 +1,4 @@
-"""Neighborhood attention as two `torch.library` operators: compilers see one node per direction."""
+"""Neighborhood attention as two `torch.library` operators: one node per direction."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def na2d(
     impl: str,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result and the log-sum-exp of the scores, (B, H, W, heads).
+    """The result, and the log-sum-exp of the scores, (B, H, W, heads).
 
-    Without key and value, query is all three, (B, H, W, 3, heads, head_dim). The log-sum-exp is differentiable
-    `with_lse`; without, it is what Triton's backward pass wants, and empty elsewhere.
+    If key and value are None, `query` is all three, packed: (B, H, W, 3, heads, head_dim). `with_lse`: the log-sum-exp
+    is differentiable. Without it, only Triton returns the log-sum-exp, for its backward pass; otherwise it is empty.
     """
     maps, window = Maps.of(query, key, value), Window.of(kernel, dilation, scale)
     if impl == "triton":
-        from hybridzoo.kernels.neighborhood import triton_impl  # only when used: Triton is slow to import
+        from hybridzoo.kernels.neighborhood import triton_impl  # slow to import, so only if used
 
         return triton_impl.forward(maps, rpb, window)
     with full_precision(query):
@@ -56,7 +56,7 @@ def na2d_backward(
     impl: str,
     want_rpb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and rpb, each like its own; empty where there is none, or rpb's is not wanted."""
+    """Gradients of query, key, value and rpb, each like its input. Empty for inputs not given, or if not `want_rpb`."""
     maps, window = Maps.of(query, key, value), Window.of(kernel, dilation, scale)
     dq, dk, dv = (query.new_empty(0 if t is None else t.shape) for t in (query, key, value))
     into = Maps.of(dq, None if key is None else dk, None if value is None else dv)
@@ -84,7 +84,7 @@ def _(grad, query, key, value, rpb, out, lse, grad_lse, kernel, dilation, scale,
 
 
 def _log_sum_exp(out: Tensor, impl: str, with_lse: bool) -> Tensor:
-    """An empty tensor like the one that `impl` returns."""
+    """A new tensor like the log-sum-exp that `impl` returns."""
     shape = out.shape[:4] if impl == "triton" or with_lse else (0,)
     return out.new_empty(shape, dtype=torch.promote_types(out.dtype, torch.float32))
 
@@ -98,7 +98,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad, grad_lse):
     query, key, value, rpb, *results = ctx.saved_tensors
-    want_rpb = ctx.needs_input_grad[3]  # a frozen one must not cost a kernel
+    want_rpb = ctx.needs_input_grad[3]  # no kernel runs for a frozen table
     grad_lse = grad_lse if ctx.with_lse else None
     grads = _backward(grad, query, key, value, rpb, *results, grad_lse, *ctx.where, want_rpb)
     given = query, key, value, rpb if want_rpb else None
@@ -111,7 +111,7 @@ attend = differentiable(na2d, "na2d", _save, _differentiate)
 
 
 def pairs(query, kernel, dilation) -> int:
-    """Of a query and a key it sees: kernel x kernel keys a query, fewer where its dilation group is smaller."""
+    """The number of pairs of a query and a key that it sees: kernel x kernel per query, or the whole dilation group."""
     batch, height, width = query[:3]
     count = 1
     for length, k, d in zip((height, width), kernel, dilation, strict=True):
@@ -121,17 +121,17 @@ def pairs(query, kernel, dilation) -> int:
 
 
 def _multiplications(query, kernel, dilation) -> int:
-    """Of q k^T alone."""
+    """The number of multiplications in q k^T."""
     return pairs(query, kernel, dilation) * query[-1]
 
 
 @register_flop_formula(torch.ops.hybridzoo.na2d)
 def _flops(query, key, value, rpb, kernel, dilation, *args, out_shape=None, **kwargs) -> int:
-    return 2 * 2 * _multiplications(query, kernel, dilation)  # q k^T and weights v, a multiply and an add each
+    return 2 * 2 * _multiplications(query, kernel, dilation)  # two products, q k^T and weights v; multiply and add
 
 
 @register_flop_formula(torch.ops.hybridzoo.na2d_backward)
 def _backward_flops(
     grad, query, key, value, rpb, out, lse, grad_lse, kernel, dilation, *args, out_shape=None, **kwargs
 ) -> int:
-    return 2 * 5 * _multiplications(query, kernel, dilation)  # the scores again, dweights, and one for each of q, k, v
+    return 2 * 5 * _multiplications(query, kernel, dilation)  # five products: scores, d(weights), dq, dk, dv

@@ -1,4 +1,4 @@
-"""The formulas: attention with a dense mask, quadratic in tokens, and the dynamic convolution. For float64 tests."""
+"""The formulas: attention with a dense mask (quadratic in tokens) and dynamic convolution. For tests in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def axis_table(length: int, kernel: int, dilation: int) -> list[tuple[list[int], list[int]]]:
-    """For every position of one axis: the positions of its keys and, for each, the index into that axis of rpb."""
+    """For every position of one axis: the positions of its keys, and the index of each key into that axis of rpb."""
     table = []
     for i in range(length):
         residue, p = i % dilation, i // dilation  # dilation group, and place in it
@@ -23,7 +23,7 @@ def axis_table(length: int, kernel: int, dilation: int) -> list[tuple[list[int],
 
 
 def dense_axis(length: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """`axis_table` as `(length, length)` matrices, query by key: visible (bool), index into rpb (0 where invisible)."""
+    """`axis_table` as `(length, length)` matrices, query by key: seen (bool), and index into rpb (0 if not seen)."""
     visible, index = torch.zeros(length, length, dtype=torch.bool), torch.zeros(length, length, dtype=torch.int64)
     for i, (keys, entries) in enumerate(axis_table(length, kernel, dilation)):
         visible[i, keys] = True
@@ -41,7 +41,7 @@ def na2d(
     scale: float,
     fill: Tensor | None = None,
 ) -> Tensor:
-    """Masked dense attention, in the dtype of `query`. Differentiable. `fill` really extends the map."""
+    """Masked dense attention in the dtype of `query`. Differentiable. Tokens with the value `fill` are appended."""
     height, width = query.shape[1:3]
     if fill is not None:
         extra = (0, 0, 0, 0, 0, max(0, kernel[1] * dilation[1] - width), 0, max(0, kernel[0] * dilation[0] - height))
@@ -51,7 +51,7 @@ def na2d(
     (seen_h, index_h), (seen_w, index_w) = (
         dense_axis(*axis) for axis in zip((height, width), kernel, dilation, strict=True)
     )
-    # Letters: queries at row y, column x; keys at row u, column v.
+    # Letters of einsum: queries at row y, column x; keys at row u, column v.
     scores = scale * torch.einsum("byxhd,buvhd->bhyxuv", query, key)
     if rpb is not None:
         scores = scores + rpb[:, index_h[:, None, :, None], index_w[None, :, None, :]]
@@ -71,7 +71,7 @@ def neighborhood_mix2d(
     dilation: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    """One query after the other, in the dtype of `query`. Differentiable."""
+    """One query at a time, in the dtype of `query`. Differentiable."""
     rows, columns = (axis_table(*axis) for axis in zip(query.shape[1:3], kernel, dilation, strict=True))
     out = []
     for (y, (keys_h, entries_h)), (x, (keys_w, entries_w)) in itertools.product(enumerate(rows), enumerate(columns)):

@@ -1,10 +1,10 @@
-"""How neighborhood attention is cut into tiles for the PyTorch path, and the bias that a tile's queries and keys share.
+"""How the PyTorch implementation cuts neighborhood attention into tiles, and the bias that the tiles share.
 
-Per axis, the map falls apart into runs (`Run`): equal dilation groups, cut into equal tiles whose keys begin equally
-far from them. A pair of runs, one for the rows and one for the columns, is a *block*: all its tiles share one bias, and
-its queries and its overlapping keys are strided views of the map, however the map lies in memory. Far from the borders
-there is one big block. Where a dilation group is hardly larger than the window (DiNAT at its own resolution) it is a
-single tile, attended to in full.
+Each axis of the map is cut into runs (`Run`): equal dilation groups, cut into equal tiles whose keys start at the same
+distance from them. A pair of runs, one for the rows and one for the columns, is a *block*: all its tiles share one
+bias, and its queries and its overlapping keys are strided views of the map, for any strides of the map. Far from the
+borders there is one big block. If a dilation group is hardly larger than the window (DiNAT at its usual resolution), it
+is a single tile with dense attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from torch import Tensor
 
 
 class Shape(NamedTuple):
-    """What tiles a pass likes best. Factors count tile rows, of which there are `kernel`, at most `max_tile`."""
+    """The tiles that are fastest for a pass.
+
+    A tile has `kernel` rows, at most `max_tile`. The other numbers are multiples of that: the width of a tile, and the
+    largest dilation groups that are not cut.
+    """
 
     max_tile: int = 8
     columns: int = 1
@@ -30,7 +34,7 @@ class Shape(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Along one axis: `groups` dilation groups side by side, `tiles` tiles in each."""
+    """Along one axis: `groups` neighboring dilation groups with `tiles` tiles each."""
 
     first: int  # position of the first group's first member
     groups: int
@@ -39,12 +43,12 @@ class Run(NamedTuple):
     kernel: int
     tiles: int
     tile: int  # queries in a tile
-    query: int  # first query of the first tile, counted in members
+    query: int  # first query of the first tile, as the number of a member
     key: int  # first key of the first tile
     keys: int  # keys of a tile
 
     def positions(self, start: int, size: int) -> list[list[list[int]]]:
-        """By group, by tile: positions of `size` members, in the first tile from number `start` on."""
+        """For each group and tile: the positions of `size` members, which start at member `start` in the first tile."""
         starts = range(start, start + self.tiles * self.tile, self.tile)
         return [
             [[self.first + group + self.dilation * (first + i) for i in range(size)] for first in starts]
@@ -57,7 +61,7 @@ class Run(NamedTuple):
         return self._replace(tiles=1, tile=self.tile + more, keys=self.keys + more)
 
     def entries(self, device: torch.device) -> Tensor:
-        """`(tile, keys)`: index into rpb, and `2 * kernel - 1` where the query does not see the key."""
+        """`(tile, keys)`: index into rpb, or `2 * kernel - 1` if the query does not see the key."""
         query = torch.arange(self.query, self.query + self.tile, device=device)[:, None]
         key = torch.arange(self.key, self.key + self.keys, device=device)
         start = (query - self.kernel // 2).clamp(0, max(self.members - self.kernel, 0))
@@ -65,21 +69,21 @@ class Run(NamedTuple):
         return torch.where(seen, key - query + self.kernel - 1, 2 * self.kernel - 1)
 
     def tap_entries(self, device: torch.device) -> Tensor:
-        """`(tile, kernel)`: index into rpb of the window's places, and `2 * kernel - 1` of those beyond the group."""
+        """`(tile, kernel)`: index into rpb of the window's places, or `2 * kernel - 1` for places beyond the group."""
         query = torch.arange(self.query, self.query + self.tile, device=device)[:, None]
         start = (query - self.kernel // 2).clamp(0, max(self.members - self.kernel, 0))
         key = start + torch.arange(self.kernel, device=device)
         return torch.where(key < self.members, key - query + self.kernel - 1, 2 * self.kernel - 1)
 
     def starts(self) -> list[int]:
-        """For every query of a tile: the first key of its window, counted in the tile's keys."""
+        """For every query of a tile: the first key of its window, as an index into the tile's keys."""
         last = max(self.members - self.kernel, 0)
         return [min(max(q - self.kernel // 2, 0), last) - self.key for q in range(self.query, self.query + self.tile)]
 
     def pieces(self) -> list[tuple[int, int, int, int]]:
-        """A tile's queries in pieces whose windows start alike, or each one key after the one before.
+        """A tile's queries in pieces whose windows all start at the same key, or each one key after the last.
 
-        `(first query, queries, start of the first window, step between the windows)`.
+        `(first query, number of queries, start of the first window, step between the windows: 0 or 1)`.
         """
         found: list[tuple[int, int, int, int]] = []
         for query, start in enumerate(self.starts()):
@@ -94,7 +98,7 @@ class Run(NamedTuple):
         return found
 
 
-# A few small tensors a resolution.
+# These caches hold a few small tensors for each resolution.
 _kept_entries = functools.lru_cache(maxsize=256)(Run.entries)
 _kept_tap_entries = functools.lru_cache(maxsize=256)(Run.tap_entries)
 
@@ -124,25 +128,25 @@ def _runs(length: int, kernel: int, dilation: int, tile: int, uncut: int) -> lis
 
 
 class Block(NamedTuple):
-    """All pairs of a row run's and a column run's tiles."""
+    """All pairs of the tiles of a run of rows and a run of columns."""
 
     rows: Run
     columns: Run
 
     @property
     def query_axes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Per axis: the first tile's first query, and queries of a tile."""
+        """Per axis: the first query of the first tile, and the number of queries of a tile."""
         return (self.rows.query, self.rows.tile), (self.columns.query, self.columns.tile)
 
     @property
     def key_axes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Per axis: the first tile's first key, and keys of a tile."""
+        """Per axis: the first key of the first tile, and the number of keys of a tile."""
         return (self.rows.key, self.rows.keys), (self.columns.key, self.columns.keys)
 
     def view(self, x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
         """View a map `(B, H, W, heads, d)` as `(B, groups, groups, tiles, tiles, heads, size, size, d)`.
 
-        `rows` and `columns`: first member in the first tile, and size.
+        `rows` and `columns`: the first member in the first tile, and the size.
         """
         batch, heads, head_dim = x.shape[0], x.shape[3], x.shape[4]
         (down, right), (step_h, step_w) = x.stride()[1:3], (run.dilation for run in self)
@@ -164,7 +168,7 @@ class Block(NamedTuple):
         return self.view(x, *self.key_axes)
 
     def tokens(self, rows: tuple[int, int], columns: tuple[int, int], width: int) -> list[list[int]]:
-        """By tile, in the order of `view`: the tokens of a map `width` wide, counted row by row."""
+        """For each tile, in the order of `view`: its tokens, numbered row by row in a map of the given width."""
         return [
             [row * width + column for row, column in itertools.product(tile_h, tile_w)]
             for group_h, group_w in itertools.product(self.rows.positions(*rows), self.columns.positions(*columns))
@@ -172,7 +176,7 @@ class Block(NamedTuple):
         ]
 
     def key_pieces(self, x: Tensor) -> list[tuple[Tensor, slice, slice]]:
-        """`keys(x)` in pieces in which no two tiles overlap, with the rows and columns of the keys each one is."""
+        """`keys(x)`, cut into pieces in which no two tiles overlap, and the rows and columns of keys of each piece."""
         rows, columns = (
             [slice(start, min(start + run.tile, run.keys)) for start in range(0, run.keys, run.tile)]
             if run.tiles > 1
@@ -191,9 +195,9 @@ class Block(NamedTuple):
         ]
 
     def bias(self, plan: Plan) -> Tensor:
-        """`(heads or 1, queries, keys)`: the position bias, and minus infinity where a query does not see a key.
+        """`(heads or 1, queries, keys)`: the position bias, or minus infinity if a query does not see a key.
 
-        Of a plan of `taps`: `(heads or 1, queries, places of the window)`.
+        If the plan was made with `taps=True`: `(heads or 1, queries, places of the window)`.
         """
         rows, columns = (plan.entries[run] for run in self)
         entries = (rows[:, None, :, None] * plan.table.shape[2] + columns[:, None]).view(1, -1)
@@ -212,12 +216,12 @@ class Block(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a call is cut up, and the tables that its blocks share."""
+    """The blocks of a call, and the tables that they share."""
 
     blocks: list[Block]
     entries: dict[Run, Tensor]  # `Run.entries`, or `Run.tap_entries`
-    table: Tensor  # rpb or, without it, zeros; minus infinity in one row and one column more
-    dtype: torch.dtype  # to compute in
+    table: Tensor  # rpb (zeros if there is none), and an additional row and column of minus infinity
+    dtype: torch.dtype  # of the computation
 
 
 @functools.lru_cache(maxsize=256)
@@ -241,12 +245,12 @@ def plan(
     *,
     taps: bool = False,
 ) -> Plan:
-    """`taps`: scores are counted by places of a query's window, not by a tile's keys."""
+    """Plan a call. `taps`: there is a score for each place of a query's window, not for each key of a tile."""
     rows, columns = _cut(
         (int(query.shape[1]), int(query.shape[2])), kernel, dilation, min(max(kernel), shape.max_tile), shape
     )
     make, kept = (Run.tap_entries, _kept_tap_entries) if taps else (Run.entries, _kept_entries)
-    make = make if shape.exporting else kept  # a traced tensor must not outlive the trace
+    make = make if shape.exporting else kept  # a cache must not keep tensors of a trace
     entries = {run: make(run, query.device) for run in (*rows, *columns)}
     dtype = torch.promote_types(query.dtype, torch.float32)
     if rpb is None:

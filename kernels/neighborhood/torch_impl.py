@@ -1,12 +1,12 @@
 """Neighborhood attention in plain PyTorch, on any device: dense attention of small tiles to the keys around them.
 
-The queries of a tile share most of their keys, so a tile and the union of its windows are two small dense matrices, and
-what a query of the tile does not see is minus infinity in the bias. Nothing is gathered per query. `tiles` says how the
-map is cut up; small maps and dilation groups are not.
+The queries of a tile share most of their keys. So a tile and the union of its windows are two small dense matrices, and
+keys that a query of the tile does not see have minus infinity in the bias. Nothing is gathered per query. `tiles`
+defines how the map is cut; small maps and small dilation groups are not cut.
 
-Per block of equal tiles, columns of tiles are copied out as *bands*, in which the keys of a tile are consecutive, so
-that only neighbouring columns duplicate keys; then tile rows follow one another while the band is in the processor's
-cache. Everything is computed in float32 or wider, and summed in a fixed order.
+For each block of equal tiles, columns of tiles are copied to *bands*, in which the keys of a tile are consecutive, so
+that only neighboring columns duplicate keys. Then the tiles of a band are processed row by row while the band is in
+the CPU's cache. Everything is computed in float32 or wider, and summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from torch import Tensor
 from hybridzoo.kernels.neighborhood import tiles
 from hybridzoo.kernels.neighborhood.given import Maps, Window
 
-# Measured on a CPU. Cutting columns means copying bands; not cutting them means attending to more that is masked.
+# Measured on a CPU. If columns are cut, bands are copied; if not, more of the computed scores are masked.
 FORWARD = tiles.Shape(uncut_rows=2, uncut_columns=4)
 BACKWARD = tiles.Shape(columns=2, uncut_columns=2)
 EXPORTED = tiles.Shape(max_tile=16, columns=2, uncut_columns=2, exporting=True)
-# Scores worked on at once; on a CPU, what belongs to more of them falls out of its cache.
+# Scores processed at a time. With more of them, a CPU's cache is too small.
 CHUNK_FORWARD = 1 << 20
-CHUNK_BACKWARD = 1 << 18  # which holds them, twice
+CHUNK_BACKWARD = 1 << 18  # the backward pass holds two tensors of them
 CHUNK_GPU = 1 << 26
 
 
 def chunks(batch: Tensor, scores: int, chunk: int) -> Iterator[tuple[slice, ...]]:
-    """Cut the batch of a block, `(B, groups, groups, tiles, tiles, ...)`, given the scores per tile and at once."""
+    """Cut the batch of a block, `(B, groups, groups, tiles, tiles, ...)`, into parts of at most `chunk` scores.
+
+    `scores`: the number of scores of one tile.
+    """
     budget = (CHUNK_GPU if batch.is_cuda else chunk) // scores
     steps: list[int] = []
     for size in reversed(batch.shape[:5]):
@@ -46,13 +49,13 @@ def chunks(batch: Tensor, scores: int, chunk: int) -> Iterator[tuple[slice, ...]
 
 
 def _matrices(view: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(..., heads, size, size, d)` -> `(tiles * heads, size * size, d)` in `dtype`; a view where one will do."""
+    """`(..., heads, size, size, d)` -> `(tiles * heads, size * size, d)` in `dtype`; a view if possible."""
     view = view.to(dtype, memory_format=torch.contiguous_format)
     return view.reshape(math.prod(view.shape[:6]), view.shape[6] * view.shape[7], view.shape[8])
 
 
 def _sequences(view: Tensor) -> Tensor:
-    """`(..., heads, size, size, d)` -> `(tiles, heads, size * size, d)`; a view where whole rows of a map allow it."""
+    """`(..., heads, size, size, d)` -> `(tiles, heads, size * size, d)`; a view if possible (whole rows of a map)."""
     return view.reshape(math.prod(view.shape[:5]), view.shape[5], view.shape[6] * view.shape[7], view.shape[8])
 
 
@@ -65,7 +68,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
 
 
 def _tile_rows(block: tiles.Block) -> Iterator[tuple[slice, slice, slice]]:
-    """For every row of tiles: its rows, and within a band's matrices its queries and its keys."""
+    """For every row of tiles: its rows on the map, and its queries and its keys in the matrices of a band."""
     rows, columns = block
     for start in range(0, rows.tiles * rows.tile, rows.tile):
         queries, keys = start * columns.tile, start * columns.keys
@@ -77,7 +80,7 @@ def _tile_rows(block: tiles.Block) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def forward(maps: Maps, rpb: Tensor | None, window: Window, with_lse: bool = False) -> tuple[Tensor, Tensor | None]:
-    """See `api.na2d`; the result and, if asked, the scores' log-sum-exp `(batch, height, width, heads)`."""
+    """See `api.na2d`. The result and, if requested, the log-sum-exp of the scores `(batch, height, width, heads)`."""
     query, key, value = maps
     plan = tiles.plan(query, rpb, window.kernel, window.dilation, FORWARD)
     result = query.new_empty(query.shape)
@@ -114,7 +117,10 @@ def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
 def exportable_forward(
     maps: Maps, rpb: Tensor | None, window: Window, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`forward` for graphs: no writing into views, no chunks, larger tiles; hence few nodes, and any batch size."""
+    """`forward` for exported graphs: it does not write into views, and uses no chunks but larger tiles.
+
+    So the graph has few nodes and works for any batch size.
+    """
     query, key, value = maps
     plan = tiles.plan(query, rpb, window.kernel, window.dilation, EXPORTED)
     batch, _, width, heads, head_dim = query.shape
@@ -155,13 +161,13 @@ def backward(
     into: Maps,
     want_rpb: bool,
 ) -> Tensor | None:
-    """Fill `into` with the gradients of `forward` with respect to `maps`, and return that of rpb where it is wanted.
+    """Write the gradients of `maps` to `into`; return that of rpb, or None if it is not needed.
 
-    `grad`, `grad_lse` (none where nothing depends on it): of the result and of the log-sum-exp.
+    `grad`: gradient of the result; `grad_lse`: gradient of the log-sum-exp, None if nothing depends on it.
     """
     query, key, value = maps
     plan = tiles.plan(query, rpb, window.kernel, window.dilation, BACKWARD)
-    # Keys and values are summed over blocks, in float32 or wider.
+    # Gradients of keys and values are summed over blocks, in float32 or wider.
     grad_k, grad_v = (
         t.zero_() if t.dtype == plan.dtype else torch.zeros(t.shape, dtype=plan.dtype, device=t.device)
         for t in (into.key, into.value)

@@ -1,33 +1,34 @@
 """Neighborhood attention in Triton: the kernels.
 
-A program works on one tile of one dilation group of one head. Inside a group, tokens are named by their *place* (row,
-column), so that the group is an ordinary map with dilation 1: place `p` of residue class `g` is token
-`g + p * dilation`. Places are vectors, shaped `[n, 1]` or `[1, n]` where two of them meet in a matrix of scores.
-Vectors longer than what there is to do repeat their last valid place, so that loads need no mask and never leave the
-tensor; such repeats count as unseen keys, and are not stored as queries.
+A program processes one tile of one dilation group of one head. Inside a group, tokens are identified by their *place*
+(row, column), so that the group is an ordinary map with dilation 1: place `p` of residue class `g` is token
+`g + p * dilation`. Places are vectors; for a matrix of scores they get the shapes `[n, 1]` and `[1, n]`. A vector that
+is longer than needed repeats its last valid place, so that loads need no mask and never leave the tensor. Such repeats
+count as keys that are not seen, and are not stored as queries.
 
-Two sets of kernels. The *whole* ones hold all scores of a tile in one block, `[queries, keys they see]`. Its bias and
-mask depend on the tile alone, so a program gathers them once, keeps them in registers and goes through many images; per
-score remain a multiply-add, an exponential and the sums. The gradient of the bias is summed over those images in a
-block beside it, and picked out of that sum once per entry of the table. The others go through the keys block by block,
-and through the bias and the mask in every block; they serve what does not fit: float32, wide heads, large windows.
+There are two sets of kernels. The *whole* kernels hold all scores of a tile in one block, `[queries, keys they see]`.
+Bias and mask depend only on the tile, so a program gathers them once, keeps them in registers and loops over many
+images. For each score remain a multiply-add, an exponential and the sums. The gradient of the bias is summed over those
+images in a second block; at the end, the sum of each entry of the table is picked from it. The other kernels loop over
+blocks of keys, and compute bias and mask in every block. They are for everything that does not fit into registers:
+float32, wide heads, large windows.
 
-No atomics: every sum is taken by one program in a fixed order. Of the bias's gradient, each program writes a table of
-its own, and PyTorch adds the tables. Weights are recomputed from the log-sum-exp that the forward pass keeps; nothing
-the size of the scores is stored.
+There are no atomics: one program computes each sum, in a fixed order. For the gradient of the bias, each program writes
+its own table, and PyTorch adds the tables. The backward pass recomputes the weights from the log-sum-exp that the
+forward pass keeps; nothing of the size of the scores is stored.
 
-The arithmetic, for head_dim 32, bfloat16 and a 7 x 7 window. A query of one head: 6.3 kFLOP over the 49 keys it sees
-against 256 bytes of query, key, value and result, far below what a GPU's products could do, so the floor is the
-memory's: 206 MB for 128 images of 56 x 56 with two heads, 84 us on an H100 that copies 2.43 TB/s. Backward seven maps
-move at least, in two passes eleven. Above the floor stand, per image and program:
+Cost, for head_dim 32, bfloat16 and a 7 x 7 window. A query of one head needs 6.3 kFLOP for the 49 keys that it sees,
+and 256 bytes for query, key, value and result. A GPU could compute much more in that time, so memory is the lower
+bound: 206 MB for 128 images of 56 x 56 with two heads, 84 us on an H100 that copies 2.43 TB/s. The backward pass moves
+at least seven maps, or eleven in two passes. What comes on top of that, per image and program:
 
-* the way from L2: a tile of 4 x 4 queries loads 100 keys and values, 6.25 of each a query (5 x 5 of 32 rows: 4.8);
-* scores: 128 a query, 2.6 times the useful ones; of a dense 7 x 7 group 64 x 64 for 49 x 49, 1.7 times. Each costs an
-  exponential, of which a multiprocessor takes 16 a cycle, and some 7 instructions (76 in the kernels that work out bias
-  and mask for every score);
-* some 200 instructions of every warp for addresses, fragments and barriers, so few warps do better than many.
+* reads from L2: a tile of 4 x 4 queries loads 100 keys and values, 6.25 of each per query (5 x 5 of 32 rows: 4.8);
+* scores: 128 per query, 2.6 times as many as needed (for a dense 7 x 7 group 64 x 64 instead of 49 x 49, 1.7 times).
+  Each score needs an exponential (a multiprocessor computes 16 per cycle) and about 7 instructions (76 in the kernels
+  that compute bias and mask for every score);
+* about 200 instructions of every warp for addresses, fragments and barriers, so few warps are faster than many.
 
-Launches: one forward; backward two, of a dense group one, and for the bias two more, `bias_table` and a sum.
+Launches: one forward; two backward (one for a dense group), and two more for the bias: `bias_table` and a sum.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import triton.language as tl
 
 from hybridzoo.kernels.triton_common import LOG2E, UNSEEN, load_tokens, store_tokens
 
-# Sizes differ between images of a multi-scale training run; a kernel compiled for each would never be reused.
+# Sizes change in multi-scale training, so the kernels are not compiled again for each of them.
 SIZES = [
     "batch", "heads", "height", "width", "dilation_h", "dilation_w", "images", "tile_h", "tile_w", "tiles_h", "tiles_w",
 ]  # fmt: skip
@@ -45,9 +46,9 @@ SIZES = [
 
 @triton.jit
 def locate(program, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w):
-    """Head, tile, residue class and the rest (image or chunk of images) of a program, and the members of its class.
+    """Head, tile, residue class, and image (or chunk of images) of a program, and the members of its class.
 
-    Heads come first, because the heads of a token are neighbors in memory.
+    Heads vary fastest, because the heads of a token are neighbors in memory.
     """
     head = program % heads
     program = program // heads
@@ -85,8 +86,8 @@ def keys_of(first, count, members, KERNEL: tl.constexpr):
 def queries_of(first, count, members, KERNEL: tl.constexpr):
     """First place and number of places that see any of the keys `first ... first + count - 1`.
 
-    The window of the first KERNEL keys is clamped for some of its queries: they see everything from place 0 on; the
-    same at the other end.
+    The first KERNEL keys are also seen by queries whose window is shifted inward, from place 0 on. The same holds at
+    the other end.
     """
     start = tl.where(first < KERNEL, 0, first - KERNEL // 2)
     last = tl.minimum(first + count, members) - 1
@@ -96,7 +97,7 @@ def queries_of(first, count, members, KERNEL: tl.constexpr):
 
 @triton.jit
 def places(first, BLOCK: tl.constexpr, start_h, start_w, extent_h, extent_w):
-    """Rows and columns of the places `first ... first + BLOCK - 1` of a rectangle, row by row, and which exist."""
+    """Rows and columns of the places `first ... first + BLOCK - 1` of a rectangle, and which of them exist."""
     index = first + tl.arange(0, BLOCK)
     count = extent_h * extent_w
     exists = index < count
@@ -116,12 +117,12 @@ def sees(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H: tl.cons
 def bias_of(
     rpb, query_h, query_w, key_h, key_w, seen, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BIAS: tl.constexpr
 ):
-    """What to add to scores in base 2: the bias between queries and keys, UNSEEN where a key is not seen."""
+    """The summand for scores in base 2: the bias between queries and keys, or UNSEEN if a key is not seen."""
     if BIAS:
         columns: tl.constexpr = 2 * KERNEL_W - 1
         middle: tl.constexpr = (KERNEL_H - 1) * columns + KERNEL_W - 1
         index = (key_h * columns + key_w + middle) - (query_h * columns + query_w)
-        # `other` is a float32 of the table's dtype: bfloat16 holds 1e30, float16 does not, so the choice comes after.
+        # `other` is rounded to the table's dtype, and float16 cannot hold 1e30. So UNSEEN is set after the load.
         bias = tl.load(rpb + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
         bias = tl.where(seen, bias, UNSEEN)
     else:
@@ -131,8 +132,10 @@ def bias_of(
 
 @triton.jit
 def delta_of(g, o, grad_lse, GRAD_LSE: tl.constexpr):
-    """What d(scores) = weights * (d(weights) - delta) subtracts: sum(grad * out) of every query, less the gradient of
-    its log-sum-exp where something depends on that."""
+    """`delta` of every query in d(scores) = weights * (d(weights) - delta).
+
+    It is sum(grad * out), minus the gradient of the log-sum-exp if something depends on that.
+    """
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     if GRAD_LSE:
         delta -= tl.load(grad_lse)
@@ -146,8 +149,8 @@ def sum_by_offset(
 ):  # fmt: skip
     """Sums of `dscores [queries, keys]` for entries `[n]` of the flattened bias table; 0 beyond its end.
 
-    Keys are those of `places(first, ..., start_h, start_w, extent_h, extent_w)`. For every entry of the table each
-    query has at most one key; pick it, and sum over queries.
+    Keys are those of `places(first, ..., start_h, start_w, extent_h, extent_w)`. For an entry of the table, each query
+    has at most one key; it is picked and summed over queries.
     """
     width: tl.constexpr = 2 * KERNEL_W - 1
     size: tl.constexpr = (2 * KERNEL_H - 1) * width
@@ -162,7 +165,7 @@ def sum_by_offset(
 
 @triton.jit
 def store_block(blocks, scores):
-    """The program's own block of sums of d(scores), for `bias_table`."""
+    """Store the program's block of sums of d(scores), for `bias_table`."""
     rows: tl.constexpr = scores.shape[0]
     columns: tl.constexpr = scores.shape[1]
     entry = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
@@ -176,13 +179,13 @@ def forward_whole(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries against all keys that any of them sees, in `images` images."""
+    """Attention of a tile of queries to all keys that any of them sees, in `images` images."""
     head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
     first_h, first_w = at_h * tile_h, at_w * tile_w
     size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -198,7 +201,7 @@ def forward_whole(
 
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     query_offsets = row * stride_h + column * stride_w
-    pixels = (row * width + column) * heads + head  # into contiguous (height, width, heads)
+    pixels = (row * width + column) * heads + head  # offsets in a contiguous (height, width, heads)
     key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
     for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
         start = tl.cast(image, tl.int64) * stride_b + head * stride_n
@@ -223,12 +226,12 @@ def backward_dense(
     TOKENS: tl.constexpr, BIAS: tl.constexpr, WANT_BIAS: tl.constexpr,
     GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients from a group of at most TOKENS tokens, which all see each other, in `images` images."""
+    """All gradients of a group of at most TOKENS tokens that all see each other, in `images` images."""
     head, _, _, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, 1, 1
     )
     h, w, exists = places(0, TOKENS, 0, 0, members_h, members_w)
-    seen = exists[:, None] & exists[None, :]  # repeats are no queries here: they would reach dkey and dvalue
+    seen = exists[:, None] & exists[None, :]  # excludes repeated queries, which would be added to dkey and dvalue
     bias = bias_of(
         rpb + head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1),
         h[:, None], w[:, None], h[None, :], w[None, :], seen, KERNEL_H, KERNEL_W, BIAS,
@@ -247,13 +250,13 @@ def backward_dense(
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D, exists)
         g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D, exists)
         norm = tl.load(lse + first_pixel + pixels) * LOG2E
-        # Each gradient is stored before the next is computed: threads hold four matrices of scores as it is.
+        # Each gradient is stored before the next is computed, because registers are scarce: four matrices of scores.
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         weights = tl.exp2(scores - norm[:, None])
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
         store_tokens(dvalue + first_grad, grad_offsets, exists, dv, HEAD_DIM, BLOCK_D)
         dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        d = tl.sum(weights * dweights, 1)  # as `delta_of`, without the result: all keys are here
+        d = tl.sum(weights * dweights, 1)  # like `delta_of`, but without `out`, because all keys are in this block
         if GRAD_LSE:
             d -= tl.load(grad_lse + first_pixel + pixels)
         dscores = weights * (dweights - d[:, None])
@@ -277,7 +280,7 @@ def backward_query_whole(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr,
     WANT_BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries and of the bias, in `images` images, and `delta` (see `delta_of`) of each."""
+    """Gradients of a tile of queries and of the bias, and each query's `delta` (see `delta_of`), in `images` images."""
     head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
@@ -287,7 +290,7 @@ def backward_query_whole(
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
     start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
     key_h, key_w, some = places(0, KEYS, start_h, start_w, extent_h, extent_w)
-    seen = exists[:, None] & some[None, :] & sees(  # repeated queries would reach the bias
+    seen = exists[:, None] & some[None, :] & sees(  # repeated queries would be added to the bias
         query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], members_h, members_w, KERNEL_H, KERNEL_W
     )  # fmt: skip
     rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
@@ -301,7 +304,7 @@ def backward_query_whole(
     grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
     key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
     dbias = tl.zeros([QUERIES, KEYS], tl.float32)
-    # A class may be one member short of its last tile, which then has nothing to do but to write a table of zeros.
+    # In a class with one member less, the last tile may be empty. Then the program writes a table of zeros.
     stop = tl.where((size_h > 0) & (size_w > 0), tl.minimum((chunk + 1) * images, batch), 0)
     for image in range(chunk * images, stop):
         start = tl.cast(image, tl.int64) * stride_b + head * stride_n
@@ -314,7 +317,7 @@ def backward_query_whole(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         weights = tl.exp2(scores - norm[:, None])
         dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        d = tl.sum(weights * dweights, 1)  # as `delta_of`, without the result: all keys are here
+        d = tl.sum(weights * dweights, 1)  # like `delta_of`, but without `out`, because all keys are in this block
         if GRAD_LSE:
             d -= tl.load(grad_lse + first_pixel + pixels)
         tl.store(delta + first_pixel + pixels, d, mask=exists)
@@ -338,7 +341,7 @@ def backward_key_whole(
 ):  # fmt: skip
     """Gradients of a tile of keys and values from all queries that see any of them, in `images` images.
 
-    Scores are held transposed, keys by queries, so that no product has to transpose them.
+    Scores are transposed, keys by queries, so that no product has to transpose them.
     """
     head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
@@ -389,7 +392,7 @@ def bias_table(
     blocks, partial, chunks, groups, heads, height, width, dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """ENTRIES entries of the bias's gradient from one tile: its programs' blocks, summed, then picked by offset."""
+    """ENTRIES entries of the gradient of the bias for one tile: sum the blocks of its programs, then pick by offset."""
     size: tl.constexpr = (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
     parts: tl.constexpr = (size + ENTRIES - 1) // ENTRIES
     group = tl.program_id(0) // parts
@@ -419,13 +422,13 @@ def forward_tiled(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of tile_h x tile_w <= QUERIES queries against the keys any of them sees, KEYS at a time."""
+    """Attention of a tile of tile_h x tile_w <= QUERIES queries to the keys that any of them sees, KEYS at a time."""
     head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
     first_h, first_w = at_h * tile_h, at_w * tile_w
     size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -453,7 +456,7 @@ def forward_tiled(
             rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
-        # A row that has seen no key yet holds equal weights for UNSEEN ones; the first seen key scales them to 0.
+        # Before its first seen key, a row has equal weights for UNSEEN keys. The first seen key scales them to 0.
         larger = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp2(largest - larger)
         weights = tl.exp2(scores - larger[:, None])
@@ -474,13 +477,13 @@ def backward_query(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, and `delta` (see `delta_of`) of each, which the other two passes read."""
+    """Gradient of a tile of queries, and `delta` (see `delta_of`) of each query, which the other two passes read."""
     head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
     first_h, first_w = at_h * tile_h, at_w * tile_w
     size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # a class may be one member short of its last tile
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -529,7 +532,7 @@ def backward_key(
 ):  # fmt: skip
     """Gradients of a tile of keys and values: a loop over the queries that see any of them, QUERIES at a time.
 
-    Scores are held transposed, keys by queries, so that no product has to transpose them.
+    Scores are transposed, keys by queries, so that no product has to transpose them.
     """
     head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
@@ -584,7 +587,7 @@ def backward_bias(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the bias from a tile of queries of `images` images."""
+    """Gradient of the bias for a tile of queries of `images` images."""
     head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
@@ -593,14 +596,14 @@ def backward_bias(
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
     start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
-    # No early return: an empty tile has a table of zeros to write.
+    # No early return, because an empty tile must write a table of zeros.
     extent_h = tl.where((size_h > 0) & (size_w > 0), extent_h, 0)
     rpb += head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     pixels = (row * width + column) * heads + head
 
     size: tl.constexpr = (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1)
-    table = tl.zeros([ROWS, COLUMNS], tl.float32)  # flattens the bias table and pads its end
+    table = tl.zeros([ROWS, COLUMNS], tl.float32)  # the flattened bias table, padded at its end
     for first in range(0, extent_h * extent_w, KEYS):
         key_h, key_w, some = places(first, KEYS, start_h, start_w, extent_h, extent_w)
         offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w

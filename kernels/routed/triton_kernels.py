@@ -1,30 +1,32 @@
-"""Routed attention in Triton: all kernels. Which of them run, on which blocks, is said in `triton_impl`.
+"""Routed attention in Triton: all kernels. `triton_impl` chooses which of them run, and their blocks.
 
-Tensors are `(batch, height, width, heads, head_dim)`. No atomics: every sum is taken by one program, in a fixed order.
-Backward passes recompute the weights from the log-sum-exp that the forward pass kept. Scores live in registers only.
+Tensors are `(batch, height, width, heads, head_dim)`. There are no atomics: one program computes each sum, in a fixed
+order. Backward passes recompute the weights from the log-sum-exp that the forward pass keeps. Scores exist only in
+registers.
 
-**Listed form** (`forward`, `backward_query`, `backward_key`). A program works for one head on a *tile* of the tokens of
-one region and goes through a *list* of regions, all of whose tokens follow one another in blocks, however few a region
-has. Keys and values are read where they lie. One backward pass goes by tiles of queries over the regions they list, the
-other by tiles of keys over the regions that list them, which an inverted index names (`invert_routes`). Where every
-region is routed to one only, a single pass serves (`backward_single`): a query's gradient is then the work of one
-program. With more routes it would be a sum over programs, `topk` parts in float32 to write and to read: bytes of 4 topk
-maps of 16-bit numbers, where the second pass reads 4 maps again (query, key, value, grad).
+**Listed form** (`forward`, `backward_query`, `backward_key`). For one head, a program processes a *tile* of the tokens
+of one region and loops over a *list* of regions. All tokens of these regions follow one another in blocks, so a block
+is full even if a region has few tokens. Keys and values are read in place. One backward pass loops for each tile of
+queries over the regions that it lists. The other loops for each tile of keys over the regions that list it; an inverted
+index names them (`invert_routes`). If every region is routed to only one region, a single pass is enough
+(`backward_single`), because one program computes the gradient of a query. With more routes, that gradient would be a
+sum over programs: `topk` parts in float32 to write and to read, as many bytes as 4 topk maps of 16-bit numbers, while
+the second pass reads only 4 maps again (query, key, value, grad).
 
-**Small form** (`forward_small`, `backward_small`), for maps of at most 64 regions and 256 tokens whose regions are
-tiny, as in BiFormer's third stage at 224 pixels: 14 x 14 tokens, 49 regions of 4, each routed to 16. Listing would fill
-blocks of 16 rows with 4. Here every query meets every key, in order of the regions, and a 64-bit number says which are
-its own: a bit for every region, tested by a shift by the key's region and an `and`. The program makes these numbers
-from the routes, without a table or a launch before it. A region that is listed twice counts twice: where a program
-finds one while it makes them, it weighs by how often, in a branch that others do not take. Backward, a program takes
-one head of an image, all of it: weights are computed once for all three gradients (5 products, where two passes take
-7), every map is read once.
+**Small form** (`forward_small`, `backward_small`), for maps of at most 64 regions and 256 tokens with tiny regions, for
+example BiFormer's third stage at 224 pixels: 14 x 14 tokens, 49 regions of 4 tokens, each routed to 16. The listed form
+would use only 4 of the 16 rows of a block. Here every query is multiplied with every key, in the order of the regions,
+and a 64-bit mask selects its keys: one bit for every region, tested by a shift by the key's region and an `and`. The
+program computes the masks from the routes, without a table and without another launch. A region that is listed twice
+counts twice: if a program finds one, it takes a slower branch that weighs keys by how often they are listed. Backward,
+a program processes one head of a whole image: weights are computed once for all three gradients (5 products; two passes
+need 7), and every map is read once.
 
-What these cost in BiFormer-S at 224 pixels, batch 128, 16 bits a number, on an H100 (3.0 TB/s; dense products at
-800 TFLOP/s; 132 processors with 16 exponentials and 128 other instructions a clock, 1.7 GHz). Microseconds, each as if
-it were alone; the parts overlap as far as several programs share a processor, so the largest is the floor:
+Cost in BiFormer-S at 224 pixels, batch 128, 16-bit numbers, on an H100 (3.0 TB/s; dense products at 800 TFLOP/s;
+132 multiprocessors with 16 exponentials and 128 other instructions per cycle, 1.7 GHz). Microseconds for each part
+alone. The parts overlap if several programs share a multiprocessor, so the largest is the lower bound:
 
-    stage  pass      bytes        products      exponentials  other instructions, about ten a score
+    stage  pass      bytes        products      exponentials  other instructions, about ten per score
     1      forward   206 MB  69    6.6 GF   8     51 M   14    18
     1      backward  411 MB 136   16.4 GF  21     51 M   14    18   (a single pass)
     2      forward   103 MB  34    3.3 GF   4     26 M    7     9
@@ -32,16 +34,17 @@ it were alone; the parts overlap as far as several programs share a processor, s
     3      forward    51 MB  17    7.0 GF   9     55 M   15    19   (256 rows and 208 keys for 196 tokens)
     3      backward  103 MB  34   18.8 GF  23     59 M   16    20   (256 rows and 224 keys)
 
-Stages 1 and 2 are limited by bytes: what matters is that a program asks for its tokens early, 16 bytes a thread, and
-that little arithmetic on indices stands before. So sizes of regions that are powers of two are constants of the
-compiled kernel, and a block of keys that lies in one region reads one number of the list. Launches: one forward; three
-backward (queries, the index, keys), two in a single pass, one in the small form.
+Stages 1 and 2 are limited by memory. So a program should load its tokens early, 16 bytes per thread, with little index
+arithmetic before. For this reason, region sizes that are powers of two are constants of the compiled kernel, and a
+block of keys inside one region reads one number of the list. Launches: one forward; three backward (queries, the index,
+keys), two with the single pass, one in the small form.
 
 **Choice of regions** (`region_means`, `choose_regions`): two launches, all in float32. Query and key are read once, 103
-MB and 34 us at stage 1; the products are less than a thousandth of the attention's.
+MB and 34 us at stage 1. The products need less than a thousandth of those of the attention.
 
-Vectors longer than what there is to do repeat their last token, and a token beyond the map stands for the last one of
-its row or column, so that loads need no mask and never leave the tensor; neither is seen as a key or stored.
+A vector that is longer than needed repeats its last token, and a token beyond the map is replaced by the last one of
+its row or column, so that loads need no mask and never leave the tensor. Such tokens are not seen as keys, and not
+stored.
 """
 
 from __future__ import annotations
@@ -51,19 +54,19 @@ import triton.language as tl
 
 from hybridzoo.kernels.triton_common import LOG2E, UNSEEN, load_tokens, store_tokens
 
-# Sizes differ between images of a multi-scale training run; a kernel compiled for each would never be reused.
+# Sizes change in multi-scale training, so the kernels are not compiled again for each of them.
 SIZES = ["heads", "height", "width", "regions", "columns", "region_h", "region_w", "topk", "tiles"]
 
-# ------------------------------------------------------------------------------------- where the tokens of a region lie
+# --------------------------------------------------------------------------------------- positions of a region's tokens
 
 
 @triton.jit
 def place(region, token, columns, region_h, region_w, height, width):
-    """Row and column of a region's token on the map, and whether it lies there."""
+    """Row and column of a region's token, and whether it lies on the map."""
     row = region // columns * region_h + token // region_w
     column = region % columns * region_w + token % region_w
     exists = (row < height) & (column < width)
-    # As unsigned numbers, so that negative ones are large: whatever a route says, nothing outside the tensor is read.
+    # As unsigned numbers, negative ones are large. So no route, valid or not, can cause a read outside of the tensor.
     row, column = tl.minimum(row.to(tl.uint32), height - 1), tl.minimum(column.to(tl.uint32), width - 1)
     return row.to(tl.int32), column.to(tl.int32), exists
 
@@ -90,7 +93,7 @@ def fill_of(fill, head, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def locate(program, heads, tiles, regions):
-    """Head, tile, region and image of a program. Heads come first: those of a token are neighbors in memory."""
+    """Head, tile, region and image of a program. Heads vary fastest: those of a token are neighbors in memory."""
     head = program % heads
     program = program // heads
     tile = program % tiles
@@ -112,9 +115,9 @@ def tile_of(tile, region, columns, region_h, region_w, height, width, BLOCK: tl.
 def listed(
     entries, first, length, columns, region_h, region_w, height, width, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """The same for tokens `first ... first + BLOCK - 1` of the regions that `entries`, `length` of them, points to.
+    """The same for tokens `first ... first + BLOCK - 1` of the listed regions; `entries` is a list of `length` regions.
 
-    WHOLE: a region is a whole number of blocks.
+    WHOLE: a region has a whole number of blocks.
     """
     tokens = region_h * region_w
     index = first + tl.arange(0, BLOCK)
@@ -139,19 +142,19 @@ def forward(
     REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr,
     EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of queries against all tokens of the regions listed for them, KEYS at a time."""
-    region_h = REGION_H if REGION_H else region_h  # constants where the kernel is compiled for these sizes
+    """Attention of a tile of queries to all tokens of the regions listed for it, KEYS at a time."""
+    region_h = REGION_H if REGION_H else region_h  # constants if the kernel is compiled for these sizes
     region_w = REGION_W if REGION_W else region_w
     topk = TOPK if TOPK else topk
     WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
-    ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # every key is there
+    ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # no key is masked
     head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
     start = image * stride_b + head * stride_n
     q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
     routes += (image * regions + region) * topk
 
-    if FILL:  # tokens beyond the map are all alike: one key with a multiplicity, seen before the others
+    if FILL:  # all tokens beyond the map are equal: they start the sums as one key that counts several times
         number = 0.0
         for slot in range(topk):
             number += beyond_of(tl.load(routes + slot).to(tl.int32), columns, region_h, region_w, height, width)
@@ -172,7 +175,7 @@ def forward(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if not ALL:
             scores = tl.where(seen[None, :], scores, UNSEEN)
-        # A row that has seen no key yet holds equal weights for UNSEEN ones; the first seen key scales them to 0.
+        # Before its first seen key, a row has equal weights for UNSEEN keys. The first seen key scales them to 0.
         larger = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp2(largest - larger)
         weights = tl.exp2(scores - larger[:, None])
@@ -180,7 +183,7 @@ def forward(
         result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
         largest = larger
 
-    pixels = (row * width + column) * heads + head  # into contiguous (height, width, heads)
+    pixels = (row * width + column) * heads + head  # offsets in a contiguous (height, width, heads)
     first_pixel = image * height * width * heads
     store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result / total[:, None], HEAD_DIM, BLOCK_D)
     tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
@@ -195,12 +198,12 @@ def backward_query(
     REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr,
     EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, its part of the fill's, and `delta = sum(grad * out)` of each query."""
+    """Gradient of a tile of queries, its part of the gradient of fill, and `delta = sum(grad * out)` of each query."""
     region_h = REGION_H if REGION_H else region_h
     region_w = REGION_W if REGION_W else region_w
     topk = TOPK if TOPK else topk
     WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
-    ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # every key is there
+    ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # no key is masked
     head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
     start = image * stride_b + head * stride_n
@@ -241,10 +244,10 @@ def backward_query(
 
 @triton.jit
 def backward_fill(q, g, norm, d, number, fill, head, heads, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What queries that see `number` tokens beyond the map add to their gradient, and to that of the fill."""
+    """Gradients from the `number` tokens beyond the map that queries see: of the queries, and of fill."""
     fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
     score = tl.sum(q.to(tl.float32) * fill_key, 1) * (scale * LOG2E)
-    weight = number * tl.exp2(tl.where(number > 0, score - norm, 0.0))  # else it might overflow, and not count
+    weight = number * tl.exp2(tl.where(number > 0, score - norm, 0.0))  # avoids an overflow if `number` is 0
     dscore = weight * (tl.sum(g.to(tl.float32) * fill_value, 1) - d)
     dfill_key = tl.sum(dscore[:, None] * q.to(tl.float32), 0) * scale
     return dscore[:, None] * fill_key, dfill_key, tl.sum(weight[:, None] * g.to(tl.float32), 0)
@@ -252,7 +255,7 @@ def backward_fill(q, g, norm, d, number, fill, head, heads, scale, HEAD_DIM: tl.
 
 @triton.jit
 def store_partial(partial, dfill_key, dfill_value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program's part of the fill's gradient."""
+    """Store a program's part of the gradient of fill."""
     partial += tl.cast(tl.program_id(0), tl.int64) * 2 * HEAD_DIM
     channel = tl.arange(0, BLOCK_D)
     tl.store(partial + channel, dfill_key, mask=channel < HEAD_DIM)
@@ -267,9 +270,10 @@ def backward_key(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values: a loop over the queries of the regions listing it, QUERIES at a time.
+    """Gradients of a tile of keys and values: a loop over the queries of the regions that list it, QUERIES at a time.
 
-    `listing[image, starts[image, r] : starts[image, r + 1]]` are the regions that list region `r`, once for each time.
+    `listing[image, starts[image, r] : starts[image, r + 1]]` are the regions that list region `r`, repeated if they
+    list it several times.
     """
     region_h = REGION_H if REGION_H else region_h
     region_w = REGION_W if REGION_W else region_w
@@ -316,9 +320,9 @@ def backward_single(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients, where a region is routed to one only: then its queries meet no keys but those of one program.
+    """All gradients if every region is routed to only one region, so that one program sees all keys of a query.
 
-    A program takes all tokens of a key region and goes through the queries of the regions that list it.
+    A program holds all tokens of a key region and loops over the queries of the regions that list it.
     """
     region_h = REGION_H if REGION_H else region_h
     region_w = REGION_W if REGION_W else region_w
@@ -348,7 +352,7 @@ def backward_single(
         d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         weights = tl.exp2(scores - norm[:, None])
-        if not (EXACT and REGION_H * REGION_W == KEYS):  # else every key is there
+        if not (EXACT and REGION_H * REGION_W == KEYS):  # otherwise no key is masked
             weights = tl.where(exists[None, :], weights, 0.0)
         if not (EXACT and WHOLE):
             weights = tl.where(seen[:, None], weights, 0.0)
@@ -365,7 +369,10 @@ def backward_single(
 
 @triton.jit(do_not_specialize=["regions", "topk"])
 def invert_routes(routes, listing, starts, regions, topk, BLOCK: tl.constexpr):
-    """For one region, the regions that list it, ascending, once for each time; they follow those of smaller regions."""
+    """The inverted index for one region: the regions that list it, ascending, repeated if they list it several times.
+
+    The lists of all regions follow one another in `listing`.
+    """
     region = tl.program_id(0) % regions
     image = tl.cast(tl.program_id(0) // regions, tl.int64)
     total = regions * topk
@@ -395,7 +402,7 @@ def invert_routes(routes, listing, starts, regions, topk, BLOCK: tl.constexpr):
 @triton.jit
 def tokens_of(first, height, width, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
               REGIONS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Regions, rows and columns of tokens `first ... first + BLOCK - 1`, region by region, and which of them exist."""
+    """Regions, rows and columns of tokens `first ... first + BLOCK - 1` (region by region), and which of them exist."""
     index = first + tl.arange(0, BLOCK)
     some = index < REGIONS * REGION_H * REGION_W
     index = tl.minimum(index, REGIONS * REGION_H * REGION_W - 1)
@@ -416,17 +423,20 @@ def masks(
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
     QUERIES: tl.constexpr, SLOTS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """Of every query: a bit for each region listed, how many listed tokens lie beyond the map; whether one is twice."""
+    """For each query: the mask of its listed regions, and how many listed tokens lie beyond the map.
+
+    The third result tells whether any query lists a region twice.
+    """
     TOKENS: tl.constexpr = REGION_H * REGION_W
     if (TOKENS & (TOKENS - 1)) == 0 and QUERIES % TOKENS == 0:
-        # The routes of all of the tile's regions at once, next to each other in memory; then one mask for each token.
+        # Load the routes of all regions of the tile at once (contiguous in memory), then expand the masks to tokens.
         region = first // TOKENS + tl.arange(0, QUERIES // TOKENS)
         slot = tl.arange(0, SLOTS)
         there = (region < REGIONS)[:, None] & (slot < topk)[None, :]
         listed = tl.load(routes + region[:, None] * topk + slot[None, :], mask=there, other=0).to(tl.int32)
         bits = tl.where(there, tl.full([1, 1], 1, tl.uint64) << (listed & 63).to(tl.uint64), 0)
         of_region = tl.reduce(bits, 1, either)
-        pairs = of_region - ((of_region >> 1) & 0x5555555555555555)  # bits are counted: pairs, fours, eights, all
+        pairs = of_region - ((of_region >> 1) & 0x5555555555555555)  # count the bits: in pairs, fours, eights, all
         fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
         eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
         repeated = tl.sum(there.to(tl.int32), 1) - ((eights * 0x0101010101010101) >> 56).to(tl.int32)
@@ -454,9 +464,9 @@ def masks(
 
 @triton.jit
 def chosen(mask, first, exists, TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr):
-    """Which of the keys `first ... first + KEYS - 1` each query is routed to, `[queries, KEYS]`.
+    """`[queries, KEYS]`: which of the keys `first ... first + KEYS - 1` each query is routed to.
 
-    Their regions are 32 at most, so that a 32-bit word of the mask holds them; no bit stands for what follows the last.
+    These keys overlap at most 32 regions, so a 32-bit word of the mask is enough. Regions after the last have no bit.
     """
     word = (mask >> tl.cast(first // TOKENS, tl.uint64)).to(tl.uint32)
     region = (first % TOKENS + tl.arange(0, KEYS)) // TOKENS
@@ -468,7 +478,7 @@ def chosen(mask, first, exists, TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT:
 
 @triton.jit
 def times(weights, routes, query_region, first, topk, TOKENS: tl.constexpr, KEYS: tl.constexpr):
-    """Every weight as often as the query's region lists the key's."""
+    """Multiply every weight by how often the query's region lists the key's region."""
     key_region = (first + tl.arange(0, KEYS)) // TOKENS
     total = weights * 0.0
     for slot in range(topk):
@@ -485,7 +495,7 @@ def attend_block(
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
     TWICE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`forward_small` for one block; `largest` is in the units of the products, `factor` of them to base 2."""
+    """`forward_small` for one block. `largest` is a dot product; `factor` converts dot products to scores in base 2."""
     TOKENS: tl.constexpr = REGION_H * REGION_W
     _, key_row, key_column, key_exists = tokens_of(first, height, width, COLUMNS, REGION_H, REGION_W, REGIONS, KEYS)
     offsets = key_row * stride_h + key_column * stride_w
@@ -494,7 +504,7 @@ def attend_block(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     scores = tl.where(chosen(mask, first, key_exists, TOKENS, KEYS, EXACT), scores, float("-inf"))
     larger = tl.maximum(largest, tl.max(scores, 1))
-    base = tl.where(larger == float("-inf"), 0.0, larger * factor)  # of a row that has seen no key yet: any number
+    base = tl.where(larger == float("-inf"), 0.0, larger * factor)  # any number for a row without a key yet
     shrink = tl.exp2(largest * factor - base)
     weights = tl.exp2(scores * factor - base[:, None])
     if TWICE:
@@ -512,7 +522,7 @@ def attend_small(
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
     TWICE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`forward_small` for all keys: blocks of KEYS, and where a smaller one takes the rest, one of LAST."""
+    """`forward_small` for all keys: blocks of KEYS and, if LAST is not 0, a smaller block of LAST for the rest."""
     WHOLE: tl.constexpr = REGIONS * REGION_H * REGION_W // KEYS * KEYS
     for first in range(0, WHOLE if LAST else REGIONS * REGION_H * REGION_W, KEYS):
         largest, total, result = attend_block(
@@ -537,7 +547,7 @@ def forward_small(
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
     LAST: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of queries against the whole map, KEYS at a time."""
+    """Attention of a tile of queries to the keys of the whole map that their masks select, KEYS at a time."""
     program = tl.program_id(0)
     head = program % heads
     tile = program // heads % tiles
@@ -553,10 +563,10 @@ def forward_small(
         REGIONS, COLUMNS, REGION_H, REGION_W, QUERIES, SLOTS, FILL,
     )  # fmt: skip
 
-    # The largest score is found among products, so the factor on them must not be negative; nor 0, times infinity.
+    # The maximum is taken over dot products, so their factor must not be negative; nor 0, because 0 * infinity is NaN.
     q = tl.where(scale < 0, -q, q)
     factor = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
-    if FILL:  # tokens beyond the map are all alike: one key with a multiplicity, seen before the others
+    if FILL:  # all tokens beyond the map are equal: they start the sums as one key that counts several times
         fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
         score = tl.sum(q.to(tl.float32) * fill_key, 1)
         largest = tl.where(number > 0, score, float("-inf"))
@@ -579,8 +589,8 @@ def forward_small(
             REGIONS, COLUMNS, REGION_H, REGION_W, False, EXACT, PRECISION,
         )  # fmt: skip
 
-    total = tl.where(exists, total, 1.0)  # other rows are routed to nothing
-    pixels = (row * width + column) * heads + head  # into contiguous (height, width, heads)
+    total = tl.where(exists, total, 1.0)  # rows that do not exist have no keys
+    pixels = (row * width + column) * heads + head  # offsets in a contiguous (height, width, heads)
     first_pixel = image * height * width * heads
     store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result / total[:, None], HEAD_DIM, BLOCK_D)
     tl.store(lse + first_pixel + pixels, (largest * factor + tl.log2(total)) / LOG2E, mask=exists)
@@ -594,7 +604,7 @@ def backward_small(
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
     SLOTS: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: all gradients of one head of an image. QUERIES are all of them; a loop over KEYS at a time."""
+    """All gradients of one head of an image: QUERIES covers all queries; a loop over keys, KEYS at a time."""
     TOKENS: tl.constexpr = REGION_H * REGION_W
     program = tl.program_id(0)
     head = program % heads
@@ -609,7 +619,7 @@ def backward_small(
     norm = tl.load(lse + first_pixel + pixels) * LOG2E
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     routes += image * REGIONS * topk
-    # Rows that repeat the last query, or stand for one beyond the map, have an empty mask, so they add nothing.
+    # Rows that repeat the last query, or lie beyond the map, have an empty mask, so they add nothing.
     mask, number, twice = masks(
         routes, 0, query_region, exists, height, width, topk,
         REGIONS, COLUMNS, REGION_H, REGION_W, QUERIES, SLOTS, FILL,
@@ -628,7 +638,7 @@ def backward_small(
         k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        # What is not chosen may overflow; it is not taken.
+        # Keys that are not chosen may overflow, but `where` drops them.
         weights = tl.where(chosen(mask, first, key_exists, TOKENS, KEYS, EXACT), tl.exp2(scores - norm[:, None]), 0.0)
         if twice:
             weights = times(weights, routes, query_region, first, topk, TOKENS, KEYS)
@@ -652,9 +662,9 @@ def region_means(
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """Of one region, the mean of a head's channels over its tokens on the map, or with the fill over all of them.
+    """The mean of a head's channels over the tokens of one region: those on the map, or all if FILL.
 
-    `means` `(batch, 2, regions, heads * head_dim)` in float32: queries, then keys. TOKENS are summed at a time.
+    `means` is `(batch, 2, regions, heads * head_dim)` in float32: queries, then keys. TOKENS are summed at a time.
     """
     head, of_key, region, image = locate(tl.program_id(0), heads, 2, regions)
     start = image * stride_b + head * stride_n
@@ -687,9 +697,10 @@ def choose_regions(
     means, routes, scale, regions, channels, topk, tiles,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The `topk` largest dot products of a tile of query regions with all regions, KEYS at least; the largest first.
+    """The regions with the `topk` largest dot products for a tile of query regions, the largest first.
 
-    Of equal ones, regions of smaller numbers. What is no number, or infinite, counts as a very large one.
+    KEYS is at least the number of regions. Among equal regions, the smaller numbers come first. NaN and infinity count
+    as a very large number.
     """
     tile = tl.program_id(0) % tiles
     image = tl.cast(tl.program_id(0) // tiles, tl.int64)
@@ -705,7 +716,7 @@ def choose_regions(
         k_offsets = key[:, None] * channels + channel[None, :]
         q = tl.load(q_means + q_offsets, mask=(query < regions)[:, None] & inside, other=0.0)
         k = tl.load(k_means + k_offsets, mask=(key < regions)[:, None] & inside, other=0.0)
-        logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")  # whatever PyTorch may do: rounding flips ties
+        logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")  # never TF32: rounding changes the order
     logits *= scale
     logits = tl.where(logits == logits, tl.minimum(tl.maximum(logits, -3.0e38), 3.0e38), 3.0e38)
     logits = tl.where((key < regions)[None, :], logits, float("-inf"))
