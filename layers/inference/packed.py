@@ -77,7 +77,6 @@ class _Packed(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    packed: Tensor
 
     def __init__(self, layer: Any, act: nn.Module, post: tuple[str, str]) -> None:
         super().__init__()
@@ -87,12 +86,12 @@ class _Packed(nn.Module):
         self.post = post
 
     def pack(self) -> None:
-        weight = self.weight.detach()
-        suits = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.packed = self._pack(weight) if suits else weight
-
-    def _pack(self, weight: Tensor) -> Tensor:
+        """Pack the weights again, after they were moved or copied."""
         raise NotImplementedError
+
+    @property
+    def can_pack(self) -> bool:
+        return self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
 
     def takes(self, x: Tensor) -> bool:
         plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad
@@ -118,8 +117,9 @@ class PackedLinear(_Packed):
         super().__init__(linear, act, post)
         self.pack()
 
-    def _pack(self, weight: Tensor) -> Tensor:
-        return weight if PACK_LINEAR is None else PACK_LINEAR(weight, None)
+    def pack(self) -> None:
+        weight = self.weight.detach()
+        self.packed = PACK_LINEAR(weight, None) if PACK_LINEAR is not None and self.can_pack else weight
 
     def forward(self, x: Tensor) -> Tensor:
         small = self.post[0] == "none" and x.numel() * self.weight.shape[0] < SMALL
@@ -129,7 +129,11 @@ class PackedLinear(_Packed):
 
 
 class PackedConv(_Packed):
-    """`act(conv(x))`; timm's "same" padding is put around the map before."""
+    """`act(conv(x))`; timm's "same" padding is put around the map before.
+
+    oneDNN's order of the weights depends on the map's size. In the order of another size, a convolution can take twenty
+    times as long, so the weights are packed for the size of the last map.
+    """
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module, post: tuple[str, str]) -> None:
         super().__init__(conv, act, post)
@@ -138,17 +142,23 @@ class PackedConv(_Packed):
         self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
         self.pack()
 
-    def _pack(self, weight: Tensor) -> Tensor:
-        if PACK_CONVOLUTION is None:
-            return weight
-        return PACK_CONVOLUTION(weight, self.padding, self.stride, self.dilation, self.groups, None)
+    def pack(self) -> None:
+        self.packed: tuple[torch.Size | None, Tensor] = (None, self.weight.detach())
+
+    def packed_for(self, x: Tensor) -> Tensor:
+        size, packed = self.packed  # once, because another thread may replace it
+        if PACK_CONVOLUTION is not None and size != x.shape[2:]:
+            geometry = (self.padding, self.stride, self.dilation, self.groups)
+            packed = PACK_CONVOLUTION(self.weight.detach(), *geometry, list(x.shape))
+            self.packed = (x.shape[2:], packed)
+        return packed
 
     def forward(self, x: Tensor) -> Tensor:
         if self.same:
             x = pad_same(x, list(self.weight.shape[-2:]), self.stride, self.dilation)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         if self.takes(x):
-            return CONVOLUTION(x, self.packed, self.bias, *geometry, self.post[0], [], self.post[1])
+            return CONVOLUTION(x, self.packed_for(x), self.bias, *geometry, self.post[0], [], self.post[1])
         return self.act(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 

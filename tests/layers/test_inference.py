@@ -17,6 +17,7 @@ from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual
 from hybridzoo.layers.inference import FusedError, fuse
 from hybridzoo.layers.inference.fusing import Fixed
 from hybridzoo.layers.inference.norms import fuse_norm_layer_eval
+from hybridzoo.layers.inference.packed import CONVOLUTION, PackedConv
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -181,6 +182,19 @@ def test_a_fused_network_follows_to_another_dtype_and_device(name, device):
             there = copy.deepcopy(fused).cuda()
             torch.testing.assert_close(there(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(there.cpu()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(CONVOLUTION is None, reason="this PyTorch lacks oneDNN's convolution")
+def test_convolutions_are_packed_for_the_size_of_the_map():
+    torch.manual_seed(0)
+    block = nn.Sequential(ConvNormAct(16, 32, act_layer=nn.GELU)).eval()
+    (conv,) = fuse(copy.deepcopy(block), device="cpu")
+    assert isinstance(conv, PackedConv)
+    for shape in [(2, 16, 7, 9), (1, 16, 14, 14), (3, 16, 14, 14), (2, 16, 7, 9)]:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(conv(x), block(x), rtol=1e-5, atol=1e-5)
+        assert conv.packed[0] == shape[2:]
 
 
 def kinds(model: nn.Module) -> Counter:
