@@ -66,7 +66,7 @@ class MultiScaleLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
         scales = [qkv, *(aggregate(qkv) for aggregate in self.aggregate)]
-        return self.proj(torch.cat([self._attend(scale) for scale in scales], dim=1))
+        return self.proj(self._attend(torch.cat(scales, dim=1)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Channels of queries, keys and values, head by head -> those of the attended values, `(B, dim, H, W)`."""
