@@ -188,7 +188,9 @@ def test_a_fused_network_follows_to_another_dtype_and_device(name, device):
 def test_convolutions_are_packed_for_the_size_of_the_map():
     torch.manual_seed(0)
     block = nn.Sequential(ConvNormAct(16, 32, act_layer=nn.GELU)).eval()
-    (conv,) = fuse(copy.deepcopy(block), device="cpu")
+    fused = copy.deepcopy(block)
+    fuse(fused, device="cpu")
+    (conv,) = fused
     assert isinstance(conv, PackedConv)
     for shape in [(2, 16, 7, 9), (1, 16, 14, 14), (3, 16, 14, 14), (2, 16, 7, 9)]:
         x = torch.randn(shape)
