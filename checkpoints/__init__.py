@@ -1,4 +1,4 @@
-"""Published weights: cards that say what exists, and the maps from published names to ours."""
+"""Published weights: cards that list them, and maps from the published names of tensors to ours."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ __all__ = [
     "verify",
 ]
 
-# What reads files needs torch, whose import takes seconds.  The cards are data, which the command line asks at once.
+# Functions that read files need torch, whose import takes seconds. The command line reads the cards without it.
 _FIRST_USE = {
     "convert": "keymaps",
     "convert_file": "conversion",

@@ -16,32 +16,33 @@ Task = Literal["classification", "detection", "segmentation"]
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One published file, or a model that has none (`status="none"`).
+    """One published file, or a model without a published file (`status="none"`).
 
     Attributes:
         model: registered name.
         tag: timm tag; `model.tag` names the file.
         family: the backbone's module.
         status: of the link: `ok`; `doubtful` (not testable or reported broken); `dead`; `none` (never published).
-        url: where the authors put the file.
+        url: the authors' link to the file.
         wrapper_key: key of the state dict inside the file.
-        licence: of the weights, as far as stated.
+        licence: of the weights, if the authors state one.
         input_size: `(channels, height, width)` of the published evaluation.
         mean, std, interpolation, crop_pct, crop_mode: of the published evaluation, as timm names them.
         num_classes: of the published classifier.
-        model_args: arguments of the network that these weights need and that the variant does not have by itself.
-        params: number of parameters; for detectors and segmentors those of the classifier that has their backbone.
-        gmacs: billions of multiply-accumulates at `input_size`; for these, of the model's first classifier.
-        strides, channels: of the model's feature maps as built by its name alone, finest first (timm's `feature_info`):
-            image pixels per map pixel, and width.
-        top1, top5: ImageNet-1k accuracy in percent, as `source` reports it: the authors, or timm of its conversion.
-        task: `classification`; other files are no tags of timm's, they are for `download`, `convert` and `--weights`.
-        sha256, size: of the file, where known; size in bytes.
-        parity: error of our network's logits, at most, against the published network's under the same weights, in
-            float64 and relative to their standard deviation; None for a model that was compared by names and shapes
-            alone.
-        paper: reference.
-        notes: what a user should know before loading.
+        model_args: arguments that the network needs for these weights and that differ from the variant's defaults.
+        params: number of parameters; for detectors and segmentors that of the classifier with the same backbone.
+        gmacs: billions of multiply-accumulates at `input_size`; for detectors and segmentors that of the model's first
+            classifier.
+        strides, channels: of the model's feature maps with default arguments, finest map first (timm's
+            `feature_info`): image pixels per map pixel, and number of channels.
+        top1, top5: ImageNet-1k accuracy in percent, as reported by `source`: the authors, or timm for its conversion.
+        task: `classification`, `detection` or `segmentation`. Only classifiers are tags of timm; the other files are
+            for `download`, `convert` and `--weights`.
+        sha256, size: of the file, if known; size in bytes.
+        parity: largest difference between our logits and those of the published network with the same weights, in
+            float64 and relative to their standard deviation. None if only names and shapes were compared.
+        paper: arXiv number.
+        notes: remarks to read before using the weights.
     """
 
     model: str
@@ -85,7 +86,7 @@ def _all_cards() -> tuple[Card, ...]:
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name):
         family = json.loads(file.read_text(encoding="utf-8"))
         common = {**family["common"], "family": file.name.removesuffix(".json")}
-        parity = family.get("parity", {})  # model -> error; of another tag's network nothing was measured
+        parity = family.get("parity", {})  # model -> error; the networks of other tags were not measured
         for entry in family["cards"]:
             measured = None if entry.get("model_args") else parity.get(entry["model"])
             found.append(_card({**common, **entry, **family["maps"][entry["model"]], "parity": measured}))
@@ -100,14 +101,14 @@ def _card(entry: dict[str, Any]) -> Card:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists, at any depth, as the tuples that they stand for."""
+    """Replace JSON's lists, at any depth, by tuples."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def cards(pattern: str = "*", task: Task | None = "classification") -> list[Card]:
-    """Cards whose model name or `model.tag` matches a shell pattern, in family order; `task=None` gives all tasks'."""
+    """Cards whose model name or `model.tag` matches a shell pattern, in family order; `task=None`: of all tasks."""
     found = [card for card in _all_cards() if task in (None, card.task)]
     if pattern == "*":
         return found
@@ -115,24 +116,24 @@ def cards(pattern: str = "*", task: Task | None = "classification") -> list[Card
 
 
 def find(name: str) -> Card:
-    """The card of `model.tag`, or of a model's default weights.
+    """The card of `model.tag`, or of the default weights of a model.
 
     Raises:
-        ValueError: no such card; the message has the nearest names.
+        ValueError: there is no such card; the message suggests similar names.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"name: {name!r} is no name of weights; hybridzoo checkpoints list has all")
+        raise ValueError(f"name: {name!r} is not a name of weights; hybridzoo checkpoints list shows all names")
     for card in cards(task=None):
         if name in (card.name, card.model):
             return card
     names = {other for card in cards(task=None) for other in (card.model, card.name)}
     near = difflib.get_close_matches(name, sorted(names), n=3)
-    known = f"did you mean {', '.join(near)}?" if near else "hybridzoo checkpoints list has all"
+    known = f"did you mean {', '.join(near)}?" if near else "hybridzoo checkpoints list shows all names"
     raise ValueError(f"name: no weights are known as {name!r}; {known}")
 
 
 def model_args(model: str, tag: str | None) -> dict[str, Any]:
-    """Arguments of the network that the weights `model.tag` need; none for a tag without a card."""
+    """Arguments that the network needs for the weights `model.tag`; empty for a tag without a card."""
     found = [card.model_args for card in _all_cards() if card.model == model and card.tag == (tag or "")]
     return dict(found[0]) if found else {}
 
@@ -142,9 +143,9 @@ def timm_cfgs(family: str, *, first_conv: str, classifier: str, reduction: int =
 
     Args:
         family: module name of the backbone.
-        first_conv: our name of the convolution that reads the image.
+        first_conv: our name of the convolution whose input is the image.
         classifier: our name of the classifier's linear layer.
-        reduction: input pixels per pixel of the last map, whose size rounds up.
+        reduction: input pixels per pixel of the last map; its size is rounded up.
     """
     return {
         card.name: dict(

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes and its length: a whole container of weights, or what lies there instead."""
+"""Tells from the first bytes and the length of a file whether it is a complete file of weights, or what it is."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from typing import BinaryIO
 
 HEAD = 512  # bytes that tell
 _PAGE = re.compile(rb"\s*<(?:!doctype|!--|html|head|body|\?xml)", re.IGNORECASE)
-_OPEN_PAGE = "it is a web page, not weights: open its address in a browser, which may ask to confirm or log in"
+_OPEN_PAGE = "it is a web page, not weights: open its address in a browser; it may require a confirmation or a login"
 _CUT = "it is cut short: download or copy it again"
 _CONTENTS = "its table of contents"
 _BLOCK = 1 << 20  # bytes read at a time
-# A zip archive's record (its name and further fields follow), its last bytes, and flags of a record
+# Of a zip archive: the header of a record (its name and more fields follow), the end record, and flags of a record.
 _RECORD, _END = struct.Struct("<4sHHHHHIIIHH"), struct.Struct("<4sHHHHIIH")
 _ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800
 
 
 def is_web_page(head: bytes) -> bool:
-    """Whether a file that begins like this is a page for people: what a server sends instead of a file."""
+    """Whether a file with these first bytes is a web page, which servers may send instead of a file."""
     return bool(_PAGE.match(head.removeprefix(b"\xef\xbb\xbf")))
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file that begins like this holds safetensors: the length of a JSON object, and the object."""
+    """Whether a file with these first bytes is safetensors, which starts with the length of a JSON object."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
 def flaw(path: Path, *, sums: bool = False) -> str:
-    """Why a file cannot be a whole file of weights, in one line; empty where nothing speaks against it.
+    """Why a file cannot be a complete file of weights, in one line; empty if it may be one.
 
-    Zip archives (PyTorch's format since 1.6) and safetensors say what lies where. All of it has to agree, so that no
-    two programs can read different things from the same file. Older PyTorch's pickles say nothing: whether they are
-    whole only reading them tells.
+    Zip archives (PyTorch's format since 1.6) and safetensors list the position of their content. All positions must be
+    consistent, so that two programs cannot read different content from the same file. Pickles of older PyTorch have no
+    such list: they must be read to find out whether they are complete.
 
     Args:
         path: the file.
-        sums: also compare the content of a zip archive with its checksums, which reads the whole file.
+        sums: also check the checksums of a zip archive, which reads the whole file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -57,7 +57,7 @@ def flaw(path: Path, *, sums: bool = False) -> str:
 
 
 def _flaw_of_safetensors(path: Path, size: int) -> str:
-    """What the format's own library says of the list of tensors; it looks at no tensor."""
+    """The error of the safetensors library for the list of tensors, if any. No tensor is read."""
     from safetensors import SafetensorError, safe_open
 
     with path.open("rb") as file:
@@ -72,10 +72,10 @@ def _flaw_of_safetensors(path: Path, size: int) -> str:
             reason = str(error).rpartition("header: ")[2]
         if reason and "not fully covered" not in reason:
             return f"it begins like safetensors, but its list of tensors is broken ({reason[:160]})"
-        # the library takes the last of entries with the same name, other programs the first
+        # of entries with the same name, the library uses the last one, other programs the first
         entries = json.loads(file.read(length), object_pairs_hook=list)
     if len(dict(entries)) != len(entries):
-        return "it begins like safetensors, but its list of tensors is broken (a name is there twice)"
+        return "it begins like safetensors, but its list of tensors is broken (it has a name twice)"
     ends = [dict(entry)["data_offsets"][1] for name, entry in entries if name != "__metadata__"]
     more = size - 8 - length - max(ends, default=0)
     return _CUT if more < 0 else f"it is {more:,} bytes longer than its list of tensors says" if more else ""
@@ -94,18 +94,17 @@ def _flaw_of_zip(path: Path, size: int, sums: bool) -> str:
 
 def _flaw_of_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> str:
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    # PyTorch stores tensors as they are. What is compressed could fill the memory from a file of a few bytes, and so
-    # could entries that lie on top of each other.
+    # PyTorch stores tensors uncompressed. Compressed or overlapping entries could fill the memory from a tiny file.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         return "it is a compressed zip archive, which PyTorch never writes: unpack it"
     if sum(entry.file_size for entry in entries) > size:
-        return f"{_CONTENTS} promises more than the file holds"
+        return f"{_CONTENTS} lists more than the file contains"
     file.seek(size - _END.size)
     signature, _, _, _, count, _, begins, comment = _END.unpack(file.read(_END.size))
     whole = signature == b"PK\x05\x06" and not comment
     if not whole or count not in (len(entries), 0xFFFF) or begins not in (archive.start_dir, 0xFFFFFFFF):
-        return f"{_CONTENTS} is not where the file ends"
-    # PyTorch finds a record whatever the case of its name, below the first record's folder.
+        return f"{_CONTENTS} is not at the end of the file"
+    # PyTorch ignores upper and lower case in the names of records, and looks in the folder of the first record.
     names = [entry.filename.lower() for entry in entries]
     if twice := next((name for name, number in Counter(names).items() if number > 1), None):
         return f"{_CONTENTS} names {twice!r} twice"
@@ -134,13 +133,13 @@ def _flaw_of_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> str
 
 
 def _agrees(said: int, size: int) -> bool:
-    return said in (size, 0xFFFFFFFF)  # the latter: the size follows in a longer field
+    return said in (size, 0xFFFFFFFF)  # 0xFFFFFFFF: the size follows in a longer field
 
 
 def _flaw_of_sums(archive: zipfile.ZipFile, file: BinaryIO) -> str:
-    """The first record whose content is not what its checksum says.
+    """The first record with a wrong checksum.
 
-    PyTorch can be told to write no checksums (`torch.serialization.set_crc32_options`); all of them are 0 then.
+    PyTorch can write files without checksums (`torch.serialization.set_crc32_options`); then all of them are 0.
     """
     entries = archive.infolist()
     if not any(entry.CRC for entry in entries):
@@ -158,17 +157,17 @@ def _flaw_of_sums(archive: zipfile.ZipFile, file: BinaryIO) -> str:
 
 
 def _what_it_is(head: bytes) -> str:
-    """A file that is no container, by its first bytes."""
+    """Describe a file of another format by its first bytes."""
     if is_web_page(head):
         return _OPEN_PAGE
     if head.startswith(b"\x1f\x8b"):
         return "it is compressed with gzip: unpack it"
     if head[257:262] == b"ustar":
-        return "it is a tar archive: unpack it, and give the file inside"
+        return "it is a tar archive: unpack it, and use the file inside"
     if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself: type git lfs pull"
+        return "it is a Git LFS pointer, not the file itself: run git lfs pull"
     begins = " ".join(head[:60].decode("utf-8", errors="replace").split())
     if begins.isprintable() and "\ufffd" not in begins[:-1]:
         kind = "JSON" if begins[:1] in ("{", "[") else "text"
         return f"it is {kind}, not weights: {begins!r}"
-    return f"it is no file of weights: it begins with {head[:8].hex(' ')}"
+    return f"it is not a file of weights: it begins with {head[:8].hex(' ')}"

@@ -1,4 +1,4 @@
-"""Weights from one layout to another: the authors', timm's or ours in; safetensors and a note of provenance out."""
+"""Converts weights between layouts: reads the authors', timm's or ours; writes safetensors and a note of provenance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, stri
 from hybridzoo.checkpoints.writing import place_for, write
 
 Layout = Literal["hybridzoo", "published", "timm"]
-KEY_MAP_VERSION = 1  # of our names; counted up when a network's parameters are renamed
+KEY_MAP_VERSION = 1  # version of our names; increased when parameters of a network are renamed
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
 # A dense backbone's norms of its outputs: ours; published ones: BiFormer's; DiNAT's, Agent-Swin's and InLine-Swin's
 _OUT_NORM = re.compile(r"^out_norms\.(\d)\.")
@@ -29,12 +29,12 @@ _PUBLISHED_OUT_NORM = re.compile(r"^(?:out_norms\.|extra_norms\.|norm)(\d)\.")
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A state dict, sorted.
+    """The parts of a state dict.
 
     Attributes:
-        network: the classifier's or backbone's tensors under our names.
-        out_norms: of a dense backbone, `"<level>.weight"` and the like.
-        outside: first names of what belongs to a detector's or segmentor's other parts, such as `neck`.
+        network: the tensors of the classifier or backbone under our names.
+        out_norms: the output norms of a backbone of a detector or segmentor, `"<level>.weight"` and `"<level>.bias"`.
+        outside: first words of the names of a detector's or segmentor's other parts, such as `neck`.
     """
 
     network: dict[str, Tensor]
@@ -43,9 +43,10 @@ class Parts:
 
 
 def split(state: Mapping[str, Tensor], model: str) -> Parts:
-    """Any state dict of `model` - published, timm's or ours; bare, wrapped, or a detector's - sorted, in our names.
+    """Split any state dict of `model` into its parts, under our names.
 
-    A model that is not ours, whose files have its own names, is sorted only.
+    It may be published, timm's or ours, with or without a wrapper, or a detector's. Names of a model that is not ours
+    stay unchanged.
     """
     ours = bool(cards(model))
     state = strip_prefixes(state, dense=False)
@@ -76,26 +77,27 @@ def convert_file(
     ema: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write a checkpoint's weights in another layout, as safetensors, with `<out>.json` saying where they come from.
+    """Write the weights of a checkpoint in another layout, as safetensors; `<out>.json` records their origin.
 
     Args:
-        source: a published file, in the authors' layout or timm's; or a checkpoint of our training, of any task. Of a
-            detector or segmentor the backbone is taken.
-        model: registered name, with a tag where the weights need other arguments than the default ones.
+        source: a published file, in the authors' layout or timm's; or a checkpoint of our training, of any task. From a
+            detector or segmentor, the backbone is taken.
+        model: registered name, with a tag if the weights need other arguments than the defaults.
         to: `"hybridzoo"`: loads strictly into `timm.create_model(model)`; `"published"`: the authors' names and shapes,
-            without constants that their code computes; `"timm"`: of timm's own network of the same design.
-        out: file to write; default `<source>.<to>.safetensors` beside the source. It and its note appear whole or not
-            at all.
-        ema: take the exponential moving average that the file keeps beside the weights. Without it, of a run of
-            mmengine's that measured its average, the raw weights are taken; of a published file what its card names.
-        force: replace what is at `out`, but never the source.
+            without constants that their code computes; `"timm"`: for timm's own network of the same design.
+        out: file to write; default `<source>.<to>.safetensors` beside the source. The file and its note are written
+            completely or not at all.
+        ema: take the exponential moving average (EMA) that the file stores beside the weights. Without it, the raw
+            weights of an mmengine run are taken, even if the run evaluated its EMA; from a published file, the weights
+            that its card names.
+        force: replace an existing file at `out`, but never the source.
 
     Returns:
         The file written.
 
     Raises:
-        CheckpointError: the file cannot be read, does not fit the model (with all that does not), or has no form in the
-            layout asked for; or there is a file at `out`. Nothing is written.
+        CheckpointError: the file cannot be read, does not fit the model (the message lists the differences), or does
+            not exist in the requested layout; or there is already a file at `out`. Nothing is written.
     """
     if to not in get_args(Layout):
         raise CheckpointError(f"to={to!r}: choose {', '.join(get_args(Layout))}")
@@ -135,8 +137,8 @@ def _card(model: str) -> Card:
 
 
 def _wanted(content: Mapping[str, Any], source: Path, ema: bool) -> tuple[str, bool]:
-    """The key of the weights asked for, empty where the card or a search says it; and whether they are an average."""
-    if "ema_state_dict" in content:  # mmengine and we swap the two, unless the run measured its raw weights
+    """The key of the requested weights (empty: the card or a search finds it), and whether they are an average."""
+    if "ema_state_dict" in content:  # mmengine swaps the two keys, unless the run evaluated its raw weights
         meta = content.get("meta")
         text = meta.get("cfg") if isinstance(meta, dict) else None
         raw = re.search(r"""evaluate['"]?\s*[=:]\s*['"]raw['"]""", text if isinstance(text, str) else "")
@@ -150,14 +152,14 @@ def _wanted(content: Mapping[str, Any], source: Path, ema: bool) -> tuple[str, b
 
 
 def check(parts: Parts, model: str, source: Path) -> Parts:
-    """Every tensor of the network has to be there, with its shape, kind and finite numbers, and nothing else.
+    """Check that the parts have exactly the network's tensors, with their shapes and dtypes, and finite numbers.
 
-    Returns the parts without what the network has only if asked, such as a classifier that helps training.
+    Returns the parts without tensors that only an optional part of the network has, such as an auxiliary classifier.
     """
-    import timm  # not before it is needed: timm's models import the cards
+    import timm  # imported here because our models import the cards
 
     card = _card(model)
-    # A detector's tag is none of timm's: what it needs of the network is said here.
+    # The tag of a detector is not a tag of timm, so its arguments are passed explicitly.
     name, args = (model, {}) if card.task == "classification" else (card.model, card.model_args)
     with torch.device("meta"):
         network: Any = timm.create_model(name, **args)
@@ -169,12 +171,12 @@ def check(parts: Parts, model: str, source: Path) -> Parts:
     used = {key: value for key, value in parts.network.items() if not (idle and key.startswith(idle))}
     parts = dataclasses.replace(parts, network=used)
     missing = [key for key in own if key not in parts.network]
-    if parts.outside or parts.out_norms:  # dense networks have no use for what follows the last stage
+    if parts.outside or parts.out_norms:  # detectors and segmentors do not use the layers after the last stage
         missing = [key for key in missing if not key.startswith(("norm.", "head."))]
     unexpected = [key for key in parts.network if key not in own]
     both = [(key, parts.network[key], own[key]) for key in own if key in parts.network]
     shapes = [f"{key} {tuple(v.shape)}, not {tuple(o.shape)}" for key, v, o in both if v.shape != o.shape]
-    # Only what has the network's size is looked through: a file may claim any.
+    # Only tensors with the network's shape are read: a file may claim any size.
     same = {key: v for key, v, o in both if v.shape == o.shape}
     found = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes), *wrong_numbers(same, own)]
     if wrong := [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in found if keys]:
@@ -190,14 +192,14 @@ def _listed(keys: Iterable[str], most: int = 12) -> str:
 
 
 def _in_layout(network: dict[str, Tensor], name: str, to: Literal["published", "timm"]) -> dict[str, Tensor]:
-    """Our tensors in another layout, which has to lead back to them."""
+    """Our tensors in another layout. Converting them back must give the same tensors."""
     try:
         result = publish(network, name, to)
     except ValueError as error:
         raise CheckpointError(f"to={to!r}: {error}") from error
     back = convert(result, name)
     if back.keys() != network.keys() or not all(_same_bits(back[key], network[key]) for key in network):
-        raise CheckpointError(f"to={to!r}: these weights of {name} have no exact form there")
+        raise CheckpointError(f"to={to!r}: these weights of {name} cannot be converted exactly to this layout")
     return result
 
 

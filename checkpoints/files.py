@@ -1,4 +1,4 @@
-"""Files that are whole or not there: parts that can be continued, small notes, locks, hashes."""
+"""Files that exist completely or not at all: parts that can be resumed, small notes, locks, hashes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def hash_of(path: Path) -> str:
 
 
 class NoteError(ValueError):
-    """A note that is there, but says nothing."""
+    """A note that exists, but cannot be used."""
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """A small JSON object, empty where there is none or it cannot be read."""
+    """A small JSON object; empty if there is no file or it cannot be read."""
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -41,21 +41,21 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A note of a file's hash; empty only where there is none.
+    """The note of a file's hash; empty only if there is none.
 
     Raises:
-        NoteError: it cannot be read, or holds no SHA-256: what it was to vouch for is not to be trusted.
+        NoteError: the note cannot be read or has no SHA-256. Then its file must not be trusted.
     """
     if not os.path.lexists(path):
         return {}
     note = read_note(path)
     if not re.fullmatch(r"[0-9a-f]{64}", str(note.get("sha256"))):
-        raise NoteError(f"{path}: is no readable record of a file's hash; delete it if you trust the file beside it")
+        raise NoteError(f"{path}: is not a readable record of a file's hash; delete it if you trust the file beside it")
     return note
 
 
 def write_note(path: Path, note: Mapping[str, Any]) -> None:
-    """Write a small JSON object whole or not at all, and never through a link that lies in its place."""
+    """Write a small JSON object completely or not at all. A link with this name is replaced, not followed."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     new.unlink(missing_ok=True)
     try:
@@ -70,7 +70,7 @@ def write_note(path: Path, note: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def only_one(target: Path) -> Iterator[None]:
-    """One process at a time works on `target`, the others wait; the system frees the lock of one that dies."""
+    """A lock: one process at a time works on `target`, the others wait. If the process dies, the system frees it."""
     locks = target.parent / ".locks"
     locks.mkdir(exist_ok=True)
     lock = FileLock(locks / f"{target.name}.lock")
@@ -86,11 +86,11 @@ def only_one(target: Path) -> Iterator[None]:
 
 
 class Part:
-    """What has come of a file so far, `<file>.part`, and a note of which version of what it is, `<file>.part.json`.
+    """A partial download, `<file>.part`, and a note of its address and version, `<file>.part.json`.
 
     Args:
-        target: the file to be.
-        url: where it comes from; a part from elsewhere is thrown away.
+        target: the file that it becomes.
+        url: its address; a part from another address is discarded.
     """
 
     def __init__(self, target: Path, url: str) -> None:
@@ -109,14 +109,14 @@ class Part:
         return 0 < self.size() == self.note.get("size")
 
     def validator(self) -> str:
-        """What tells this version of the file from others: a strong ETag, or the date of change; else empty."""
+        """The mark of this version of the file: a strong ETag, or the date of its last change; empty if unknown."""
         etag = self.note.get("etag", "")
         return etag if etag and not etag.startswith("W/") else self.note.get("last_modified", "")
 
     def begin(self, headers: Any, size: int | None, promised: str = "") -> None:
-        """Start over, with the version of the file that a server's headers announce, and its SHA-256 if it has one."""
+        """Start over with the version of the file that the server's headers announce, and its SHA-256 if known."""
         self.discard()
-        # The note comes first: bytes without one are never taken for a part of anything.
+        # The note is written first: a part without a note is never continued.
         note = dict(etag=headers.get("ETag", ""), last_modified=headers.get("Last-Modified", ""))
         self.note = {"url": self.url, "size": size, **note, "promised": promised}
         write_note(self._note_path, self.note)
@@ -131,10 +131,10 @@ class Part:
         self._note_path.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Give the part, now whole, its name; a link that has the name is replaced, not followed."""
+        """Rename the complete part to its target; a link with that name is replaced, not followed."""
         os.replace(self.path, self._target)
         self._note_path.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):  # the name shall survive a power cut as well
+        if hasattr(os, "O_DIRECTORY"):  # so that the name survives a power cut too
             folder = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)

@@ -14,7 +14,7 @@ _SERIES = re.compile(r"^(?:biformer|fastervit|efficientvit_\w+?(?=_)|\w+(?=_))")
 
 
 def markdown_table() -> str:
-    """All cards as Markdown tables, one line each: classifiers, then detectors and segmentors."""
+    """All cards as Markdown tables, one line for each: classifiers, then detectors and segmentors."""
     head = ("model and tag", "parameters", "GMACs", "input", "top-1", "weights", "licence of the weights", "parity")
     lines = [
         (

@@ -1,4 +1,4 @@
-"""The papers behind the networks, for citations: title, authors, year and venue by arXiv number."""
+"""The networks' papers, for citations: title, authors, year and venue by arXiv number."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Paper:
     """One paper.
 
     Attributes:
-        arxiv: its number there.
+        arxiv: the arXiv number.
         title: as published.
-        authors: as BibTeX joins them, `"A. One and B. Two"`.
-        year: of the venue, or of the preprint.
-        venue: conference, empty for a preprint.
+        authors: in BibTeX's form, `"A. One and B. Two"`.
+        year: of the conference, or of the preprint.
+        venue: conference; empty for a preprint.
     """
 
     arxiv: str
@@ -152,6 +152,6 @@ _PAPERS = (
 
 
 def find(reference: str) -> Paper | None:
-    """The paper that a card's `paper` names (`arXiv:2209.15001`), None where it is not known here."""
+    """The paper that a card names in `paper` (`arXiv:2209.15001`), or None if it is not listed here."""
     number = re.search(r"\d{4}\.\d{5}", reference)
     return next((paper for paper in _PAPERS if number and paper.arxiv == number[0]), None)

@@ -1,4 +1,4 @@
-"""Published weights for timm's `pretrained=True`: the store brings them, safe reading opens them, timm adapts them."""
+"""Published weights for timm's `pretrained=True`: downloaded by the store, read safely, and adapted by timm."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hybridzoo.checkpoints.keymaps import sizes
 from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, unwrap, wrong_numbers
 
 _LOG = logging.getLogger(__name__)
-_told: set[str] = set()  # cards whose licence was mentioned
+_told: set[str] = set()  # cards whose licence has been reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A file that is here, what timm should know of it, and where in it the weights are.
+    """A local file, its timm configuration, and the position of the weights in it.
 
     Attributes:
         path: the file.
         cfg: timm's pretrained configuration.
-        wrapper_key: of the state dict, empty if unknown.
-        published: it is the card's own file, whose wrapper is certain.
+        wrapper_key: key of the state dict; empty if unknown.
+        published: whether it is the card's own file, whose wrapper key is known.
     """
 
     path: Path
@@ -38,15 +38,15 @@ class Weights:
     published: bool
 
     def into(self, family: Callable[..., nn.Module], *, features_only: bool = False) -> Callable[..., Any]:
-        """`family`, but each network it makes has these weights.
+        """Wrap `family` so that each network that it creates has these weights.
 
-        timm adapts them to other channels, position tables are resized to the network's image size, and a classifier of
-        other classes than the configuration's starts anew; beyond that they fit completely, or calling it raises a
-        CheckpointError.
+        timm adapts the first convolution to other input channels, position tables are resized to the network's image
+        size, and a classifier with another number of classes gets new weights. All other tensors must fit; otherwise
+        the call raises a CheckpointError.
 
         Args:
-            family: makes a network.
-            features_only: of the network nothing that follows the stages will be used.
+            family: creates a network.
+            features_only: no layer after the stages will be used.
         """
 
         def create(**arguments: Any) -> nn.Module:
@@ -61,7 +61,7 @@ class Weights:
         return create
 
     def _fitting(self, state: Mapping[str, Tensor], network: Any, features_only: bool) -> dict[str, Tensor]:
-        """What of a state dict under our names the network takes. All of it, but for what `into` says."""
+        """The tensors of a state dict under our names that the network loads: all, with the exceptions of `into`."""
         own = network.state_dict()
         found = dict(network.fit_state(sizes.fit(state, own)))
         forgiven = self._forgiven(found, network, features_only)
@@ -86,7 +86,7 @@ class Weights:
         return used
 
     def _forgiven(self, found: dict[str, Tensor], network: Any, features_only: bool) -> tuple[str, ...]:
-        """First words of the names that may be on one side only."""
+        """First words of the names that may exist only in the file or only in the network."""
         classifier, optional = f"{self.cfg['classifier']}.", network.optional
         if features_only or network.num_classes == 0:
             headless = not any(key.startswith(("norm.", "head.")) for key in found)  # of a detector
@@ -95,30 +95,30 @@ class Weights:
         classes = self.cfg["num_classes"] if weight is None else len(weight)
         if classes == network.num_classes:
             return optional
-        if network.num_classes == self.cfg["num_classes"]:  # nobody asked for another classifier
-            message = f"its classifier has {classes} classes, not {network.num_classes}: say num_classes={classes}"
+        if network.num_classes == self.cfg["num_classes"]:  # no other classifier was requested
+            message = f"its classifier has {classes} classes, not {network.num_classes}: set num_classes={classes}"
             raise CheckpointError(f"checkpoint {self.path}: {message}, or another number for a fresh classifier")
         for part in ("weight", "bias"):
             found.pop(f"{classifier}{part}", None)
         return (classifier, *optional)
 
     def _is_adapted(self, value: Tensor, own: Tensor, key: str) -> bool:
-        """Whether timm makes the first convolution's weight fit another number of channels."""
+        """Whether timm adapts the weight of the first convolution to another number of channels."""
         same = value.ndim == own.ndim and value.shape[:1] + value.shape[2:] == own.shape[:1] + own.shape[2:]
         return key == f"{self.cfg['first_conv']}.weight" and same and value.shape[1] == self.cfg["input_size"][0]
 
 
 def in_our_names(state: Mapping[str, Any], model: str) -> dict[str, Tensor]:
-    """A state dict of ours, published, or timm's, wrapped or not, under our names; for timm's own ways of loading."""
+    """Our, a published or timm's state dict, with or without a wrapper, under our names; for timm's own loaders."""
     known = next((card.wrapper_key for card in cards(model) if card.wrapper_key), None)
     return split(unwrap(state, "given", known, strict=False)[0], model).network
 
 
 def find_weights(model: str, cfg: Any, cache_dir: str | Path | None = None) -> Weights | None:
-    """What `pretrained=True` means for a model of ours; None where timm's own ways lead to it.
+    """The weights that `pretrained=True` loads for one of our models; None if timm loads them itself.
 
-    Those are a state dict, a repository of the hub, a folder, or an address that is on no card of ours: timm loads
-    them, under our names or published ones.
+    timm itself loads a state dict, a repository of the hub, a folder, or an address that is not on our cards. The names
+    may be ours or published ones.
 
     Args:
         model: registered name.
@@ -126,8 +126,8 @@ def find_weights(model: str, cfg: Any, cache_dir: str | Path | None = None) -> W
         cache_dir: see `store.download`.
 
     Raises:
-        DownloadError: the card's file cannot be had, or there is none.
-        CheckpointError: `file` of the configuration does not exist.
+        DownloadError: the card's file cannot be downloaded, or there is none.
+        CheckpointError: `file` in the configuration does not exist.
     """
     if cfg.state_dict or cfg.hf_hub_id or cfg.source in ("hf-hub", "local-dir"):
         return None

@@ -1,14 +1,14 @@
-"""Weights out of a file, safely: tensors and plain data come back, nothing that a file says is ever executed.
+"""Reads weights from a file safely: returns tensors and plain data, and never executes anything from the file.
 
-Safetensors hold nothing but tensors. Everything else is a pickle and goes through PyTorch's restricted unpickler
-(`weights_only=True`), which knows tensors and containers. Published files carry some further types beside their
-tensors. Each of them is named in `_INERT` with the files that need it; an empty stand-in takes its place, so neither
-its code nor its package is needed, and a name that is not in the list is refused. NumPy's types have stand-ins as well:
-the real ones take memory addresses from a file at its word.
+Safetensors contain only tensors. Every other file is a pickle and is read by PyTorch's restricted unpickler
+(`weights_only=True`), which allows tensors and containers. Published files contain some more types besides tensors.
+`_INERT` lists each of them with the files that need it. They are replaced by empty placeholders, so neither their code
+nor their package is needed; every other name is refused. NumPy's types have placeholders too, because the real ones use
+memory addresses from a file without checks.
 
-What comes back is plain: dictionaries, lists, tuples, text, numbers, stand-ins and tensors without attributes of their
-own, in a structure that is no deeper and has no more places than `_DEEPEST` and `_MOST` say. No size that a file claims
-is believed before it is compared with what the file holds.
+The result is plain: dictionaries, lists, tuples, text, numbers, placeholders, and tensors without extra attributes, in
+a structure limited by `_DEEPEST` and `_MOST`. Every size in a file is compared with the file's content before it is
+used.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class CheckpointError(ValueError):
 
 
 class UnsafeError(CheckpointError):
-    """A file that may be whole, but asks for code to be run."""
+    """A file that may be complete, but that needs code to be executed."""
 
 
-_DEEPEST = 64  # containers inside each other; training scripts nest about ten
-_MOST = 5_000_000  # values in all, counted as often as they are referred to
-_LONGEST_NAME = 512  # letters of a tensor's name
+_DEEPEST = 64  # depth of nested containers; training scripts have about ten
+_MOST = 5_000_000  # number of values; a value that is referred to twice counts twice
+_LONGEST_NAME = 512  # characters of a tensor's name
 
-# Where training scripts put the weights: mmengine and timm, DeiT and its descendants, torch.hub.
+# Keys of the weights in files of training scripts: mmengine and timm, DeiT and code based on it, torch.hub.
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
-# Prefixes that wrappers put before the network's own names: DDP, torch.compile, our ImageClassifier.
+# Prefixes that wrappers add to the network's names: DDP, torch.compile, our ImageClassifier.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 class _Inert:
-    """Stands in for a type or function that a file names and that reading weights does not need; keeps nothing."""
+    """Empty placeholder for a type or function that a file names and that is not needed to read weights."""
 
     def __new__(cls, *args: Any) -> _Inert:
         return super().__new__(cls)
@@ -53,18 +53,18 @@ class _Inert:
         pass
 
 
-# Full name in the pickle -> what is made in its place.
+# Full name in the pickle -> its replacement.
 _INERT: dict[str, Any] = {
-    # options of the training script, `args`: FasterViT (timm's saver), BiFormer, DeiT's descendants
+    # options of the training script, `args`: FasterViT (timm's saver), BiFormer, code based on DeiT
     "argparse.Namespace": _Inert,
-    # the same where a script kept its options in OmegaConf, as BiFormer's may
+    # the same for scripts that keep their options in OmegaConf, as BiFormer's may
     "omegaconf.dictconfig.DictConfig": _Inert,
     "omegaconf.listconfig.ListConfig": _Inert,
     "omegaconf.base.ContainerMetadata": _Inert,
     "omegaconf.base.Metadata": _Inert,
     "omegaconf.nodes.AnyNode": _Inert,
     "typing.Any": _Inert,
-    # `config`: Agent and InLine attention. A CfgNode is a dictionary with attributes, which this type has too
+    # `config`: Agent and InLine attention. A CfgNode is a dictionary with attributes, like this type
     "yacs.config.CfgNode": collections.OrderedDict,
     # curves in `message_hub`: mmengine's checkpoints, ours among them; a HistoryBuffer names its methods by getattr
     "mmengine.logging.history_buffer.HistoryBuffer": _Inert,
@@ -89,15 +89,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UnsafeError: the file asks for code to be run.
-        CheckpointError: it is missing, empty, cut short, or something else than a checkpoint.
+        CheckpointError: the file is missing, empty, cut short, or not a checkpoint.
     """
     return _read(Path(path), lazily=False)
 
 
 def peek(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content without its tensors' values, which come from the disk when somebody looks at them.
+    """The content of a checkpoint; the values of tensors are read from the disk only when they are used.
 
-    For what the file says of itself, such as how far a run had come; checksums are not compared. Otherwise as
+    For the file's metadata, such as the progress of a run. Checksums are not compared. Otherwise like
     `read_checkpoint`.
     """
     return _read(Path(path), lazily=True)
@@ -119,20 +119,20 @@ def _read(path: Path, *, lazily: bool) -> dict[str, Any]:
         with path.open("rb") as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             mapped = lazily and head.startswith(b"PK")
-            # of a path it would believe the suffix; only a path can be mapped
+            # with a path, torch.load trusts the suffix; but only a path can be memory-mapped
             source: Any = str(path.resolve()) if mapped else file
             content = _Copy().of(torch.load(source, map_location="cpu", weights_only=True, mmap=mapped))
     except CheckpointError:
         raise
     except _StructureError as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error})") from error
-    except Exception as error:  # zip, pickle and safetensors each raise their own kinds
+    except Exception as error:  # zip, pickle and safetensors raise different exceptions
         text = str(error).strip()
-        # The last is a stand-in where the pickle wants data, as one does that hands NumPy's objects to another type.
+        # The last case: the pickle uses a placeholder as data, for example a NumPy object inside another type.
         if any(word in text for word in ("weights_only", "Unsupported", "GLOBAL", _Inert.__name__)):
-            reason = "it contains Python objects that only arbitrary code could rebuild; save its weights alone"
+            reason = "it contains Python objects that only arbitrary code can rebuild; save only its weights"
             raise UnsafeError(f"checkpoint {path}: cannot be read ({reason})") from error
-        reason = text.splitlines()[0][:200] if text else f"{type(error).__name__}: no checkpoint, or cut short"
+        reason = text.splitlines()[0][:200] if text else f"{type(error).__name__}: not a checkpoint, or cut short"
         raise CheckpointError(f"checkpoint {path}: cannot be read ({reason})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path}: holds a {type(content).__name__}, expected a dictionary of tensors")
@@ -140,11 +140,11 @@ def _read(path: Path, *, lazily: bool) -> dict[str, Any]:
 
 
 class _StructureError(ValueError):
-    """Data that is safe, but that nobody could walk through."""
+    """Data that is safe, but too large or too deep to process."""
 
 
 class _Copy:
-    """Plain data out of what an unpickler made: a file may give objects any attributes, also ones that hide methods."""
+    """Plain data from an unpickler's result: a file may set any attributes of objects, even ones that hide methods."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -153,7 +153,7 @@ class _Copy:
     def of(self, value: Any, depth: int = 0) -> Any:
         self.count += 1
         if self.count > _MOST or depth > _DEEPEST:
-            raise _StructureError("its data is nested or repeated beyond all reason")
+            raise _StructureError("its data is nested or repeated too much")
         if isinstance(value, Tensor):
             if id(value) not in self.tensors:
                 self.tensors[id(value)] = Tensor.detach(value)
@@ -169,14 +169,14 @@ class _Copy:
 
 
 def read_state_dict(path: str | Path, *, wrapper_key: str | None = None, strip: bool = True) -> dict[str, Tensor]:
-    """The weights in a file, whatever wrote it: plain, timm, DeiT-style or mmengine, pickled or safetensors.
+    """The weights in a file in any of these forms: plain, timm, DeiT or mmengine; pickle or safetensors.
 
     Args:
         path: the checkpoint file.
-        wrapper_key: where in the file the weights are, as the file's card says; default: looked for. A file whose
-            weights are not wrapped at all is read with any key.
-        strip: reduce the names to those of the backbone itself, see `strip_prefixes`. With False the names stay as the
-            file has them.
+        wrapper_key: key of the weights in the file, as on its card; default: search for it. A file whose weights have
+            no wrapper can be read with any key.
+        strip: remove prefixes so that the names are those of the backbone, see `strip_prefixes`. With False the names
+            stay unchanged.
 
     Returns:
         Name -> tensor, on the CPU.
@@ -191,16 +191,16 @@ def read_state_dict(path: str | Path, *, wrapper_key: str | None = None, strip: 
 def unwrap(
     content: Mapping[str, Any], path: str | Path, wrapper_key: str | None = None, *, strict: bool = True
 ) -> tuple[dict[str, Tensor], str]:
-    """The weights in a checkpoint's content, and the key that they were under, empty for none.
+    """The weights in a checkpoint's content, and their key; empty if there is no wrapper.
 
     Args:
         content: of the file.
         path: of the file, for messages.
-        wrapper_key: where the weights are; default: looked for.
-        strict: with a `wrapper_key`, do not look elsewhere.
+        wrapper_key: key of the weights; default: search for it.
+        strict: use only `wrapper_key`, and do not search.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are no weights.
     """
     wanted = [wrapper_key] if wrapper_key else []
     found: Mapping[str, Any] = content
@@ -212,9 +212,9 @@ def unwrap(
     state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     for name, value in state.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
-            raise CheckpointError(f"checkpoint {path}: {repr(name)[:60]} is no name of a tensor")
+            raise CheckpointError(f"checkpoint {path}: {repr(name)[:60]} is not a valid name of a tensor")
         if kind := strange(value):
-            raise CheckpointError(f"checkpoint {path}: {name} {kind}, which no weights of these networks are")
+            raise CheckpointError(f"checkpoint {path}: {name} {kind}, unlike all weights of these networks")
     if not state:
         expected = f" under {wrapper_key!r}" if wrapper_key else ""
         keys = ", ".join(str(key)[:60] for key in list(found)[:5])
@@ -223,9 +223,9 @@ def unwrap(
 
 
 def strange(tensor: Tensor) -> str:
-    """What makes a tensor one that no training of ours saves, in words; empty for an ordinary one.
+    """Why a tensor is not one that our training saves, in words; empty for an ordinary tensor.
 
-    Nothing of its size is allocated: a tensor of many values may be a view of few.
+    No memory of the tensor's size is allocated: a tensor with many values may be a view of a few.
     """
     if tensor.is_meta:
         return "has no values (device meta)"
@@ -239,15 +239,15 @@ def strange(tensor: Tensor) -> str:
 
 
 def wrong_numbers(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[tuple[str, list[str]]]:
-    """What is wrong with the numbers in a file's tensors, and the names of those where it is.
+    """Which tensors of a file have wrong numbers, by kind of error.
 
     Args:
-        found: the file's; none of them `strange`.
-        own: the network's of the same names; others are not looked at. Their device may be meta.
+        found: tensors of the file; none of them is `strange`.
+        own: tensors of the network, possibly on the meta device. Tensors without the same name in `found` are ignored.
 
     Returns:
-        Of these kinds, those that there are: "of another kind of numbers" (integers in place of fractions, for one),
-        "not finite" (NaN, infinite), "too large for float32" (a finite number of a wider kind).
+        `(error, names)` for each error that occurs: "of another kind of numbers" (for example integers instead of
+        fractions), "not finite" (NaN, infinite), "too large for float32" (a finite number of a wider dtype).
     """
     kinds: list[str] = []
     endless: list[str] = []
@@ -260,7 +260,7 @@ def wrong_numbers(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
             same = value.is_floating_point() == dtype.is_floating_point or _whole(value, dtype)
             good = same and bool(torch.isfinite(value.to(dtype)).all())
             wider = same and not good and value.dtype != dtype and bool(torch.isfinite(value).all())
-        except (RuntimeError, NotImplementedError):  # kinds of a few bits, which nothing is computed with
+        except (RuntimeError, NotImplementedError):  # types of a few bits, which no operator supports
             same = good = wider = False
         if not same:
             kinds.append(f"{name} {str(value.dtype).removeprefix('torch.')}")
@@ -273,18 +273,18 @@ def wrong_numbers(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
 
 
 def _whole(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether fractions hold nothing but whole numbers, in place of integers: counters that a script averaged."""
+    """Whether a tensor of fractions has only whole numbers where integers are expected (averaged counters)."""
     counts = value.is_floating_point() and not dtype.is_complex and dtype != torch.bool
     return counts and bool(((value == value.round()) & (value.abs() < 2**31)).all())
 
 
 def strip_prefixes(state: Mapping[str, Tensor], *, dense: bool = True) -> dict[str, Tensor]:
-    """Names as the network itself has them, without the prefixes `module.`, `_orig_mod.` and `model.`.
+    """Remove the prefixes `module.`, `_orig_mod.` and `model.`, so that the names are those of the network.
 
     Args:
         state: name -> tensor.
-        dense: of a detector's or segmentor's weights, which have `backbone.*`, keep the backbone's only.
-            EfficientViT (MIT), whose published classifiers are a `backbone` and a `head`, is left as it is.
+        dense: from the weights of a detector or segmentor (names `backbone.*`), keep only those of the backbone.
+            Published classifiers of EfficientViT (MIT), which have a `backbone` and a `head`, are not changed.
     """
     state = dict(state)
     while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):

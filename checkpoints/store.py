@@ -1,15 +1,16 @@
-"""The store of published weights: download once, check every time, use what timm has downloaded.
+"""The store of published weights: downloads a file once, checks it every time, and uses files that timm downloaded.
 
-Files lie in PyTorch's cache (`torch.hub.get_dir()/checkpoints`), where timm looks for them too; what it brought into
-the Hugging Face hub's cache is used from there. `<file>.json` in the former records what came at first use, of either
-cache; what does not agree with its record later is refused. Files of the hub come as all others do, see `transfer`.
+Files are in PyTorch's cache (`torch.hub.get_dir()/checkpoints`), where timm looks for them too. Files that timm
+downloaded into the Hugging Face hub's cache are used from there. `<file>.json` in PyTorch's cache records the hash of a
+file of either cache at its first use; a file that later differs from its record is refused. Files of the hub are
+downloaded like all others, see `transfer`.
 
-Environment:
-    TORCH_HOME, HF_HOME: other places for the two caches.
-    HF_HUB_OFFLINE: 1 answers from the cache alone.
-    HF_ENDPOINT, HF_TOKEN: a mirror of the hub, and a login there.
-    HYBRIDZOO_MIRROR: a mirror of everything: this address takes the place of every link's `https://host`.
-    http_proxy, https_proxy, no_proxy: as everywhere.
+Environment variables:
+    TORCH_HOME, HF_HOME: other folders for the two caches.
+    HF_HUB_OFFLINE: with 1, only files in the caches are used.
+    HF_ENDPOINT, HF_TOKEN: a mirror of the hub, and a login for it.
+    HYBRIDZOO_MIRROR: a mirror of all hosts: this address replaces `https://host` in every link.
+    http_proxy, https_proxy, no_proxy: as usual.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ from hybridzoo.checkpoints.transfer import DownloadError, GoneError, WrongHashEr
 _LOG = logging.getLogger(__name__)
 _HUB = re.compile(r"^https://huggingface\.co/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+)")
 _KINDS = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt", ".pkl")
-_SAYS_NOTHING = {"pytorch_model", "model", "content", "checkpoint", "weights"}  # names that many files have
-_TWINS = {"model.safetensors": "pytorch_model.bin", "pytorch_model.bin": "model.safetensors"}  # timm's on the hub
+_SAYS_NOTHING = {"pytorch_model", "model", "content", "checkpoint", "weights"}  # names that many files share
+_TWINS = {"model.safetensors": "pytorch_model.bin", "pytorch_model.bin": "model.safetensors"}  # timm's files on the hub
 _LOCAL = "give a file that you have: --weights FILE, or pretrained_cfg_overlay=dict(file=...)"
 
 
 def download(name: str, *, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
-    """The published file of one card, from the cache or else from where its authors put it.
+    """The published file of one card, from the cache or downloaded from the authors' link.
 
     Args:
         name: `model.tag`, or `model` for its default weights.
-        cache_dir: instead of the two caches; timm's argument of the same name. `~` is the user's home.
-        progress: show a bar where stderr is a terminal.
+        cache_dir: a folder to use instead of the two caches (timm's argument of the same name). `~` is the user's home.
+        progress: show a progress bar if stderr is a terminal.
 
     Returns:
-        The file, whole, and the same as when it first came.
+        Path of the complete file, with the same content as at its first download.
 
     Raises:
         ValueError: `name` has no card, or `cache_dir` is empty.
-        DownloadError: there is no public file, it cannot be had, or it is not what it was.
+        DownloadError: there is no public file, it cannot be downloaded, or its content has changed.
     """
     card = find(name)
     path = cached(card, cache_dir=cache_dir)
@@ -62,9 +63,9 @@ def download(name: str, *, cache_dir: str | Path | None = None, progress: bool =
 
 
 def cached(card: Card, *, cache_dir: str | Path | None = None) -> Path | None:
-    """Where the card's file is on this machine, unchecked; None if it is not. Never uses the network.
+    """The path of the card's file on this machine, without a check; None if there is none. Never uses the network.
 
-    Of a repository that timm filled either of its two files will do: they hold the same tensors.
+    A repository of timm on the hub has two files with the same tensors; either is used.
     """
     folder = _folder(cache_dir)
     path = folder / file_name(card)
@@ -85,9 +86,10 @@ def cached(card: Card, *, cache_dir: str | Path | None = None) -> Path | None:
 
 
 def file_name(card: Card) -> str:
-    """The card's file in PyTorch's cache: as its address calls it where that is one card's alone, else after the card.
+    """The path of the card's file in PyTorch's cache.
 
-    The name holds nothing but letters, digits, dots, dashes and underscores, so that it stays in its folder.
+    It has the name in its address if only one card uses that name, otherwise the name of the card. Names consist of
+    letters, digits, dots, dashes and underscores, so the file stays in its folder.
     """
     name = _last(card.url)
     kind = next((kind for kind in _KINDS if name.lower().endswith(kind)), "")
@@ -98,10 +100,10 @@ def file_name(card: Card) -> str:
 
 
 def record_of(card: Card, path: Path | None = None, *, cache_dir: str | Path | None = None) -> dict[str, object]:
-    """What was recorded when the card's file first came: name, url, sha256, size, etag, date; empty if it never did.
+    """The record of the card's file from its first download: name, url, sha256, size, etag, date. Empty without one.
 
     Raises:
-        DownloadError: there is a record that cannot be read.
+        DownloadError: the record cannot be read.
     """
     try:
         return read_record(_record(card, path, cache_dir))
@@ -110,13 +112,13 @@ def record_of(card: Card, path: Path | None = None, *, cache_dir: str | Path | N
 
 
 def hash_of_hub(path: Path) -> str:
-    """The SHA-256 after which the hub's cache names a large file; empty for others."""
+    """The SHA-256 in the name of a large file in the hub's cache; empty for other files."""
     blob = path.resolve()
     return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else ""
 
 
 def licence_notice(card: Card) -> str:
-    """What to say of weights that may not be used freely; empty for the others."""
+    """A warning about the licence, for weights that may not be used freely; empty for the others."""
     licence = card.licence.lower()
     if "non-commercial" in licence or "noncommercial" in licence or re.search(r"\bnc\b", licence):
         return f"{card.name}: these weights are for non-commercial use only ({card.licence})"
@@ -135,7 +137,7 @@ def _bring(card: Card, cache_dir: str | Path | None, progress: bool) -> Path:
     if card.status == "dead":
         raise DownloadError(f"{card.name}: the authors' link is dead ({card.url}); {_LOCAL}")
     if offline():
-        raise DownloadError(f"{card.name}: is not in the cache, and HF_HUB_OFFLINE forbids to download it; {_LOCAL}")
+        raise DownloadError(f"{card.name}: is not in the cache, and HF_HUB_OFFLINE forbids downloads; {_LOCAL}")
     _LOG.info("downloading %s from %s", card.name, card.url)
     path = _folder(cache_dir) / file_name(card)
     recorded = str(record_of(card, cache_dir=cache_dir).get("sha256", ""))
@@ -145,9 +147,9 @@ def _bring(card: Card, cache_dir: str | Path | None, progress: bool) -> Path:
     except DownloadError as error:
         if isinstance(error, WrongHashError) and recorded and not card.sha256:
             record = _record(card, None, cache_dir)
-            raise DownloadError(f"{card.name}: {error}; if the authors changed it rightly, delete {record}") from error
+            raise DownloadError(f"{card.name}: {error}; if the authors replaced the file, delete {record}") from error
         doubtful = isinstance(error, GoneError) and card.status == "doubtful"
-        doubts = "; its card's link was never seen to work" if doubtful else ""
+        doubts = "; the link on its card has never been tested successfully" if doubtful else ""
         raise DownloadError(f"{card.name}: {error}; {_LOCAL}{doubts}") from error
     if received is not None:
         _note(path, card, cache_dir, received.sha256, received.etag)
@@ -155,16 +157,16 @@ def _bring(card: Card, cache_dir: str | Path | None, progress: bool) -> Path:
 
 
 def _address(card: Card) -> tuple[str, str]:
-    """Where the card's file is asked for, and with which login.
+    """The address to download the card's file from, and the login for it.
 
     Raises:
-        DownloadError: the environment names a mirror that is no address.
+        DownloadError: a mirror in the environment variables is not a valid address.
     """
     hub = _HUB.match(card.url)
     variable = "HYBRIDZOO_MIRROR" if os.environ.get("HYBRIDZOO_MIRROR") else "HF_ENDPOINT" if hub else ""
     mirror = os.environ.get(variable, "").rstrip("/")
     if mirror and not is_address(mirror):
-        raise DownloadError(f"{card.name}: {variable} is {mirror!r}, which is no http or https address")
+        raise DownloadError(f"{card.name}: {variable} is {mirror!r}, which is not an http or https address")
     token = ""
     if hub and variable != "HYBRIDZOO_MIRROR":
         from huggingface_hub import get_token
@@ -175,11 +177,11 @@ def _address(card: Card) -> tuple[str, str]:
 
 
 def _flaw(path: Path) -> str:
-    """What makes a file that came unfit to be kept. What only asks for code to be run is whole; reading refuses it."""
+    """Why a downloaded file is not kept. A complete file that needs code to be executed is kept; reading refuses it."""
     reason = flaw(path)
     with path.open("rb") as file:
         old = file.read(1) == b"\x80"
-    if old and not reason:  # an old pickle says nowhere how long it is
+    if old and not reason:  # an old pickle does not record its length
         try:
             read_checkpoint(path)
         except UnsafeError:
@@ -190,22 +192,22 @@ def _flaw(path: Path) -> str:
 
 
 def _check(path: Path, card: Card, cache_dir: str | Path | None) -> None:
-    """Refuse a file that is not what its card or its record says; record one that has neither."""
+    """Refuse a file whose hash differs from its card or its record; record a file that has neither."""
     record, recorded = _record(card, path, cache_dir), record_of(card, path, cache_dir=cache_dir)
     published = "" if _is_twin(card, path) else card.sha256
     expected = published or str(recorded.get("sha256", "")) or hash_of_hub(path)
     digest = hash_of(path)
     if expected and digest != expected.lower():
         if published:
-            since = "as its card says"
+            since = "as on its card"
         else:
             day = str(recorded.get("date"))[:10]
-            since = f"as when it first came, {day}" if recorded else "as the hub's cache calls it"
-        hint = "delete it to download it again" + (f"; if the change is right, delete {record}" if recorded else "")
+            since = f"as at its first download, {day}" if recorded else "as in the hub's cache"
+        hint = "delete it to download it again" + (f"; if the change is intended, delete {record}" if recorded else "")
         raise DownloadError(f"{path}: has SHA-256 {digest}, not {expected} {since}; {hint}")
     if not recorded:
         if reason := _flaw(path):
-            raise DownloadError(f"{path}: is no whole file of weights ({reason}); delete it to download it again")
+            raise DownloadError(f"{path}: is not a complete file of weights ({reason}); delete it to download it again")
         _note(path, card, cache_dir, digest, "")
 
 
@@ -216,12 +218,12 @@ def _note(path: Path, card: Card, cache_dir: str | Path | None, digest: str, eta
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_note(record, note)
-    except OSError as error:  # a cache that others filled and that we may only read
+    except OSError as error:  # a shared cache may be read-only
         _LOG.info("%s: not recorded (%s)", record, error)
 
 
 def _record(card: Card, path: Path | None, cache_dir: str | Path | None) -> Path:
-    """The record of a card's file, or of its twin of another kind."""
+    """The record of a card's file, or of the same file in the other format."""
     kind = path.suffix if path is not None and _is_twin(card, path) else ""
     return _folder(cache_dir) / f"{file_name(card)}{kind}.json"
 
@@ -240,5 +242,5 @@ def _folder(cache_dir: str | Path | None) -> Path:
 
 @functools.cache
 def _last(url: str) -> str:
-    """The last part of an address's path, without its escapes, folders and questions."""
+    """The last part of the path of an address, without escapes, folders and query."""
     return PurePosixPath(unquote(urlsplit(url).path).replace("\\", "/")).name

@@ -1,9 +1,9 @@
-"""One file over HTTP: whole and checked at its place, or not there at all.
+"""Downloads one file over HTTP: the result is a complete, checked file, or no file.
 
-What has come stays in `<file>.part` when a download ends early; a later call, of another process too, goes on from
-there. What turns out to be something else than the file is thrown away. Files of the Hugging Face hub come this way
-too: huggingface_hub (2.4) throws away what had come when it is killed or gives up, asks once where a server is busy,
-and keeps a page or another file that has the expected length.
+If a download stops early, the received part stays in `<file>.part`, and a later call (also of another process) resumes
+it. A response that is not the file is discarded. Files of the Hugging Face hub are downloaded in the same way, because
+huggingface_hub (2.4) discards the received part when it is killed or gives up, does not retry if a server is busy, and
+keeps a web page or another file that has the expected length.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from hybridzoo.checkpoints.files import BLOCK, Part, hash_of, only_one
 
 _LOG = logging.getLogger(__name__)
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-_GONE = {401: "it wants a login", 403: "it does not give it to us", 404: "nothing is there", 410: "it was removed"}
+_GONE = {401: "a login is needed", 403: "access is forbidden", 404: "there is no such file", 410: "it was removed"}
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _OF_DISK = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 _ELSEWHERE = "choose another folder by TORCH_HOME or cache_dir"
 
 
 class DownloadError(RuntimeError):
-    """A file that could not be had: one line that says which, why and what to do."""
+    """A file could not be downloaded: one line that names the file, the reason and what to do."""
 
 
 class GoneError(DownloadError):
-    """Nothing at the address is, or leads to, the file: no further attempt will bring it."""
+    """The file is not at this address: another attempt would not help."""
 
 
 class WrongHashError(DownloadError):
-    """What came is not what was expected, and was thrown away."""
+    """The response was not the expected file, and was discarded."""
 
 
 class _EndlessError(GoneError):
-    """More came than any file has: nothing of it is kept."""
+    """The response was longer than any file of weights; nothing of it is kept."""
 
 
 class _Failure(Exception):
-    """An attempt failed in a way that may pass.
+    """An attempt failed, but another one may succeed.
 
     Args:
         reason: of the failure.
-        wait: seconds that the server asked for.
-        fresh: what came so far is of no use.
+        wait: seconds to wait, if the server requested it.
+        fresh: the received part is useless; start over.
     """
 
     def __init__(self, reason: str, *, wait: float | None = None, fresh: bool = False) -> None:
@@ -72,15 +72,15 @@ class _Failure(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How patient a download is; times in seconds, sizes in bytes."""
+    """Retries, time limits (seconds) and size limits (bytes) of a download."""
 
-    attempts: int = 5  # failures in a row, without a byte gained, until it gives up
-    first_wait: float = 1.0  # before the second attempt; doubles with each further one, give or take a half
-    longest_wait: float = 120.0  # a server that asks for a longer pause is not waited for
-    stall: float = 30.0  # without a byte until the connection counts as lost
-    largest: int = 20_000_000_000  # a server that sends more, or says so, is not listened to
-    spare: int = 1_000_000_000  # stays free on the disk, or half of what is free, if a server says no length
-    patience: float = 120.0  # in which at least `slowest` bytes have to come
+    attempts: int = 5  # failures in a row without a new byte before it gives up
+    first_wait: float = 1.0  # before the second attempt; doubled for each further one, plus or minus a random half
+    longest_wait: float = 120.0  # if a server requests a longer wait, the download fails
+    stall: float = 30.0  # without a byte before the connection counts as lost
+    largest: int = 20_000_000_000  # if a server sends or announces more, the download fails
+    spare: int = 1_000_000_000  # kept free on the disk, at most half of the free space, if a server announces no length
+    patience: float = 120.0  # in this time at least `slowest` bytes must arrive
     slowest: int = 20_000
     sleep: Callable[[float], None] = time.sleep
 
@@ -90,7 +90,7 @@ POLICY = Policy()
 
 @dataclasses.dataclass(frozen=True)
 class Received:
-    """What came: bytes, hexadecimal SHA-256, and the server's mark of this version if it gave one."""
+    """A finished download: size in bytes, hexadecimal SHA-256, and the server's mark of this version, if any."""
 
     size: int
     sha256: str
@@ -107,22 +107,22 @@ def fetch(
     progress: bool = True,
     policy: Policy | None = None,
 ) -> Received | None:
-    """Download `url` to `target` unless it exists; of several processes one downloads and the others wait for it.
+    """Download `url` to `target` unless it exists. If several processes call this, one downloads and the others wait.
 
     Args:
         url: http or https.
-        target: the file to make; its folder is made too.
-        sha256: hexadecimal, if known: anything else is refused.
-        token: a login of the address's host.
-        flaw: says what is wrong with a file that came to its end, empty for nothing; then it is thrown away.
-        progress: show a bar where stderr is a terminal.
-        policy: patience; default `POLICY`.
+        target: the file to write; its folder is created too.
+        sha256: hexadecimal, if known; a file with another hash is refused.
+        token: login for the host of the address.
+        flaw: returns what is wrong with a downloaded file (which is then discarded), or an empty string.
+        progress: show a progress bar if stderr is a terminal.
+        policy: retries and limits; default `POLICY`.
 
     Returns:
-        What came; `None` where the file was there already or another process brought it meanwhile.
+        The download; `None` if the file existed already or another process downloaded it.
 
     Raises:
-        DownloadError: it did not come whole.
+        DownloadError: the file could not be downloaded completely.
     """
     if not is_address(url):
         raise DownloadError(f"{url}: only http and https addresses can be downloaded")
@@ -138,13 +138,13 @@ def fetch(
             reason = flaw(part.path) if flaw is not None else ""
             if reason:
                 part.discard()
-                raise GoneError(f"{url}: what came is of no use, and was thrown away: {reason}")
+                raise GoneError(f"{url}: the downloaded file is not usable and was discarded: {reason}")
             received = Received(part.size(), hash_of(part.path), part.note.get("etag", ""))
             expected = (sha256 or part.note.get("promised", "")).lower()
             if expected and received.sha256 != expected:
                 part.discard()
-                was = f"came with SHA-256 {received.sha256}, expected {expected}"
-                raise WrongHashError(f"{url}: {was}; it was thrown away, do not trust this source")
+                was = f"has SHA-256 {received.sha256}, expected {expected}"
+                raise WrongHashError(f"{url}: {was}; it was discarded, do not trust this source")
             part.finish()
             return received
 
@@ -160,7 +160,7 @@ def is_address(url: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Download:
-    """Attempts to complete a part; the fields are `fetch`'s."""
+    """Attempts to complete a part; the fields are the arguments of `fetch`."""
 
     part: Part
     token: str
@@ -168,7 +168,7 @@ class _Download:
     policy: Policy
 
     def complete(self) -> None:
-        """Try until the part is complete; an attempt that gained bytes starts the count of failures anew."""
+        """Try until the part is complete. An attempt that received bytes resets the count of failures."""
         part, policy = self.part, self.policy
         failures, furthest = 0, part.size()
         while not part.complete():
@@ -189,15 +189,15 @@ class _Download:
                 wait = backoff if failure.wait is None else failure.wait
                 too_long = failure.wait is not None and wait > policy.longest_wait
                 if failures >= policy.attempts or too_long:
-                    pause = f", and asks to wait {wait:.0f} s" if too_long else ""
+                    pause = f" and requests a wait of {wait:.0f} s" if too_long else ""
                     goes_on = part.size() > 0 and part.validator()
-                    kept = f"; {part.size():,} bytes are kept, try again to go on from there" if goes_on else ""
+                    kept = f"; {part.size():,} bytes are kept; try again to resume" if goes_on else ""
                     raise DownloadError(f"{part.url}: {failure}{pause}{kept}") from failure.__cause__
                 _LOG.info("%s: %s; trying again in %.1f s", part.url, failure, wait)
                 policy.sleep(wait)
 
     def _attempt(self) -> None:
-        """One request: for what is missing if the part can be continued, else for everything."""
+        """One request: for the missing bytes if the part can be resumed, otherwise for the whole file."""
         from hybridzoo import __version__
 
         part = self.part
@@ -208,13 +208,13 @@ class _Download:
         if self.token:
             request.add_unredirected_header("Authorization", f"Bearer {self.token}")
         redirects = _Redirects()
-        opener = urllib.request.build_opener(redirects)  # `urlopen` would keep the proxies of its first call
+        opener = urllib.request.build_opener(redirects)  # `urlopen` would always use the proxies of its first call
         with opener.open(request, timeout=self.policy.stall) as response:
             if response.headers.get("Content-Type", "").startswith(("text/html", "application/xhtml")):
                 raise GoneError(_is_a_page(part.url))
             packed = response.headers.get("Content-Encoding", "identity").strip().lower()
             if packed not in ("", "identity"):
-                raise GoneError(f"{part.url}: comes packed as {_shown(packed)}, which was not asked for")
+                raise GoneError(f"{part.url}: is sent with encoding {_shown(packed)}, which was not requested")
             length = response.headers.get("Content-Length", "")
             coming = int(length[:20]) if length.isascii() and length.isdecimal() else None
             if not _continues(response, part, asked="Range" in headers):
@@ -230,21 +230,21 @@ class _Download:
             raise _Failure("the server sent an empty file")
 
     def _limits(self, coming: int | None) -> tuple[int | None, int]:
-        """The file's bytes if known, and how many are listened to; `coming` are those that the server announced."""
+        """The size of the file, if known, and the number of bytes to accept. `coming`: the announced number."""
         part, have, largest = self.part, self.part.size(), self.policy.largest
         free = shutil.disk_usage(part.path.parent).free
-        if coming is None:  # nothing but the end of the connection ends the file
+        if coming is None:  # only the end of the connection marks the end of the file
             return None, min(largest, have + free - min(self.policy.spare, free // 2))
         total = have + coming
         if total > largest:
-            raise GoneError(f"{part.url}: says that it has {total:,} bytes; no weights have more than {largest:,}")
+            raise GoneError(f"{part.url}: the server announces {total:,} bytes; no weights have more than {largest:,}")
         if coming > free:
             where = f"{part.path.parent} has {free:,} free; make room, or {_ELSEWHERE}"
             raise DownloadError(f"{part.url}: needs {coming:,} bytes, {where}")
         return total, total
 
     def _bar(self, total: int | None) -> tqdm[Any]:
-        hidden = None if self.progress else True  # None: shown on a terminal only
+        hidden = None if self.progress else True  # None: shown only on a terminal
         name, have = self.part.path.stem, self.part.size()
         return tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True, disable=hidden)
 
@@ -262,15 +262,15 @@ class _Download:
             if time.monotonic() - began > policy.patience:
                 if have - before < policy.slowest:
                     slow = f"{have - before:,} bytes in {policy.patience:.0f} s"
-                    raise DownloadError(f"{url}: the server is too slow ({slow}); try again, it goes on from there")
+                    raise DownloadError(f"{url}: the server is too slow ({slow}); try again to resume")
                 began, before = time.monotonic(), have
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows to http and https only, and from https to https only; tells no other host the login.
+    """Follows redirects only to http and https, from https only to https; never sends the login to another host.
 
     Attributes:
-        promised: SHA-256 that the Hugging Face hub names for a file before it leads to where the file is; or empty.
+        promised: SHA-256 that the Hugging Face hub sends with the redirect to the file; or empty.
     """
 
     def __init__(self) -> None:
@@ -279,7 +279,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
-            raise GoneError(f"leads from {old.scheme} to {_shown(newurl)}, which is not followed")
+            raise GoneError(f"redirects from {old.scheme} to {_shown(newurl)}, which is not followed")
         self.promised = self.promised or _promised(headers)
         following = super().redirect_request(req, fp, code, msg, headers, newurl)
         if following is not None and (old.scheme, old.netloc) == (new.scheme, new.netloc):
@@ -288,11 +288,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _continues(response: Any, part: Part, *, asked: bool) -> bool:
-    """Whether the answer is the rest of the part: from the byte asked for, of the same version of the file."""
+    """Whether the response continues the part: from the requested byte, in the same version of the file."""
     if response.status != 206:
         return False
     if not asked:
-        raise GoneError(f"{part.url}: the server sends a part of the file where all of it was asked for")
+        raise GoneError(f"{part.url}: the server sends a part of the file, but the whole file was requested")
     span, etag = response.headers.get("Content-Range", ""), response.headers.get("ETag")
     whole = span.rpartition("/")[2]
     same = etag in (None, part.note.get("etag")) and whole in ("*", str(part.note.get("size")))
@@ -302,13 +302,13 @@ def _continues(response: Any, part: Part, *, asked: bool) -> bool:
 
 
 def _promised(headers: Any) -> str:
-    """The SHA-256 that the Hugging Face hub gives with a large file's address, empty for other servers and files."""
+    """The SHA-256 that the Hugging Face hub sends with the address of a large file; empty for all other files."""
     found = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag") or "")
     return found[1] if found else ""
 
 
 def _shown(text: str, most: int = 120) -> str:
-    """What a server said, as part of one line."""
+    """Text from a server, shortened for a message of one line."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -321,7 +321,7 @@ def _is_a_page(url: str) -> str:
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait, which it says as a number or as a date."""
+    """The wait in seconds that a server requests, as a number or as a date."""
     text = headers.get("Retry-After", "")
     if text.isascii() and text.isdecimal():
         return float(text[:9])
@@ -332,14 +332,14 @@ def _retry_after(headers: Any) -> float | None:
 
 @contextlib.contextmanager
 def _network_errors(url: str) -> Iterator[None]:
-    """What the network throws: as a `_Failure` if it may pass, else as what a person can act on."""
+    """Convert network errors: to `_Failure` if another attempt may succeed, otherwise to a message for the user."""
     try:
         yield
     except urllib.error.HTTPError as error:
         error.close()
-        reason = "and leads in circles" if "infinite loop" in str(error.reason) else _shown(str(error.reason))
+        reason = "and redirects in a circle" if "infinite loop" in str(error.reason) else _shown(str(error.reason))
         answer = f"the server answers {error.code} {reason}".rstrip()
-        if error.code == 416:  # what we have is not a part of it
+        if error.code == 416:  # our part does not belong to this file
             raise _Failure(answer, fresh=True) from error
         if error.code not in _TRANSIENT:
             raise GoneError(f"{url}: {answer}: {_GONE.get(error.code, 'not to be had')}") from error
@@ -348,10 +348,10 @@ def _network_errors(url: str) -> Iterator[None]:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise DownloadError(f"the server's certificate is not valid: {error.reason}") from error
         raise _Failure(f"no connection ({error.reason})") from error
-    except GoneError as error:  # of a redirect, which does not know where it began
+    except GoneError as error:  # from a redirect, which does not know the first address
         raise error if str(error).startswith(url) else GoneError(f"{url}: {error}") from None
-    except (ValueError, UnicodeError, http.client.InvalidURL) as error:  # of an address that it leads to
-        raise GoneError(f"{url}: leads to what is no address ({_shown(str(error))})") from error
+    except (ValueError, UnicodeError, http.client.InvalidURL) as error:  # raised for the address of a redirect
+        raise GoneError(f"{url}: redirects to an invalid address ({_shown(str(error))})") from error
     except TimeoutError as error:
         raise _Failure("the server stopped sending") from error
     except http.client.HTTPException as error:
@@ -364,11 +364,11 @@ def _network_errors(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """What the file system refuses, as what a person can do about it."""
+    """Convert errors of the file system to a message that tells the user what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            message = f"{folder}: the disk is full; make room and try again, it goes on from what has come"
+            message = f"{folder}: the disk is full; free some space and try again to resume"
             raise DownloadError(message) from error
         raise DownloadError(f"{folder}: cannot be written ({error.strerror or error}); {_ELSEWHERE}") from error

@@ -1,4 +1,4 @@
-"""Is a file of weights what it should be: its hash, its names and shapes, its numbers."""
+"""Checks a file of weights: its hash, names, shapes and numbers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hybridzoo.checkpoints.transfer import DownloadError
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         path: the file.
-        name: the card it was compared with.
-        size: bytes.
+        name: the card that it was compared with.
+        size: in bytes.
         sha256: hexadecimal.
-        known: where the hash that it was compared with comes from: `"card"`, `"record"`, or `"hub"` for the name that
-            the Hugging Face hub's cache gave it; empty if there is none.
-        values: numbers in the network's tensors, those of batch norm's statistics among them.
-        problems: everything wrong with it, a line each.
+        known: source of the expected hash: `"card"`, `"record"`, or `"hub"` (the file's name in the Hugging Face hub's
+            cache); empty if there is none.
+        values: number of values in the network's tensors, including the statistics of batch norms.
+        problems: everything that is wrong, one line for each problem.
     """
 
     path: Path
@@ -44,17 +44,17 @@ class Verification:
 def verify(path: str | Path, name: str | None = None) -> Verification:
     """Check a published file, or one that `convert` wrote, without executing anything in it.
 
-    Its hash has to be the card's or the recorded one where either is known; every tensor has to find its place in the
-    network that the card describes, and to be finite.
+    Its hash must be that of the card or of the record, if there is one. All tensors must be finite and fit the network
+    that the card describes.
 
     Args:
         path: the file.
-        name: `model.tag`, or `model` for its default weights; default: what the store or `convert` noted beside the
-            file, or what a file of this name in the store belongs to.
+        name: `model.tag`, or `model` for its default weights. Default: the name that the store or `convert` wrote to
+            the note beside the file, or the card whose file in the store has this name.
 
     Raises:
         CheckpointError: there is no such file.
-        ValueError: `name` has no card, or is not given and cannot be guessed.
+        ValueError: `name` has no card, or it is not given and cannot be found.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +74,7 @@ def verify(path: str | Path, name: str | None = None) -> Verification:
         state, _ = unwrap(read_checkpoint(path), path, card.wrapper_key, strict=False)
         parts = split(state, card.model)
         left_out = tuple(map(str, note.get("left_out") or ())) if "layout" in note else ()
-        parts = dataclasses.replace(parts, outside=parts.outside + left_out)  # `convert` took a backbone alone
+        parts = dataclasses.replace(parts, outside=parts.outside + left_out)  # `convert` wrote only a backbone
         values = sum(tensor.numel() for tensor in parts.network.values())
         check(parts, card.name, path)
     except (CheckpointError, ValueError) as error:
@@ -83,10 +83,10 @@ def verify(path: str | Path, name: str | None = None) -> Verification:
 
 
 def _expected(path: Path, beside: Path, card: Card) -> tuple[str, str]:
-    """Where a hash of the file is known from, and the hash; both empty if it is nowhere.
+    """The source of the expected hash, and the hash; both empty if there is none.
 
     Raises:
-        NoteError, DownloadError: a record is there that cannot be read.
+        NoteError, DownloadError: a record exists, but cannot be read.
     """
     noted = read_record(beside)
     if "layout" in noted:  # a converted file is not the published one
@@ -101,12 +101,12 @@ def _expected(path: Path, beside: Path, card: Card) -> tuple[str, str]:
 
 
 def _owner(path: Path) -> str:
-    """The card whose file lies here, or would be called so."""
+    """The card whose file is here, or whose file would have this name."""
     here = [card.name for card in cards(task=None) if card.url and _same(store.cached(card), path)]
     called: list[Card] = [card for card in cards(task=None) if card.url and store.file_name(card) == path.name]
     found = here or [card.name for card in called]
     if len(found) != 1:
-        raise ValueError(f"name: {path} could be anything; say what it should be, such as biformer_tiny.in1k")
+        raise ValueError(f"name: {path} may contain any weights; name the expected ones, such as biformer_tiny.in1k")
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Tensors as safetensors and a note of where they come from beside them: both, or neither."""
+"""Writes tensors as safetensors, and a note of their origin beside them: both or neither."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hybridzoo.checkpoints.reading import CheckpointError
 
 
 def place_for(out: str | Path, source: Path, *, force: bool) -> Path:
-    """The file to write, once it is sure that it and its note are in nobody's way.
+    """The file to write, after checking that it and its note can be written.
 
     Raises:
-        CheckpointError: it is empty, a folder, the source, or there already and `force` is not given.
+        CheckpointError: the name is empty, a folder or the source; or the file exists and `force` is not given.
     """
     target = Path(out).expanduser()
     if not target.name:  # of an empty text too
@@ -28,7 +28,7 @@ def place_for(out: str | Path, source: Path, *, force: bool) -> Path:
         if path.exists() and path.samefile(source):
             raise CheckpointError(f"out {path}: is the source itself; choose another name")
         if os.path.lexists(path) and not force:
-            raise CheckpointError(f"out {path}: is there already; choose another name, or --force to replace it")
+            raise CheckpointError(f"out {path}: exists already; choose another name, or --force to replace it")
     return target
 
 
@@ -37,10 +37,10 @@ def note_of(target: Path) -> Path:
 
 
 def write(state: Mapping[str, Tensor], note: Mapping[str, Any], target: Path) -> None:
-    """Write both; the note gets the file's hash.
+    """Write both files; the file's hash is added to the note.
 
     Raises:
-        CheckpointError: something cannot be written; what was there before stays.
+        CheckpointError: a file cannot be written; existing files stay unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -48,10 +48,10 @@ def write(state: Mapping[str, Tensor], note: Mapping[str, Any], target: Path) ->
     new = target.with_name(f"{target.name}.{os.getpid()}.new")
     try:
         new.touch(exist_ok=False)
-        mode = new.stat().st_mode  # as any new file's; safetensors writes one that only its owner may read
+        mode = new.stat().st_mode  # permissions like any new file; safetensors writes one that only its owner may read
         save_file(_apart(state), new, metadata={"format": "pt"})
         new.chmod(mode)
-        write_note(note_of(target), {**note, "sha256": hash_of(new)})  # first: it is what may fail
+        write_note(note_of(target), {**note, "sha256": hash_of(new)})  # first, because it may fail
         os.replace(new, target)
     except (OSError, SafetensorError) as error:
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
@@ -61,7 +61,7 @@ def write(state: Mapping[str, Tensor], note: Mapping[str, Any], target: Path) ->
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, no two of which share memory, as safetensors wants them."""
+    """Contiguous tensors that do not share memory, as safetensors requires."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in state.items():

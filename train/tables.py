@@ -190,8 +190,8 @@ def verification(f: "Verification") -> Table:
     """The results of a check of a weights file, one per line."""
     compared = {
         "card": "as the card says",
-        "record": "as when it first came",
-        "hub": "as the hub's cache calls it",
+        "record": "as at its first download",
+        "hub": "as in the hub's cache",
         "": "nothing to compare with",
     }[f.known]
     lines = {

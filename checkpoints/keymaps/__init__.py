@@ -1,6 +1,6 @@
 """Names in published state dicts and ours: one module per family, chosen by the model's name.
 
-A module has `convert` and, where the way back is known, `publish` (the authors' layout) and `like_timm` (timm's own).
+A module has `convert` and, if the reverse is possible, `publish` (the authors' layout) and `like_timm` (timm's layout).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hybridzoo.checkpoints.keymaps import (
     ravlt,
 )
 
-# First word or words of a model's name -> module with `convert(state_dict, model_name)`
+# Beginning of a model's name -> module with `convert(state_dict, model_name)`
 _FAMILIES = {
     "ascan": ascan,
     "agent": hosts,
@@ -52,10 +52,10 @@ _FAMILIES = {
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """A published state dict under our names and shapes, ready for `load_state_dict(strict=True)`.
 
-    Our own names pass through unchanged, so that converting twice does no harm.
+    Our own names stay unchanged, so converting twice is harmless.
 
     Args:
-        state_dict: as published, out of its wrapper (`{"model": ...}`); or already ours.
+        state_dict: published, without its wrapper (`{"model": ...}`); or already ours.
         model_name: registered name, with or without a tag.
 
     Raises:
@@ -67,17 +67,17 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
 def publish(
     state_dict: Mapping[str, Tensor], model_name: str, layout: Literal["published", "timm"] = "published"
 ) -> dict[str, Tensor]:
-    """A classifier's weights under the names and shapes of the authors' own code or of timm's: what `convert` undoes.
+    """A classifier's weights under the names and shapes of the authors' code or of timm: the inverse of `convert`.
 
-    Constants that the published code makes for itself (index buffers, masks, caches) are left out.
+    Constants that the published code computes (index buffers, masks, caches) are left out.
 
     Args:
         state_dict: of our network.
         model_name: registered name, with or without a tag.
-        layout: whose names.
+        layout: the layout to return.
 
     Raises:
-        ValueError: there is no such layout of this model.
+        ValueError: this model has no such layout.
     """
     family, name = _family(model_name), model_name.split(".")[0]
     way = getattr(family, "publish" if layout == "published" else "like_timm", None)

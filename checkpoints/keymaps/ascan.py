@@ -1,4 +1,4 @@
-"""AsCAN: nothing was published, so there is nothing to rename."""
+"""AsCAN: no weights were published, so there are no names to convert."""
 
 from __future__ import annotations
 

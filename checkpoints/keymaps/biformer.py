@@ -1,4 +1,4 @@
-"""BiFormer's published names, in both code bases."""
+"""BiFormer's published names, from both published code bases."""
 
 from __future__ import annotations
 

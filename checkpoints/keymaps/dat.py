@@ -31,7 +31,7 @@ _WINDOWS: Table = [
 
 
 def _table(model: str, deformable: bool) -> Table:
-    """Of what is outside of attentions, and of an attention that is deformable or the other one of its network."""
+    """Rows for everything outside of attentions, for deformable attention, and for the network's other attention."""
     plus = model.startswith("dat_plus")
     before, after = ("", "0.") if plus else ("chunk.", "")  # in an MLP's names
     return [
@@ -41,7 +41,7 @@ def _table(model: str, deformable: bool) -> Table:
         ("patch_proj.4.norm.", "stem.norm2."),
         *[(f"down_projs.{i}.0.", f"stages.{i + 1}.downsample.reduction.") for i in range(3)],
         *[(f"down_projs.{i}.1.norm.", f"stages.{i + 1}.downsample.norm.") for i in range(3)],
-        # A stage's norms stand in one list: a block's for its attention, for its MLP, the next block's, …
+        # All norms of a stage are in one list: for the first block's attention, its MLP, the second attention, …
         *[(f"stages.*.layer_norms.{2 * i}.norm.", f"stages.*.blocks.{i}.norm1.") for i in range(_DEPTH)],
         *[(f"stages.*.layer_norms.{2 * i + 1}.norm.", f"stages.*.blocks.{i}.norm2.") for i in range(_DEPTH)],
         ("stages.*.local_perception_units.*.", "stages.*.blocks.*.local."),
@@ -57,7 +57,7 @@ def _table(model: str, deformable: bool) -> Table:
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`.
 
-    A published detector or segmentor becomes ours, `backbone.` being a `PyramidBackbone` with output norms.
+    A published detector or segmentor becomes ours: `backbone.` is a `PyramidBackbone` with output norms.
     """
     return convert_dense(state_dict, lambda state: _classifier(state, model_name), _NORMS)
 

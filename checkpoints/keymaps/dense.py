@@ -1,4 +1,4 @@
-"""Detectors and segmentors: a published backbone inside one, with a norm for each of its maps, as ours."""
+"""Detectors and segmentors: converts the published backbone, which has a norm for each of its maps, to ours."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def convert_dense(state_dict: Mapping[str, Tensor], classifier: Convert, norms: Table) -> dict[str, Tensor]:
-    """A classifier by `classifier`; a dense network to a `PyramidBackbone` with output norms, what is outside as it is.
+    """Convert a classifier, or the backbone of a detector or segmentor to a `PyramidBackbone` with output norms.
+
+    Tensors outside of the backbone stay unchanged.
 
     Args:
-        state_dict: published; a whole detector's backbone is below `backbone.`.
-        classifier: from the network without the norms to ours.
-        norms: the norms' names, to `out_norms`.
+        state_dict: published; the names of a whole detector's backbone begin with `backbone.`.
+        classifier: converts the network without the output norms.
+        norms: the names of the output norms, to `out_norms`.
     """
     inside = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     if inside:

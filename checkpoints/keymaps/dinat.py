@@ -1,4 +1,4 @@
-"""Published names of NAT, DiNAT, DiNAT_s and the isotropic nets: the authors' own, their detectors', transformers'."""
+"""Published names of NAT, DiNAT, DiNAT_s and the isotropic nets: of the authors, their detectors, and transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _table(model: str) -> Table:
     return [
         *([("patch_embed.proj.", "stem.conv1.")] if one_convolution else stem),
         ("patch_embed.norm.", "stem.norm."),
-        # Published stages end with the downsampling that ours begin with.
+        # The downsampling between stages ends a published stage, and starts one of ours.
         *[(f"{levels}.{i}.downsample.", f"stages.{i + 1}.downsample.") for i in range(3)],
         ("layers.*.", "stages.*.blocks.0.") if isotropic else (f"{levels}.*.blocks.", "stages.*.blocks."),
         (".gamma1", ".scale1.gamma"),
@@ -52,7 +52,7 @@ def _table(model: str) -> Table:
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`.
 
-    A published detector or segmentor becomes ours, `backbone.` being a `PyramidBackbone` with output norms.
+    A published detector or segmentor becomes ours: `backbone.` is a `PyramidBackbone` with output norms.
     """
     return convert_dense(state_dict, functools.partial(_network, model_name), _NORMS)
 
@@ -61,7 +61,7 @@ def _network(model_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     table = _table(model_name)
     if any(".attention.self." in key for key in state):
         state = _from_transformers(state)
-    # An index follows from the map's size.
+    # The index is computed from the map's size.
     return {to_ours(name, table): v for name, v in state.items() if not name.endswith(".relative_position_index")}
 
 

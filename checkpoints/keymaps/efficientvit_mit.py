@@ -10,7 +10,7 @@ from torch import Tensor
 from hybridzoo.checkpoints.keymaps.tables import Row, Table, shifted, to_ours, to_published
 
 _PARTS = (("inverted_conv", "expand"), ("depth_conv", "depthwise"), ("point_conv", "project"))
-_SPATIAL = ".spatial_conv."  # what a block without a depthwise convolution has in place of the inverted one
+_SPATIAL = ".spatial_conv."  # blocks without a depthwise convolution have this instead of the inverted one
 
 
 def _parts(published: str, ours: str) -> list[Row]:
@@ -62,7 +62,7 @@ def _timm(model: str) -> Table:
 
 
 def _segmentation(names: Mapping[str, Tensor]) -> Table:
-    # Of a segmentation head's last convolutions the last one classifies; one before it widens.
+    # The last convolution of a segmentation head classifies; the one before it, if any, increases the channels.
     last = max(int(m[1]) for name in names if (m := re.match(r"head\.output_ops\.0\.op_list\.(\d+)\.", name)))
     return [
         ("head.input_ops.*.op_list.0.", "head.inputs.*."),
@@ -74,7 +74,7 @@ def _segmentation(names: Mapping[str, Tensor]) -> Table:
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
-    """See `hybridzoo.checkpoints.convert`; a segmentation model's backbone stays below `backbone.`."""
+    """See `hybridzoo.checkpoints.convert`; the backbone of a segmentation model keeps its prefix `backbone.`."""
     segments = any(name.startswith("head.input_ops.") for name in state_dict)
     authors = any(".op_list." in name for name in state_dict)
     table = [*(_segmentation(state_dict) if segments else []), *(_authors if authors else _timm)(model_name)]

@@ -1,4 +1,4 @@
-"""EfficientViT (MSRA): the authors' names, their detectors', and timm's."""
+"""EfficientViT (MSRA): the names of the authors, of their detectors, and of timm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BLOCK: Table = [  # the same in both
 def _authors() -> Table:
     rows = [(f"patch_embed.{2 * i}.", f"stem.conv{i + 1}.") for i in range(4)]  # activations between them
     rows += [("blocks1.", "stages.0.blocks.")]
-    for stage in (1, 2):  # blocks2 and blocks3 begin with the three parts of a downsampling
+    for stage in (1, 2):  # blocks2 and blocks3 start with the three parts of a downsampling
         blocks, downsample = f"blocks{stage + 1}", f"stages.{stage}.downsample"
         for i in (0, 1):
             rows += [(f"{blocks}.{2 * i}.0.m.", f"{downsample}.local{i}.branch.")]
@@ -55,7 +55,7 @@ _TIMM: Table = [
 
 
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
-    """See `hybridzoo.checkpoints.convert`; of a detector only the backbone is kept."""
+    """See `hybridzoo.checkpoints.convert`; only the backbone of a detector is kept."""
     state = dict(state_dict)
     if any(name.startswith("backbone.") for name in state):
         state = {k.removeprefix("backbone."): value for k, value in state.items() if k.startswith("backbone.")}
@@ -63,7 +63,7 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
     converted = {}
     for name, tensor in state.items():
         if name.endswith("attention_bias_idxs"):
-            continue  # the indices follow from the window
+            continue  # the indices are computed from the window
         key = to_ours(name, table)
         # some files hold 1x1 convolutions as matrices
         matrix = tensor.ndim == 2 and key.endswith((".conv.weight", ".se.fc1.weight", ".se.fc2.weight"))

@@ -1,4 +1,4 @@
-"""FasterViT's published names, of the fixed-size and the any-resolution models."""
+"""FasterViT's published names: of the fixed-size and the any-resolution models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridzoo.checkpoints.keymaps.tables import HEAD, Table, to_ours, to_published
 
-# Constants, caches of whatever training step came last, and a second name of the carrier tokens' convolution.
+# Constants, caches of the last training step, and a second name of the carrier tokens' convolution.
 _DROPPED = re.compile(
     r"\.(relative_bias|relative_coords_table|relative_position_index)$|\.global_tokenizer\.pos_embed\."
 )
@@ -19,7 +19,7 @@ _TABLE: Table = [
     ("patch_embed.conv_down.1.", "stem.conv1.norm."),
     ("patch_embed.conv_down.3.", "stem.conv2.conv."),
     ("patch_embed.conv_down.4.", "stem.conv2.norm."),
-    # A stage's downsampling leads to the next one; here it belongs to that.
+    # The downsampling ends a published stage; in our network it belongs to the next stage.
     *[(f"levels.{i}.downsample.reduction.0.", f"stages.{i + 1}.downsample.conv.") for i in range(3)],
     *[(f"levels.{i}.downsample.norm.", f"stages.{i + 1}.downsample.norm.") for i in range(3)],
     *[
@@ -61,7 +61,7 @@ def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tens
 def publish(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.keymaps.publish`."""
     published = {to_published(key, _TABLE): tensor for key, tensor in state_dict.items()}
-    # The authors' module holds this convolution under two names.
+    # The authors' module has this convolution under two names.
     second = {name: tensor for name, tensor in published.items() if _TOKENIZER in name}
     return published | {
         name.replace(_TOKENIZER, ".global_tokenizer.pos_embed."): tensor.clone() for name, tensor in second.items()

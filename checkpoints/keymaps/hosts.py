@@ -1,4 +1,4 @@
-"""Published names of the networks on the hosts DeiT, PVT, Swin and CSwin: Agent attention and InLine attention."""
+"""Published names of Agent and InLine attention in the networks DeiT, PVT, Swin and CSwin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hybridzoo.checkpoints.keymaps.tables import (
 )
 
 _BLOCKS_PER_STAGE = 3  # DeiT's twelve blocks are four stages here
-_CONSTANTS = re.compile(r"\.(attn_mask|relative_position_index)$")  # buffers of Swin's windows: made when needed here
+_CONSTANTS = re.compile(r"\.(attn_mask|relative_position_index)$")  # our network computes them when needed
 
 _HOSTS: dict[str, Table] = {
     "deit": [
@@ -56,8 +56,8 @@ _HOSTS: dict[str, Table] = {
 }
 
 
-# What is published in a form that broadcasts, by the end of its name: its axes, ours, and there and back. Agent
-# attention's row, column and class biases are `(heads, agents, entries)` here.
+# Parameters that are published with broadcast axes, by the end of their name: published axes, our axes, and the
+# conversions in both directions. Agent attention's row, column and class biases are `(heads, agents, entries)` here.
 _SHAPES: dict[str, tuple[int, int, Reshape, Reshape]] = {
     "bias.table": (2, 3, bias_table, published_bias_table),
     "ah_bias": (5, 3, lambda t: t[0].flatten(2), lambda t: t[None, :, :, :, None]),
@@ -76,7 +76,7 @@ def _swapped(tensor: Tensor) -> Tensor:
 def convert(state_dict: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """See `hybridzoo.checkpoints.convert`."""
     state = {name: tensor for name, tensor in state_dict.items() if not _CONSTANTS.search(name)}
-    # A CSwin block holds the family's attention (one branch, its convolution a plain `dwc`) or stripes (LePE).
+    # A CSwin block has the family's attention (one branch, with a plain convolution `dwc`) or stripes (LePE).
     family = {name.rsplit(".attns.", 1)[0] for name in state if re.search(r"\.attns\.0\.(an_bias|residual\.)", name)}
     table, converted = _table(model_name), {}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""LITv2's published names: of its classifiers, and of its detectors and segmentors."""
+"""LITv2's published names: of classifiers, detectors and segmentors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybridzoo.checkpoints.keymaps.tables import HEAD, Table, to_ours, to_publis
 
 _TABLE: Table = [
     ("patch_embed.", "stem."),
-    # Published stages end with the downsampling that ours begin with.
+    # The downsampling between stages ends a published stage, and starts one of ours.
     *[(f"layers.{i}.downsample.", f"stages.{i + 1}.downsample.") for i in range(3)],
     ("layers.*.blocks.", "stages.*.blocks."),
     (".downsample.dconv.conv_offset.", ".downsample.offset."),

@@ -14,7 +14,7 @@ def _conv_norm(published: str, ours: str, first: int = 0) -> Table:
     return [(f"{published}.{first + i}.", f"{ours}.{part}.") for i, part in enumerate(("conv", "norm"))]
 
 
-# Outside of blocks; the Overview-Net is the block `@` of stage 3, whose number depends on the variant.
+# Outside of blocks. The Overview-Net is the block `@` of stage 3; its number depends on the variant.
 _AROUND: Table = [
     *[row for i in range(4) for row in _conv_norm("patch_embed1", f"stem.{i}", 3 * i)],
     *_conv_norm("patch_embed2", "stages.1.downsample"),
@@ -34,14 +34,14 @@ _AROUND: Table = [
     ("aux_head.2.", "aux_head.fc."),
 ]
 _LARGE: Table = [
-    ("large.lk_origin.bias", "large.conv.bias"),  # merged: it alone has a bias
+    ("large.lk_origin.bias", "large.conv.bias"),  # only a merged one has a bias
     ("large.origin_bn.", "large.large.norm."),
     ("large.dil_conv_k*_*.", "large.branches.k*_*.conv."),
     ("large.dil_bn_k*_*.", "large.branches.k*_*.norm."),
 ]
 _MERGED: Table = [*_LARGE, ("large.lk_origin.weight", "large.conv.weight")]
 _BRANCHED: Table = [*_LARGE, ("large.lk_origin.weight", "large.large.conv.weight")]
-# Inside a block of the Base-Net or the Overview-Net, and of the Focus-Net.
+# Inside a block: first of the Base-Net and the Overview-Net, then of the Focus-Net.
 _REP: Table = [
     ("dwconv.", "dwconv.conv."),
     ("proj.0.", "norm."),

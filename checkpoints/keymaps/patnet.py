@@ -12,7 +12,7 @@ from hybridzoo.checkpoints.keymaps.tables import HEAD, Table, to_ours, to_publis
 _TABLE: Table = [
     ("patch_embed.proj.", "stem.conv."),
     ("patch_embed.norm.", "stem.norm."),
-    # Published stages and the mergings between them share one numbering.
+    # Published stages and the mergings between them are numbered together.
     *[(f"norm{2 * i}.", f"feature_norms.{i}.") for i in range(4)],
     *[(f"stages.{2 * i}.blocks.", f"stages.{i}.blocks.") for i in range(4)],
     *[(f"stages.{2 * i - 1}.reduction.", f"stages.{i}.downsample.conv.") for i in range(1, 4)],

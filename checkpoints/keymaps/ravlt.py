@@ -10,13 +10,13 @@ from torch import Tensor
 from hybridzoo.checkpoints.keymaps.dense import convert_dense
 from hybridzoo.checkpoints.keymaps.tables import HEAD, Table, to_ours, to_published
 
-_TURNS = re.compile(r"\.RoPE\.angle$")  # the rotary embedding's constants, made when needed here
+_TURNS = re.compile(r"\.RoPE\.angle$")  # the rotary embedding's constants, which our network computes when needed
 _LINEAR = re.compile(r"^head\.fc\.weight$|\.(qkvg|proj|fc[12])\.weight$")
 
 _TABLE: Table = [
     *[(f"patch_embed.proj.{3 * i}.", f"stem.conv{i + 1}.conv.") for i in range(4)],
     *[(f"patch_embed.proj.{3 * i + 1}.", f"stem.conv{i + 1}.norm.") for i in range(4)],
-    # Published stages end with the downsampling that ours begin with.
+    # The downsampling between stages ends a published stage, and starts one of ours.
     *[(f"layers.{i}.downsample.reduction.", f"stages.{i + 1}.downsample.reduction.conv.") for i in range(3)],
     *[(f"layers.{i}.downsample.norm.", f"stages.{i + 1}.downsample.reduction.norm.") for i in range(3)],
     ("layers.*.blocks.", "stages.*.blocks."),

@@ -1,6 +1,6 @@
-"""Tables trained for one image size, for a network made for another one, as the authors resized them to fine-tune.
+"""Resizes position tables to another image size, in the same way as the authors did for fine-tuning.
 
-Relative position tables are not resized here: the layers that hold them do so with what they load.
+Relative position tables are not resized here: their layers resize them when they load weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _POSITIONS = re.compile(r"\.pos_embed$")  # DeiT's and PVT's: (1, tokens of a sq
 
 
 def fit(state_dict: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Position tables in the sizes that a network has; everything else as it is.
+    """Resize the position tables to the sizes of a network; all other tensors stay unchanged.
 
     Args:
         state_dict: under our names.
@@ -27,7 +27,7 @@ def fit(state_dict: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict
     fitted = dict(state_dict)
     for key, tensor in state_dict.items():
         size = network[key].shape if key in network else tensor.shape
-        if tensor.ndim == 2 and size == (*tensor.shape, 1, 1):  # a linear layer of timm's heads, without pooling
+        if tensor.ndim == 2 and size == (*tensor.shape, 1, 1):  # the linear layer of timm's heads without pooling
             fitted[key] = tensor[:, :, None, None]
         if size == tensor.shape or tensor.ndim != 3 or len(size) != 3:
             continue
@@ -39,7 +39,7 @@ def fit(state_dict: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict
 
 
 def takes(network: nn.Module, name: str, value: Tensor) -> bool:
-    """Whether the layer that owns a parameter resizes one of another shape: tried on a copy of the layer."""
+    """Whether the layer of a parameter can load this tensor of another shape: tried on a copy of the layer."""
     owner, _, local = name.rpartition(".")
     try:
         layer = network.get_submodule(owner)
@@ -52,7 +52,7 @@ def takes(network: nn.Module, name: str, value: Tensor) -> bool:
 
 
 def _resized(tensor: Tensor, tokens: int) -> Tensor:
-    """Position embeddings of a square map for another one, bicubic; a class token's stays."""
+    """Resize the position embeddings of a square map (bicubic); that of a class token stays unchanged."""
     side, new = int(tensor.shape[1] ** 0.5), int(tokens**0.5)
     classes = tensor.shape[1] - side * side
     if classes != tokens - new * new:

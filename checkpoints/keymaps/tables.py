@@ -1,8 +1,8 @@
-"""Names by tables: a row for each part of a name, as published and as ours, read in either direction.
+"""Conversion of names by tables: a row has a part of the published name and of ours. It works in both directions.
 
-A part that begins with a dot is found anywhere in a name, any other one at its beginning. A part that ends with a dot
-goes on, any other one ends the name. `*` is a number, which both sides of a row have in the same order. The rows are
-applied one after the other, each at most once; from ours to published in reverse order.
+A part that starts with a dot may be anywhere in a name; any other part must be at its start. A part that ends with a
+dot is followed by more; any other part is the end of the name. `*` is a number; both sides of a row have their numbers
+in the same order. Rows are applied in order, each at most once; in reverse order from ours to published.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def to_published(name: str, table: Table) -> str:
 
 
 def shifted(published: str, ours: str, by: int, numbers: Iterable[int]) -> list[Row]:
-    """A row for each of our `numbers`, in place of `{}`; the published number is larger by `by`."""
+    """A row for each of our `numbers`, which replaces `{}`; the published number is larger by `by`."""
     return [(published.format(number + by), ours.format(number)) for number in numbers]
 
 
 def bias_table(tensor: Tensor) -> Tensor:
-    """Of relative positions, as Swin publishes it: `(offsets, heads)`, query minus key, in one row.
+    """A table of relative positions as published by Swin, `(offsets, heads)`, indexed by query minus key, to ours.
 
-    Ours is `(heads, rows, columns)`, key minus query; the window is square.
+    Ours is `(heads, rows, columns)`, indexed by key minus query; the window is square.
     """
     side = round(tensor.shape[0] ** 0.5)
     return tensor.t().unflatten(1, (side, side)).flip(1, 2).contiguous()
 
 
 def published_bias_table(tensor: Tensor) -> Tensor:
-    """The way back from `bias_table`."""
+    """The inverse of `bias_table`."""
     return tensor.flip(1, 2).flatten(1).t().contiguous()
 
 

@@ -214,7 +214,7 @@ def test_what_is_there_is_replaced_only_when_asked(network: torch.nn.Module, tmp
 
     for path in (out, Path(f"{out}.json")):
         path.write_text("precious")
-        with pytest.raises(CheckpointError, match=rf"out {path}: is there already; .* --force"):
+        with pytest.raises(CheckpointError, match=rf"out {path}: exists already; .* --force"):
             converted(out=out)
         assert path.read_text() == "precious"
         path.unlink()
@@ -356,7 +356,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["nowhere.pth", "--model", "efficientvit_msra_m0"], "checkpoint nowhere.pth: no such file"),
         (
             ["final.pth", "--model", "dinat_mini", "--to", "published"],
-            "is there already; choose another",
+            "exists already; choose another",
         ),
         (["final.pth", "--model", "dinat_mini", "--out", ""], "out: is empty"),
         (["final.pth"], "--model"),

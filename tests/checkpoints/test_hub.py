@@ -112,11 +112,11 @@ def test_a_busy_hub_is_asked_again_and_a_cut_download_continued(hub: Server) -> 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (Answer(status=404, body=b"\x80\xff"), "404 .*nothing is there"),
+        (Answer(status=404, body=b"\x80\xff"), "404 .*there is no such file"),
         (Answer(status=403), "403 .*does not give it"),
-        (Answer(status=401), "401 .*wants a login"),
+        (Answer(status=401), "401 .*a login is needed"),
         (Answer(body=b"<html>" + bytes(len(CONTENT) - 6)), "a web page"),
-        (Answer(body=saved({"model": OTHER}), headers={"X-Linked-Etag": SHA}), "came with SHA-256 .*, expected"),
+        (Answer(body=saved({"model": OTHER}), headers={"X-Linked-Etag": SHA}), "has SHA-256 .*, expected"),
     ],
     ids=["404", "403", "401", "a page of the file's length", "another file"],
 )
@@ -142,7 +142,7 @@ def test_a_file_that_is_not_what_its_name_in_the_cache_says(hub: Server, home: P
     assert blob.name == SHA
     assert checkpoints.verify(brought, NAME).known == "hub"
     blob.write_bytes(saved({"model": OTHER}))
-    with pytest.raises(DownloadError, match=rf"has SHA-256 \w+, not {SHA} as the hub's cache calls it"):
+    with pytest.raises(DownloadError, match=rf"has SHA-256 \w+, not {SHA} as in the hub's cache"):
         checkpoints.download(NAME)
     (tmp_path / "link").symlink_to(brought)
     for path in (brought, blob, tmp_path / "link"):

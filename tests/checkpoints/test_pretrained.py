@@ -109,7 +109,7 @@ def test_a_local_file_with_its_own_classes(tmp_path: Path) -> None:
         timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=5)),
     ):
         assert all(torch.equal(value, five[key]) for key, value in model.state_dict().items())
-    with pytest.raises(CheckpointError, match=r"five.pth: its classifier has 5 classes, not 1000: say num_classes=5"):
+    with pytest.raises(CheckpointError, match=r"five.pth: its classifier has 5 classes, not 1000: set num_classes=5"):
         timm.create_model(NAME, **given(file))
     fresh = timm.create_model(NAME, num_classes=7, **given(file)).state_dict()
     assert fresh["head.fc.weight"].shape[0] == 7

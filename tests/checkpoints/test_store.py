@@ -50,10 +50,10 @@ def test_a_file_that_changed_is_refused(server: Server, home: Path) -> None:
     path = checkpoints.download(NAME)
     path.write_bytes(saved({"model": OTHER}))
     with pytest.raises(
-        DownloadError, match=r"efficientvit_m0\.pth: has SHA-256 \w+, not \w+ as when it first came, 20"
+        DownloadError, match=r"efficientvit_m0\.pth: has SHA-256 \w+, not \w+ as at its first download, 20"
     ) as caught:
         timm.create_model(NAME, pretrained=True)
-    assert f"delete it to download it again; if the change is right, delete {path}.json" in str(caught.value)
+    assert f"delete it to download it again; if the change is intended, delete {path}.json" in str(caught.value)
     path.unlink()
     assert is_loaded(timm.create_model(NAME, pretrained=True))
 
@@ -61,25 +61,25 @@ def test_a_file_that_changed_is_refused(server: Server, home: Path) -> None:
 def test_a_server_with_another_file_than_the_first_time_is_refused(server: Server, home: Path) -> None:
     checkpoints.download(NAME).unlink()
     server.files = dict.fromkeys(server.files, saved({"model": OTHER}))
-    with pytest.raises(DownloadError, match=r"came with SHA-256 .*efficientvit_m0\.pth\.json"):
+    with pytest.raises(DownloadError, match=r"has SHA-256 .*efficientvit_m0\.pth\.json"):
         checkpoints.download(NAME)
     assert store.cached(CARD) is None
 
 
 def test_the_cards_hash_is_the_law(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch, sha256="0" * 64)
-    with pytest.raises(DownloadError, match=r"came with SHA-256 \w+, expected 0{64}; it was thrown away"):
+    with pytest.raises(DownloadError, match=r"has SHA-256 \w+, expected 0{64}; it was discarded"):
         checkpoints.download(NAME)
     assert left(home) == []
     (home / "efficientvit_m0.pth").write_bytes(CONTENT)
-    with pytest.raises(DownloadError, match=r"not 0{64} as its card says; delete it to download it again$"):
+    with pytest.raises(DownloadError, match=r"not 0{64} as on its card; delete it to download it again$"):
         checkpoints.download(NAME)
 
 
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (Answer(status=404), "404 .*nothing is there"),
+        (Answer(status=404), "404 .*there is no such file"),
         (Answer(status=403), "403 .*does not give it"),
         (Answer(status=503), "answers 503"),
         (Answer(status=0), "the connection was cut"),
@@ -114,13 +114,13 @@ PACKED = gzip.compress(CONTENT, compresslevel=0)
         (Answer(body=b"Rate limit exceeded"), "it is text, not weights: 'Rate limit exceeded'"),
         (Answer(body=b"<!-- saved --><html><body>log in"), "web page"),
         (Answer(body=b"\xef\xbb\xbf<!DOCTYPE html><html>"), "web page"),
-        (Answer(body=PACKED, headers={"Content-Encoding": "gzip"}), "comes packed as gzip"),
+        (Answer(body=PACKED, headers={"Content-Encoding": "gzip"}), "is sent with encoding gzip"),
         (Answer(body=PACKED), "it is compressed with gzip"),
         (Answer(cut=len(CONTENT) // 2, headers={"Content-Length": ""}), "cut short"),
         (Answer(headers={"Content-Length": str(len(CONTENT) - 100)}), "cut short"),
         (
             Answer(body=LEGACY.getvalue()[:-9000], headers={"Content-Length": ""}),
-            "thrown away: .*(?:EOF|byte)",
+            "discarded: .*(?:EOF|byte)",
         ),
     ],
     ids=["JSON", "text", "comment", "mark", "packed", "gzip", "cut", "short length", "old pickle cut"],
@@ -144,7 +144,7 @@ def test_an_old_pickle_comes_and_stays(server: Server, home: Path) -> None:
 def test_what_lies_in_the_cache_and_is_no_weights_is_not_recorded(server: Server, home: Path) -> None:
     home.mkdir(parents=True)
     (home / "efficientvit_m0.pth").write_bytes(CONTENT[:-1000])
-    with pytest.raises(DownloadError, match=r"is no whole file of weights \(it is cut short.*delete it to download"):
+    with pytest.raises(DownloadError, match=r"is not a complete file of weights \(it is cut short.*delete it"):
         checkpoints.download(NAME)
     assert left(home) == ["efficientvit_m0.pth"]
 
@@ -162,10 +162,10 @@ def test_a_record_that_cannot_be_read_is_no_first_use(server: Server, home: Path
         place.mkdir()
     else:
         place.write_text(record)
-    with pytest.raises(DownloadError, match=r"efficientvit_m0\.pth\.json: is no readable record of a file's hash"):
+    with pytest.raises(DownloadError, match=r"efficientvit_m0\.pth\.json: is not a readable record of a file's hash"):
         checkpoints.download(NAME)
     path.unlink()
-    with pytest.raises(DownloadError, match=r"is no readable record"):  # nor is another one downloaded
+    with pytest.raises(DownloadError, match=r"is not a readable record"):  # nor is another one downloaded
         checkpoints.download(NAME)
     assert len(server.requests) == 1
 
@@ -187,7 +187,7 @@ def test_folders_as_people_write_them(server: Server, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("mirror", ["file:///tmp", "127.0.0.1:80", "http://", "http://[::1", "http://exa mple/x"])
 def test_a_mirror_that_is_none_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, mirror: str) -> None:
     monkeypatch.setenv("HYBRIDZOO_MIRROR", mirror)
-    with pytest.raises(DownloadError, match=r"HYBRIDZOO_MIRROR is '.*', which is no http or https address"):
+    with pytest.raises(DownloadError, match=r"HYBRIDZOO_MIRROR is '.*', which is not an http or https address"):
         checkpoints.download(NAME)
 
 
@@ -242,7 +242,7 @@ def test_dead_links_are_not_tried(server: Server, monkeypatch: pytest.MonkeyPatc
 def test_a_doubtful_link_is_said_to_be_one_where_nothing_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch, status="doubtful", notes="long " * 100)
     server.always = Answer(status=404)
-    with pytest.raises(DownloadError, match=r"its card's link was never seen to work$") as caught:
+    with pytest.raises(DownloadError, match=r"the link on its card has never been tested successfully$") as caught:
         checkpoints.download(NAME)
     assert "long" not in str(caught.value)
     server.always = Answer(status=503)
@@ -261,7 +261,7 @@ def test_misspelled_names_get_the_nearest() -> None:
     ):
         checkpoints.download("efficientvit_mrsa_m0")
     for nothing in ("", None):
-        with pytest.raises(ValueError, match=r"name: .* is no name of weights"):
+        with pytest.raises(ValueError, match=r"name: .* is not a name of weights"):
             checkpoints.download(nothing)
 
 

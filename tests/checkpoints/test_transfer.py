@@ -81,7 +81,7 @@ def test_a_connection_closed_before_the_answer_is_tried_again(server: Server, ta
 
 def test_goes_on_in_a_later_call(server: Server, target: Path) -> None:
     server.script = [Answer(cut=200_000), *[Answer(status=503)] * 2]
-    with pytest.raises(DownloadError, match=r"503 .*; 200,000 bytes are kept, try again to go on from there"):
+    with pytest.raises(DownloadError, match=r"503 .*; 200,000 bytes are kept; try again to resume"):
         get(server, target, attempts=2)
     assert not target.exists()
     get(server, target)
@@ -195,7 +195,7 @@ def test_what_came_whole_and_is_something_else_is_thrown_away(server: Server, ta
     server.files[URL] = whole.getvalue()
     server.script = [Answer(cut=200_000, headers={"Content-Length": ""})]
     url = server.url + URL
-    with pytest.raises(DownloadError, match=r"pth: what came is of no use, and was thrown away: it is cut short"):
+    with pytest.raises(DownloadError, match=r"pth: the downloaded file is not usable and was discarded: it is cut"):
         fetch(url, target, flaw=containers.flaw)
     assert left(target) == []
     fetch(url, target, flaw=containers.flaw)
@@ -205,7 +205,7 @@ def test_what_came_whole_and_is_something_else_is_thrown_away(server: Server, ta
 @pytest.mark.parametrize("packing", ["gzip", "br, gzip"])
 def test_what_comes_packed_is_refused(server: Server, target: Path, packing: str) -> None:
     server.script = [Answer(headers={"Content-Encoding": packing})]
-    with pytest.raises(DownloadError, match=rf"weights\.pth: comes packed as {packing}, which was not asked for"):
+    with pytest.raises(DownloadError, match=rf"weights\.pth: is sent with encoding {packing}, which was not requested"):
         get(server, target)
     get(server, target)
     assert target.read_bytes() == CONTENT
@@ -213,7 +213,7 @@ def test_what_comes_packed_is_refused(server: Server, target: Path, packing: str
 
 def test_a_part_that_nobody_asked_for(server: Server, target: Path) -> None:
     server.always = Answer(status=206, headers={"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"})
-    with pytest.raises(DownloadError, match=r"the server sends a part of the file where all of it was asked for"):
+    with pytest.raises(DownloadError, match=r"the server sends a part of the file, but the whole file was requested"):
         get(server, target)
     assert len(server.requests) == 1
 
@@ -221,12 +221,12 @@ def test_a_part_that_nobody_asked_for(server: Server, target: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ("ftp://127.0.0.1:9/x", "leads from http to ftp://127.0.0.1:9/x, which is not followed"),
+        ("ftp://127.0.0.1:9/x", "redirects from http to ftp://127.0.0.1:9/x, which is not followed"),
         ("file:///etc/passwd", "not allowed"),
-        ("http://[::1", "leads to what is no address"),
-        ("http://127.0.0.1:abc/", "leads to what is no address"),
-        (f"http://{'a' * 70}.com/", "leads to what is no address"),
-        (URL, "302 and leads in circles"),
+        ("http://[::1", "redirects to an invalid address"),
+        ("http://127.0.0.1:abc/", "redirects to an invalid address"),
+        (f"http://{'a' * 70}.com/", "redirects to an invalid address"),
+        (URL, "302 and redirects in a circle"),
     ],
 )
 def test_redirects_that_are_not_followed(server: Server, target: Path, place: str, says: str) -> None:
@@ -239,7 +239,7 @@ def test_redirects_that_are_not_followed(server: Server, target: Path, place: st
 
 def test_no_redirect_leaves_encryption() -> None:
     redirects, asked = transfer._Redirects(), urllib.request.Request("https://example.com/x")
-    with pytest.raises(DownloadError, match=r"leads from https to http://example.com/x, which is not followed"):
+    with pytest.raises(DownloadError, match=r"redirects from https to http://example.com/x, which is not followed"):
         redirects.redirect_request(asked, None, 302, "Found", {}, "http://example.com/x")
     assert redirects.redirect_request(asked, None, 302, "Found", {}, "https://example.com/y").host == "example.com"
 
@@ -266,7 +266,7 @@ def test_the_hash_that_a_hub_promises_is_kept_to(server: Server, target: Path) -
             Answer(status=302, headers={**there, "X-Linked-Etag": f'"{promised}"'}),
             Answer(status=302, headers=there),
         ]
-        with pytest.raises(DownloadError, match=rf"came with SHA-256 {SHA}, expected {promised}; it was thrown away"):
+        with pytest.raises(DownloadError, match=rf"has SHA-256 {SHA}, expected {promised}; it was discarded"):
             get(server, target)
     assert left(target) == []
 
@@ -277,7 +277,7 @@ def test_google_drives_page_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "says"), [(404, "nothing is there"), (410, "removed"), (403, "does not give"), (401, "login")]
+    ("status", "says"), [(404, "no such file"), (410, "removed"), (403, "forbidden"), (401, "login")]
 )
 def test_what_is_gone_is_named_at_once(server: Server, target: Path, status: int, says: str) -> None:
     server.always = Answer(status=status)
@@ -304,7 +304,7 @@ def test_waits_grow_and_a_busy_server_is_heard(server: Server, target: Path) -> 
 
 def test_a_server_that_asks_for_an_hour_is_not_waited_for(server: Server, target: Path) -> None:
     server.always = Answer(status=429, headers={"Retry-After": "3600"})
-    with pytest.raises(DownloadError, match=r"429 .* asks to wait 3600 s"):
+    with pytest.raises(DownloadError, match=r"429 .* requests a wait of 3600 s"):
         get(server, target)
     assert len(server.requests) == 1
 
@@ -351,7 +351,7 @@ def test_no_network(target: Path) -> None:
 
 def test_the_wrong_hash_is_thrown_away(server: Server, target: Path) -> None:
     wanted = hashlib.sha256(OTHER).hexdigest()
-    with pytest.raises(DownloadError, match=rf"came with SHA-256 {SHA}, expected {wanted}; it was thrown away"):
+    with pytest.raises(DownloadError, match=rf"has SHA-256 {SHA}, expected {wanted}; it was discarded"):
         fetch(server.url + URL, target, sha256=wanted)
     assert left(target) == []
 
@@ -382,7 +382,7 @@ def test_a_disk_that_fills_up_keeps_what_came(server: Server, target: Path, monk
     append = files.Part.append
     with monkeypatch.context() as patch:
         patch.setattr(files.Part, "append", lambda part: FullDisk(append(part), 300_000))
-        with pytest.raises(DownloadError, match=r"the disk is full; make room and try again, it goes on"):
+        with pytest.raises(DownloadError, match=r"the disk is full; free some space and try again to resume"):
             get(server, target)
     assert len(server.requests) == 1, "a full disk is no reason to try again"
     assert not target.exists()
@@ -528,8 +528,8 @@ def test_of_two_processes_one_downloads(server: Server, target: Path) -> None:
     [
         ({"Content-Length": ""}, {"largest": 200_000}, "sends more than 200,000 bytes and does not end"),
         ({"Content-Length": ""}, {"spare": 1 << 62}, "does not end"),
-        ({"Content-Length": "99999999999"}, {}, "says that it has 99,999,999,999 bytes"),
-        ({"Content-Length": "9" * 5000}, {}, "says that it has 99,999,999,999,999,999,999 bytes"),
+        ({"Content-Length": "99999999999"}, {}, "the server announces 99,999,999,999 bytes"),
+        ({"Content-Length": "9" * 5000}, {}, "the server announces 99,999,999,999,999,999,999 bytes"),
     ],
 )
 def test_a_server_that_never_ends(
@@ -549,7 +549,7 @@ def test_a_server_that_never_ends(
 
 def test_a_server_that_drips(server: Server, target: Path) -> None:
     server.always = Answer(pace=0.05)
-    with pytest.raises(DownloadError, match=r"the server is too slow .* it goes on from there"):
+    with pytest.raises(DownloadError, match=r"the server is too slow .* try again to resume"):
         get(server, target, patience=0.1, slowest=10_000_000)
     server.always = Answer()
     get(server, target)

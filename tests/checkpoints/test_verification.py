@@ -55,7 +55,7 @@ def test_a_record_that_cannot_be_read_is_told(server: Server) -> None:
     path = checkpoints.download(NAME)
     path.with_name(f"{path.name}.json").write_text("{")
     (problem,) = checkpoints.verify(path).problems
-    assert "is no readable record of a file's hash" in problem
+    assert "is not a readable record of a file's hash" in problem
 
 
 def test_a_changed_and_a_cut_file(server: Server) -> None:
@@ -69,7 +69,7 @@ def test_a_changed_and_a_cut_file(server: Server) -> None:
 
 def test_a_file_of_no_name(tmp_path: Path, home: Path) -> None:
     torch.save({"model": STATE}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="say what it should be"):
+    with pytest.raises(ValueError, match="name the expected ones"):
         checkpoints.verify(tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="no such file"):
         checkpoints.verify(tmp_path / "nowhere.pth", NAME)

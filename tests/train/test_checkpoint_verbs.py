@@ -97,7 +97,7 @@ def test_verify_by_name_and_by_file(call: Call, server: Server, tmp_path: Path) 
     facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in out.splitlines() if line.strip())
     assert facts["weights"] == CARD.name
     assert facts["verdict"] == "good"
-    assert facts["known"] == "as when it first came"
+    assert facts["known"] == "as at its first download"
     copy = tmp_path / "copy.pth"
     copy.write_bytes(store.cached(CARD).read_bytes())
     assert call("verify", str(copy), "--model", CARD.name)[0] == 0

@@ -279,7 +279,7 @@ def test_no_reader_of_mmengines_runs_code(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "x": Bomb()}, "bomb.pth")
-    with pytest.raises(UserError, match="only arbitrary code could rebuild"):
+    with pytest.raises(UserError, match="only arbitrary code can rebuild"):
         load_checkpoint(torch.nn.Linear(1, 1), "bomb.pth")
     assert not Path("exploded").exists()
 
