@@ -380,7 +380,7 @@ def test_the_query_is_marked_where_it_is(photo):
         (["nat_mini", "photo.png", "--stage", "1", "--block", "4"], "--block 4: has no attention; blocks with"),
         (["nat_mini", "photo.png", "--head", "3"], "--head 3: the layers have heads 1 to 2"),
         (["nat_mini", "photo.png", "--head", "all"], "--head all: give a number from 1, or mean"),
-        (["nat_mini", "photo.png", "--out", "photo.png"], "photo.png: would replace the picture"),
+        (["nat_mini", "photo.png", "--out", "photo.png"], "photo.png: is the picture itself"),
         (["nat_mini", "photo.png", "--out", "seen.tif"], "--out seen.tif: give a name that ends in one of .png"),
         (["nat_mini", "photo.png", "--weights", "no.pth"], "weights no.pth: no such file"),
     ],

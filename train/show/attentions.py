@@ -1,8 +1,8 @@
-"""The attention layers of a network, and where in each of them values go in and results come out.
+"""The attention layers of a network: which of their modules compute the values and which read the results.
 
-Attention is linear in its values: `result[query] = sum over keys of weight[key] * value[key]`, whatever makes the
-weights. `probe` therefore needs to know of a layer only which module makes the values, which module reads the results,
-and which channels a head has in both. That is what this file says, class by class.
+Attention is linear in its values: `result[query] = sum over keys of weight[key] * value[key]`, for any kind of weights.
+So `probe` needs to know only which module of a layer computes the values, which module reads the results, and which
+channels a head has in both. This file lists that for each class.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ KNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Where one head's first channel is; its others have the same weights.
+    """The first channel of one head; the other channels of the head have the same weights.
 
     Attributes:
-        values: name of the module, below the layer, that makes the values; empty where they are an argument.
-        value: channel in what that module makes.
-        result: channel in what the layer's `result` module reads.
-        source: the head's own channel in what that module is given; `result` by default.
+        values: name of the layer's module that computes the values; empty if the values are an argument.
+        value: channel in the output of that module.
+        result: channel in the input of the layer's `result` module.
+        source: the head's channel in the input of the `values` module; default: `result`.
     """
 
     values: str
@@ -48,28 +48,29 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One attention, or the heads of one that see in the same way.
+    """One attention, or those heads of an attention that have the same pattern.
 
     Attributes:
         name: path of the module in the network.
         module: the attention.
-        frame: what is run: the attention, or the block around it where the attention is given windows; then the map is
-            what `norm1` makes, and what `norm2` reads has the results.
-        sort: of attention, "neighborhood", …
+        frame: the module to run: the attention, or its block if the attention reads windows. Then the map is the output
+            of `norm1`, and the input of `norm2` has the results.
+        sort: type of attention, "neighborhood", …
         detail: sizes, for titles.
         heads: in the network's order.
-        result: the module that reads the heads' results.
-        out: the module after which the results lie in the output's order; the projection.
-        axis: of channels in values and results, -1 or 1.
-        map_axis: of channels in the map that the frame reads, -1 or 1.
-        moved: values do not lie in the map's order, but in windows', or are of windows' means or places between tokens.
-        silent: modules that add to the results what is not attention, such as convolutions of the values.
-        fixed: modules that say where values are read, apart from what these are.
-        ones: channels of the values' module that multiply the results: a gate, `(first, end)`.
-        argument: which of the frame's arguments is the map (of values, where no module makes them).
+        result: the module that reads the results of the heads.
+        out: the module (usually the projection) after which the results are in the order of the output.
+        axis: axis of channels in values and results, -1 or 1.
+        map_axis: axis of channels in the map that the frame reads, -1 or 1.
+        moved: values are not in the order of the map, but in windows; or they are means of windows, or sampled between
+            tokens.
+        silent: modules that add something else than attention to the results, such as convolutions of the values.
+        fixed: modules that compute where values are sampled; they are held constant.
+        ones: channels `(first, end)` of the `values` module that multiply the results (a gate).
+        argument: index of the frame's argument that is the map (or the values, if no module computes them).
         signed: weights may be negative.
-        windows: of the tokens that the attention is given without their map, `(rows, columns)` (FasterViT).
-        coarse: tokens of the stage's map along one side of a token here.
+        windows: size `(rows, columns)` of the windows, if the attention reads tokens without their map (FasterViT).
+        coarse: tokens of the stage's map along one side of a token of this attention.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Layer:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Stage and block, counted from 1 as papers do; networks without stages have one."""
+        """Stage and block, counted from 1 as in papers; a network without stages has one stage."""
         stage = re.search(r"(?:^|\.)(?:stages|layers|levels)\.(\d+)\.", self.name)
         block = re.findall(r"(?:^|\.)blocks\.(\d+)\.", self.name)
         return (int(stage[1]) + 1 if stage else 1), (int(block[-1]) + 1 if block else 1)
@@ -103,11 +104,11 @@ def find_layers(model: nn.Module, name: str = "") -> list[Layer]:
     """The attention layers of a network, from image to logits.
 
     Args:
-        model: one of ours, or a timm network with attention of a kind that is known here.
-        name: of the network, for the message.
+        model: one of ours, or a timm network with a known type of attention.
+        name: name of the network, for the message.
 
     Raises:
-        UserError: there is none.
+        UserError: the network has no known attention.
     """
     found: list[Layer] = []
     for path, module in model.named_modules():
@@ -118,17 +119,17 @@ def find_layers(model: nn.Module, name: str = "") -> list[Layer]:
             row.setdefault("frame", module)
             found.append(Layer(name=f"{path}.{below}".strip("."), **row))
     if not found:
-        raise UserError(f"{name or type(model).__name__} has no attention of a kind that can be shown: {KNOWN}")
+        raise UserError(f"{name or type(model).__name__} has no attention of a type that can be shown: {KNOWN}")
     return found
 
 
 def _heads(count: int, width: int, first: int, values: str = "qkv") -> tuple[Head, ...]:
-    """Heads that lie one after the other in values and results."""
+    """Heads that follow one another in values and results."""
     return tuple(Head(values, first + i * width, i * width) for i in range(count))
 
 
 def _packed(module: Any, heads: int | None = None, **rest: Any) -> dict[str, Any]:
-    """Of a layer with `qkv`, whose last third are the values, head by head, and `proj`."""
+    """For a layer with `proj` and a packed `qkv`, whose last third are the values, head by head."""
     dim = module.qkv.out_features // 3
     count = heads or module.num_heads
     return dict(heads=_heads(count, dim // count, 2 * dim), **rest)
@@ -167,7 +168,7 @@ def _shifted(module: layers.ShiftedWindowAttention) -> Rows:
 def _stripes(module: cswin.StripeAttention) -> Rows:
     if module.stripe is None:
         return [_packed(module, sort="global", detail="the whole map", silent=("lepe.0",))]
-    detail = f"stripes of {module.stripe}: half the heads upright, half level"
+    detail = f"stripes of {module.stripe}: half of the heads vertical, half horizontal"
     return [_packed(module, 2 * module.num_heads, sort="stripe", detail=detail, silent=("lepe.0", "lepe.1"))]
 
 
@@ -188,7 +189,7 @@ def _agent(module: layers.AgentAttention) -> Rows:
 
 
 def _inline(module: layers.InLineAttention) -> Rows:
-    silent = ("residual",) if module.dwc is None else ("residual", "dwc")  # the kernels' generator makes zeros
+    silent = ("residual",) if module.dwc is None else ("residual", "dwc")  # the generator of the kernels returns zeros
     return [_packed(module, sort="in-line linear", detail="weights of both signs", silent=silent, signed=True)]
 
 
@@ -210,7 +211,7 @@ def _multi_scale(module: layers.MultiScaleLinearAttention) -> Rows:
     width, dim = module.head_dim, module.qkv.in_channels
     heads = []
     for scale, values in enumerate(["qkv", *(f"aggregate.{i}" for i in range(len(module.aggregate)))]):
-        for i in range(dim // width):  # a head's query, key and value lie side by side
+        for i in range(dim // width):  # the query, key and value of a head are neighbors
             heads.append(Head(values, (3 * i + 2) * width, scale * dim + i * width))
     return [dict(heads=tuple(heads), sort="ReLU linear", detail="every scale's heads", axis=1, map_axis=1)]
 

@@ -1,4 +1,4 @@
-"""The picture of what a query sees: a panel for every layer, over the image that the network saw."""
+"""Draws what a query sees: a panel for every layer, over the image that the network saw."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 from hybridzoo.train.plain import printable
 from hybridzoo.train.show.probe import Seen
 
-PANEL = 3.3  # inches of a panel's longer side
+PANEL = 3.3  # longer side of a panel in inches
 DIM = 0.45  # brightness of the image below the weights
 COLOURS, SIGNED_COLOURS = "inferno", "RdBu_r"
 QUERY = "#26e0ff"
 FORMATS = ("png", "jpg", "webp", "pdf", "svg")
-FAINT = 1e-3  # what is left of a weight that only rounding keeps from 0, as a share of all weight
+FAINT = 1e-3  # smaller weights, as a share of the total weight, count as 0 (rounding errors)
 
 
 def draw(
@@ -29,15 +29,15 @@ def draw(
     title: str,
     file_format: str = "png",
 ) -> bytes:
-    """A file's content: stages from left to right, and below each other the sorts of attention that a stage mixes.
+    """The content of the picture file. Stages go from left to right; types of attention in one stage are stacked.
 
     Args:
         image: as the network saw it, in RGB.
-        panels: what was seen, in the network's order.
-        point: of the query, across and down, as shares of the image's width and height.
-        head: number from 0, or None for the mean of all.
+        panels: the measured layers, in the network's order.
+        point: position of the query, x and y, as fractions of the image's width and height.
+        head: number from 0, or None for the mean of all heads.
         title: above all panels.
-        file_format: of `FORMATS`.
+        file_format: one of `FORMATS`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,14 +62,14 @@ def draw(
 
 
 def of_head(seen: Seen, head: int | None) -> tuple[NDArray[np.float32], float, float]:
-    """One head's weights on the map, and the sums of those of other tokens and of padding; None: the mean."""
+    """The weights of one head (None: the mean) on the map, and their sums on other tokens and on padding."""
     if head is None:
         return seen.weights.mean(0), float(seen.extra.sum(1).mean()), float(seen.beyond.mean())
     return seen.weights[head], float(seen.extra[head].sum()), float(seen.beyond[head])
 
 
 def caption(seen: Seen, head: int | None) -> str:
-    """How many of the keys are seen, and where the rest of the weight lies."""
+    """How many keys are seen, and the weight on other tokens and padding."""
     weights, extra, beyond = of_head(seen, head)
     if seen.layer.signed:
         return f"sum {weights.sum() + extra + beyond:.2f}, of which negative {weights[weights < 0].sum():.2f}"
@@ -85,7 +85,7 @@ def caption(seen: Seen, head: int | None) -> str:
 
 
 def _places(panels: Sequence[Seen]) -> list[tuple[int, int]]:
-    """Row and column of every panel: a column a stage (or a block, of one stage), a row a sort where that can be."""
+    """Row and column of every panel: one column per stage (or block of one stage), one row per type if possible."""
     single = len({seen.layer.place[0] for seen in panels}) == 1
     columns: dict[object, int] = {}
     rows: dict[str, int] = {}
@@ -106,7 +106,7 @@ def _places(panels: Sequence[Seen]) -> list[tuple[int, int]]:
 def _panel(
     figure: Any, axis: Any, grey: NDArray[Any], seen: Seen, point: tuple[float, float], head: int | None
 ) -> None:
-    """One layer: the dimmed image, the weights over it, the query, and a colour bar."""
+    """Draw one layer: the darkened image, the weights over it, the query, and a color bar."""
     from matplotlib.collections import LineCollection
 
     height, width = grey.shape[:2]
@@ -150,7 +150,7 @@ def _panel(
 
 
 def _outline(visible: NDArray[np.bool_], region: tuple[int, int] | None, cell: float) -> list[NDArray[np.float64]]:
-    """Line segments in pixels around the tokens that are seen, and around each region of them."""
+    """Line segments, in pixels, around the tokens that are seen, and around each region of them."""
     rows, columns = visible.shape
     labels = visible.astype(int)
     if region is not None:

@@ -1,12 +1,13 @@
-"""The weights of a query's keys, measured: the derivative of an attention's result with respect to its values.
+"""Measures the weights of a query's keys: the derivative of the result of an attention with respect to its values.
 
-An attention's result is linear in the values, `result[q] = sum over k of weight[k] * value[k]`. The derivative of one
-channel of it with respect to that channel of every value therefore *is* the weights, exactly, whatever makes them:
-a softmax in windows, two of them through agents, a routing, or a product that never has weights in memory. Nothing of
-the layers is known here but what `attentions` says of each: which module makes values, which reads results.
+The result of an attention is linear in the values, `result[q] = sum over k of weight[k] * value[k]`. So the derivative
+of one channel of it with respect to that channel of every value is exactly the weights, for every kind of attention:
+one softmax in windows, two through agents, a routing, or a product without weights in memory. This file knows about
+the layers only what `attentions` lists: which module computes the values, and which module reads the results.
 
-A network runs once as it is, to note what its attentions are given. Then these run alone, with the outputs of some of
-their modules cut from the graph, so that one can differentiate for them.
+The network runs once without changes, and the inputs of its attentions are recorded. Then the attentions run alone, and
+the outputs of some of their modules become leaves of the graph, so that autograd can differentiate with respect to
+them.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ Array = NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What one query sees in one layer. Weights are those of every head, `(heads, ...)`.
+    """What one query sees in one layer. All weights are given for each head, `(heads, ...)`.
 
     Attributes:
         layer: the attention.
         query: row and column of the query's token on the map.
         cell: side of a token in pixels of the image that the network saw.
-        weights: `(heads, rows, columns)`, of every token of the map; exactly 0 where it is not seen.
-        extra: `(heads, tokens)`, of a class token, or of the carrier tokens of the query's window.
-        beyond: `(heads,)`, of the padding around the map.
-        places: `(heads, points, 3)`, of deformable attention: row and column on the map (0 is the middle of the first
+        weights: `(heads, rows, columns)`, the weights of the map's tokens; exactly 0 for tokens that are not seen.
+        extra: `(heads, tokens)`, the weights of a class token, or of the carrier tokens of the query's window.
+        beyond: `(heads,)`, the weight of the padding around the map.
+        places: `(heads, points, 3)`, for deformable attention: row and column on the map (0 is the middle of the first
             token) and weight of every sampled point.
-        region: rows and columns of the regions that routing chooses from, in tokens.
+        region: height and width, in tokens, of the regions that routing chooses from.
     """
 
     layer: Layer
@@ -60,16 +61,16 @@ def look(model: nn.Module, image: Tensor, layers: Sequence[Layer], point: tuple[
 
     Args:
         model: in evaluation mode, not fused.
-        image: `(1, channels, height, width)`, as the network takes it.
-        layers: of `find_layers`.
-        point: of the query, across and down, as shares of the image's width and height in 0..1.
+        image: `(1, channels, height, width)`, the network's input.
+        layers: from `find_layers`.
+        point: position of the query, x and y, as fractions of the image's width and height in 0..1.
     """
     calls = _note(model, image, layers)
     return [_look(model, image, layer, calls[layer.frame], point) for layer in layers]
 
 
 def _note(model: Any, image: Tensor, layers: Sequence[Layer]) -> dict[nn.Module, Call]:
-    """What the frames of layers are called with while the network looks at an image."""
+    """The arguments of the layers' frames when the network processes an image."""
     calls: dict[nn.Module, Call] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,16 +115,16 @@ def _look(model: nn.Module, image: Tensor, layer: Layer, call: Call, point: tupl
 
 
 class _Run:
-    """A layer's frame, run once more so that its results can be differentiated for its values.
+    """A layer's frame, run again so that its results can be differentiated with respect to its values.
 
     Attributes:
         entry: the map (or tokens) that the attention reads.
-        exit: the same with the attention's update, or this alone.
+        exit: the map after the attention, with or without the residual connection.
     """
 
     def __init__(self, layer: Layer, call: Call) -> None:
         self.layer = layer
-        self._made: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by module: its input, and a leaf of its output
+        self._made: dict[str, list[tuple[Tensor, Tensor]]] = {}  # per module: input, leaf for its output
         self._noted: dict[str, Tensor] = {}
         args, kwargs = list(call[0]), call[1]
         entry = args[layer.argument].detach().requires_grad_()
@@ -136,7 +137,7 @@ class _Run:
         self._made[""] = [(self.entry, self.entry)]
 
     def result_of(self, updated: Tensor) -> Tensor:
-        """What the layer's `result` module read for the one token that `updated` is: `(channels,)`."""
+        """The input of the layer's `result` module for the one token `updated`: `(channels,)`."""
         axis = self.layer.axis
         (gradient,) = torch.autograd.grad(updated.sum(), self._noted["out"], retain_graph=True)
         reached = gradient.movedim(axis, -1).abs().sum(-1)
@@ -144,9 +145,9 @@ class _Run:
         return self._noted["result"].movedim(axis, -1)[index]
 
     def weights(self, result: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights in one channel of a result: of all values, where these were made from, and the sum of paddings'.
+        """For one channel of a result: the weights of all values, the input of the values, and the weight of padding.
 
-        A layer that pads after its projection asks the projection once more for a value of what it pads with.
+        A layer that pads after its projection calls the projection a second time, for the value of the padding.
         """
         made = self._made[head.values]
         gradients = torch.autograd.grad(result, [leaf for _, leaf in made], retain_graph=True, allow_unused=True)
@@ -204,21 +205,22 @@ class _Run:
 
 
 class _Frame:
-    """Where the tokens of a map lie in the tensors that a layer reads and writes.
+    """The positions of a map's tokens in the tensors that a layer reads and writes.
 
-    `size` is the map's, in tokens. Tokens in a row may follow others that are not on the map: a class token.
+    `size` is that of the map, in tokens. A sequence of tokens may start with tokens that are not on the map (a class
+    token).
     """
 
     def __init__(self, layer: Layer, entry: Tensor, size: tuple[int, int]) -> None:
         self.layer, self.entry, self.size = layer, entry, size
-        self.first = 0  # tokens before those of the map, or of the window
+        self.first = 0  # number of tokens before those of the map or of the window
         if layer.windows is not None:
             self.first = entry.shape[1] - layer.windows[0] * layer.windows[1]
         elif entry.ndim == 3:
             self.first = entry.shape[1] - size[0] * size[1]
 
     def token(self, written: Tensor, row: int, column: int) -> Tensor:
-        """A token's channels in what the layer writes: a map, or tokens in a row, whatever it read."""
+        """The channels of a token in the layer's output, which may be a map or a sequence of tokens."""
         if self.layer.windows is not None:
             window, token = self._in_window(row, column)
             return written[window, self.first + token]
@@ -227,10 +229,9 @@ class _Frame:
         return written[0, :, row, column] if self.layer.map_axis == 1 else written[0, row, column]
 
     def spread(self, weights: Tensor, source: Tensor, head: Head, query: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Weights of values on the map, `(rows, columns)`, and those of tokens that are not on it.
+        """The weights of values on the map, `(rows, columns)`, and those of tokens that are not on the map.
 
-        Where values do not lie in the map's order, autograd is asked what the map has to do with `source`, which they
-        were made from.
+        If values are not in the order of the map, autograd finds how their input `source` depends on the map.
         """
         rows, columns = self.size
         if self.layer.windows is not None:
@@ -250,7 +251,7 @@ class _Frame:
         return on_map.reshape(rows, columns), flat[:0]
 
     def _in_window(self, row: int, column: int) -> tuple[int, int]:
-        """Number of the window, and number of the token in it."""
+        """The number of the window, and the number of the token in it."""
         marked = torch.zeros(1, *self.size, 1)
         marked[0, row, column] = 1
         assert self.layer.windows is not None
@@ -259,13 +260,13 @@ class _Frame:
 
 
 def _stride(model: Any, layer: Layer) -> int:
-    """Pixels of the image along one side of a token of the layer's stage."""
+    """The side of a token of the layer's stage in pixels of the image."""
     stages = [info for info in model.feature_info if f"{layer.name}.".startswith(f"{info['module']}.")]
     return stages[-1]["reduction"]
 
 
 def _map_size(layer: Layer, entry: Tensor, call: Call, image: Tensor, cell: float) -> tuple[int, int]:
-    """Rows and columns of the map that an attention sees."""
+    """The height and width, in tokens, of the map that an attention reads."""
     if entry.ndim == 4:
         rows, columns = entry.shape[2:] if layer.map_axis == 1 else entry.shape[1:3]
         return rows, columns

@@ -1,4 +1,4 @@
-"""From a network's name, or a run, and a picture to the drawn attention and its numbers."""
+"""Draws attention, and writes its numbers, for a network or a run and a picture."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hybridzoo.train.show.attentions import Layer, find_layers
 from hybridzoo.train.show.probe import Seen, look
 from hybridzoo.train.weights import find_weights, load_matching, read_parts
 
-COLUMNS = 4  # most panels side by side, where none were chosen
-MOST_PIXELS = 1024**2  # of the image that a network is given: memory for the weights of a pixel's every key
+COLUMNS = 4  # most panels in a row, unless layers were chosen
+MOST_PIXELS = 1024**2  # limit for the network's input, because memory grows with the number of tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What is looked at: a network in evaluation mode, its name, where its weights are from, and its image's side."""
+    """The network in evaluation mode, its name, the origin of its weights, and the side of its input image."""
 
     model: Any
     name: str
@@ -36,10 +36,10 @@ class Network:
 
 
 def find_network(name_or_run: str, weights: str | None, img_size: int | None) -> Network:
-    """A network by name, with published, given or random weights; or that of a run's folder or checkpoint.
+    """A network by name, with published, given or random weights; or the network of a run's folder or checkpoint.
 
     Raises:
-        UserError: there is no such network or run, or the weights are not its own.
+        UserError: there is no such network or run, or `weights` is given for a run.
     """
     if names.is_model(name_or_run):
         return _named(name_or_run, weights, img_size)
@@ -47,7 +47,7 @@ def find_network(name_or_run: str, weights: str | None, img_size: int | None) ->
     if not place.exists():
         names.check_model(name_or_run)
     if weights is not None:
-        raise UserError(f"--weights {weights}: a run or checkpoint has its own; name the network instead of {place}")
+        raise UserError(f"--weights {weights}: a run or checkpoint has its own; give a network name instead of {place}")
     from hybridzoo.train.engine import build_for_inference
 
     checkpoint = trained.find(place)
@@ -65,11 +65,11 @@ def _named(name: str, weights: str | None, img_size: int | None) -> Network:
     ours = name.partition(".")[0] in names.our_models()
     arguments: dict[str, Any] = {} if img_size is None or not ours else {"img_size": img_size}
     model = networks.create("model", name, arguments).eval()
-    find_layers(model, name)  # a network without attention is told before its weights are downloaded
+    find_layers(model, name)  # reports a network without attention before the download
     try:
         file = None if weights == "none" else find_weights(weights, name) if weights else published.weights_of(name)
     except published.Unavailable as reason:
-        print(f"random weights: no weights of {name} here ({reason}); give --weights FILE")
+        print(f"random weights: there are no weights of {name} on this machine ({reason}); give --weights FILE")
         file = None
     if file is not None:
         load_matching(model, read_parts(file, model).network, allow_head_mismatch=True, source=file)
@@ -82,12 +82,12 @@ def _side(model: Any) -> int:
 
 
 def read_input(path: Path, network: Network) -> tuple[Image.Image, Tensor, tuple[float, float, float, float]]:
-    """A picture as a network takes it: in RGB, as a tensor, and which part of it is seen (left, top, right, bottom).
+    """Prepare a picture for a network: in RGB, as a tensor, and the visible part (left, top, right, bottom).
 
-    The shorter side becomes the network's; networks for one size only take the middle square.
+    The shorter side is resized to the network's image side. Networks for one size get only the middle square.
 
     Raises:
-        UserError: it cannot be read, or is far too long for its height.
+        UserError: the picture cannot be read, or is far too long.
     """
     from hybridzoo.train.predict import read_image
 
@@ -101,7 +101,7 @@ def read_input(path: Path, network: Network) -> tuple[Image.Image, Tensor, tuple
     scale = network.side / min(box[2] - box[0], box[3] - box[1])
     size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
     if size[0] * size[1] > MOST_PIXELS:
-        raise UserError(f"{path}: {size[0]} x {size[1]} px is too much to look at; choose a smaller --img-size")
+        raise UserError(f"{path}: {size[0]} x {size[1]} px is too large; choose a smaller --img-size")
     image = image.resize(size, Image.Resampling.BICUBIC, box=box)
     cfg = network.model.pretrained_cfg
     channels = cfg["input_size"][0]
@@ -112,14 +112,14 @@ def read_input(path: Path, network: Network) -> tuple[Image.Image, Tensor, tuple
 
 
 def point_in(query: str | None, box: Sequence[float]) -> tuple[float, float]:
-    """A query as shares of the seen part's width and height, 0.5 and 0.5 by default.
+    """The query as fractions of the width and height of the visible part; default 0.5 and 0.5.
 
     Args:
-        query: `X,Y`: shares of the picture where a number has a decimal point, else its pixels.
-        box: the part of the picture that is seen, in pixels.
+        query: `X,Y`: fractions of the picture if a number has a decimal point, otherwise pixels.
+        box: the visible part of the picture, in pixels.
 
     Raises:
-        UserError: no two such numbers, or a point that is not seen.
+        UserError: `query` is not two such numbers, or the point is not visible.
     """
     left, top, right, bottom = box
     if query is None:
@@ -128,16 +128,16 @@ def point_in(query: str | None, box: Sequence[float]) -> tuple[float, float]:
         across, down = (float(word) for word in query.split(","))
     except ValueError:
         raise UserError(
-            f"--query {query}: give X,Y in pixels, such as 120,80, or as shares, such as 0.5,0.25"
+            f"--query {query}: give X,Y in pixels, such as 120,80, or as fractions, such as 0.5,0.25"
         ) from None
     if "." in query:
-        across, down = across * (left + right), down * (top + bottom)  # the seen part is in the middle
+        across, down = across * (left + right), down * (top + bottom)  # the visible part is in the middle
     else:
         across, down = across + 0.5, down + 0.5
     if not (left <= across <= right and top <= down <= bottom):
         whole = f"{left + right:.0f} x {top + bottom:.0f}"
         seen = f"{left:.0f}..{right:.0f} across and {top:.0f}..{bottom:.0f} down"
-        raise UserError(f"--query {query}: lies outside of what is seen of the picture of {whole} px ({seen})")
+        raise UserError(f"--query {query}: is outside of the visible part of the picture of {whole} px ({seen})")
     return (across - left) / (right - left), (down - top) / (bottom - top)
 
 
@@ -157,24 +157,25 @@ def show(
     """Draw what one query of a picture sees in the attention layers of a network.
 
     Args:
-        name_or_run: a network's name, or a run's folder or checkpoint.
+        name_or_run: the name of a network, or the folder or checkpoint of a run.
         image: the picture.
-        out: the file to write, of a format in `picture.FORMATS`.
+        out: the file to write; its format must be in `picture.FORMATS`.
         query: see `point_in`.
-        stage, block, head: which ones, counted from 1; every stage, the last block of each sort, the mean of all heads.
-        weights: published ones by name, a file, or "none" for random ones; default the network's published ones.
+        stage, block, head: numbers from 1; default: every stage, the last block of each type, the mean of all heads.
+        weights: name of published weights, a file, or "none" for random weights; default: the published weights of the
+            network.
         img_size: the shorter side of the picture for the network, in pixels.
-        data: a JSON file to write the weights into.
+        data: a JSON file to write the weights to.
 
     Returns:
-        What was drawn.
+        The layers that were drawn.
 
     Raises:
-        UserError: an argument does not fit; the message names it.
+        UserError: an argument is not valid; the message names it.
     """
     for file in filter(None, (out, data)):
         if file.exists() and file.samefile(image):
-            raise UserError(f"{file}: would replace the picture; choose another file")
+            raise UserError(f"{file}: is the picture itself; choose another file")
     file_format = out.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
     if file_format not in picture.FORMATS:
         raise UserError(f"--out {out}: give a name that ends in one of .{', .'.join(picture.FORMATS)}")
@@ -198,7 +199,7 @@ def show(
 def as_data(
     network: Network, image: Path, tensor: Tensor, box: Sequence[float], point: Sequence[float], panels: Sequence[Seen]
 ) -> dict[str, Any]:
-    """The numbers behind a picture, as `docs/attention.md` describes them."""
+    """The numbers of a picture, in the form that `docs/show.md` describes."""
     return {
         "network": network.name,
         "weights": network.weights,
@@ -238,10 +239,10 @@ def _write(file: Path, option: str, content: bytes) -> None:
 
 
 def choose(layers: Sequence[Layer], stage: int | None, block: int | None) -> list[Layer]:
-    """The layers to draw: the last one of each sort in every stage, or those of one stage, one block, or both.
+    """The layers to draw: the last one of each type in every stage, or those of one stage, one block, or both.
 
     Raises:
-        UserError: no attention is there; the message says where it is.
+        UserError: there is no attention at that place; the message lists the stages or blocks with attention.
     """
     places = sorted({layer.place for layer in layers})
     if stage is not None and stage not in {place[0] for place in places}:

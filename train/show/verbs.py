@@ -1,4 +1,4 @@
-"""`hybridzoo show`: what a query in a picture attends to."""
+"""`hybridzoo show`: draws what a query in a picture attends to."""
 
 from __future__ import annotations
 
