@@ -59,7 +59,7 @@ def test_a_comparison_measures_every_form_in_every_way():
     assert all(row["median_us"] > 0 and row["peak_mib"] >= 0 for row in found)
 
 
-def test_forms_that_differ_are_no_comparison():
+def test_forms_with_different_results_are_not_compared():
     comparison = importlib.import_module("benchmarks.compare").Comparison
     made = comparison("ravlt_tiny", batch=1, size=32, turns=1, seconds=0.0, **few_blocks("ravlt_tiny"))
     torch.nn.init.normal_(made.models["plain"].head.fc.weight)
@@ -83,12 +83,12 @@ def tables():
 @pytest.mark.parametrize(
     "name", ["speed.md", "networks_cpu.md", "operators_cpu.md", "input_pipeline_cpu.md", "export.md"]
 )
-def test_committed_tables_are_what_their_data_make(tables, name):
+def test_committed_tables_agree_with_their_data(tables, name):
     (file,) = [file for file in tables.FILES if file.name == name]
     assert file.read_text() == tables.text(file), "run: python -m benchmarks.tables"
 
 
-def test_every_table_stands_somewhere_and_every_file_of_results_is_read(tables):
+def test_every_table_is_in_a_document_and_every_file_of_results_is_used(tables):
     marks = [mark[2] for file in tables.FILES for mark in tables.MARKED.finditer(file.read_text())]
     assert sorted(marks) == sorted(tables.TABLES)
     source = (ROOT / "benchmarks" / "tables.py").read_text() + (ROOT / "docs" / "linear_cost.py").read_text()

@@ -99,7 +99,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_fails_dies_or_hangs_does_not_end_the_run(run):
+def test_a_task_that_fails_dies_or_hangs_does_not_end_the_run(run):
     rows = run(["fails", "dies", "works", "hangs", "works again"], 400)
     by_task = {}
     for row in rows:
@@ -135,7 +135,7 @@ def test_rows_are_complete_and_unfinished_ones_are_done_again(tmp_path):
     assert not again.done(task)
 
 
-def test_the_report_takes_a_task_s_last_whole_run():
+def test_the_report_uses_the_last_complete_run_of_a_task():
     report = importlib.import_module("benchmarks.gpu.report")
     first = [dict(task="a", n=1), dict(task="a", done=True)]
     rows = [
@@ -149,7 +149,7 @@ def test_the_report_takes_a_task_s_last_whole_run():
     assert [row.get("n") for row in report.newest([dict(task="b", n=4)])] == [4]
 
 
-def test_floors_follow_from_what_must_be_done():
+def test_lower_bounds_follow_from_the_required_work():
     cases = importlib.import_module("benchmarks.gpu.cases")
     one = 128 * 56 * 56 * 2 * 32 * 2  # bytes of a map
     work = cases.work("na2d", dict(side=56, heads=2, dilation=8), 128, 2, False)
@@ -164,7 +164,7 @@ def test_floors_follow_from_what_must_be_done():
     assert mixed == {"forward": (3 * maps + taps, 2 * products), "both": (9 * maps + 3 * taps, 7 * products)}
 
 
-def test_forms_are_compared_by_direction_and_with_what_is_aimed_at():
+def test_forms_are_compared_by_direction_and_with_the_target():
     report = importlib.import_module("benchmarks.gpu.report")
     row = dict(task="", device="d", shape=dict(side=56, heads=2, dilation=1), op="na2d")
     work = {"forward": dict(bytes=2, flops=0), "both": dict(bytes=6, flops=0)}
@@ -222,7 +222,7 @@ RESULTS = sorted(folder for folder in (ROOT / "benchmarks" / "results").iterdir(
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
-def test_reports_are_what_their_rows_say(folder):
+def test_reports_agree_with_their_rows(folder):
     report = importlib.import_module("benchmarks.gpu.report")
     assert (folder / "report.md").read_text() == report.text(report.read(folder)), "run: python -m benchmarks.gpu keep"
 

@@ -45,7 +45,7 @@ def test_the_base_is_an_argument_with_a_fixed_version(steps):
     assert arguments["TORCH_INDEX"].endswith("/cpu")
 
 
-def test_packages_leave_nothing_behind(steps):
+def test_package_caches_are_removed(steps):
     for text in of(steps, "RUN"):
         commands = [shlex.split(part) for part in text.split("&&")]
         installs = [words for words in commands if words[:2] == ["apt-get", "install"]]
@@ -76,13 +76,13 @@ def test_it_runs_as_an_ordinary_user_who_owns_the_working_folder(steps):
     assert all(folder.startswith("/") for folder in of(steps, "WORKDIR"))
 
 
-def test_it_starts_the_command_line_and_has_tried_it(steps):
+def test_it_starts_the_command_line_and_runs_it_once(steps):
     assert of(steps, "ENTRYPOINT") == ['["hybridzoo"]']  # as a list: signals reach the process
     assert of(steps, "CMD") == ['["--help"]']
     assert "hybridzoo --help" in of(steps, "RUN")[-1]
 
 
-def test_what_is_copied_is_there_and_sent(steps):
+def test_copied_files_exist_and_are_not_ignored(steps):
     """Dependencies come before code, every room is copied, and .dockerignore lets just that pass."""
     sources = [word for text in of(steps, "COPY") for word in text.split()[:-1]]
     assert all((ROOT / source).exists() for source in sources)
@@ -94,14 +94,14 @@ def test_what_is_copied_is_there_and_sent(steps):
     assert sources.index("constraints.txt") < min(sources.index(room) for room in ROOMS)
 
 
-def test_docker_finds_nothing_to_complain_of():
+def test_docker_check_reports_nothing():
     if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
         pytest.skip("needs a docker engine")
     done = subprocess.run(["docker", "build", "--check", "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_citation_has_what_its_format_asks_for():
+def test_the_citation_file_is_valid():
     """Citation File Format 1.2.0: four required keys, authors as persons or entities."""
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(cited)

@@ -85,7 +85,7 @@ def test_readme_pictures_exist():
     assert all((ROOT / picture).is_file() for picture in pictures)
 
 
-def test_nothing_names_a_path_of_somebodys_machine():
+def test_no_file_has_a_path_of_a_local_machine():
     for file in ROOT.glob("*.md"):
         assert not re.search(r"/(home|root|tmp|Users|work)/", file.read_text()), file.name
 
@@ -94,7 +94,7 @@ LINES = [line.split("#")[0].strip() for (block,) in (p.values for p in _blocks("
 
 
 @pytest.mark.parametrize("line", sorted({line for line in LINES if re.search(r"\bhybridzoo \w", line)}))
-def test_the_command_line_takes_the_documents_lines(line):
+def test_the_commands_in_the_documents_are_valid(line):
     """Every verb and option exists, every value is of its kind; nothing is run."""
     from typer.main import get_command
 

@@ -49,7 +49,7 @@ def test_timms_loader_reads_a_folder_for_a_network(tmp_path: Path) -> None:
     assert (images.shape, labels.shape) == ((4, 3, 224, 224), (4,))
 
 
-def test_no_network_has_an_output_stride() -> None:
+def test_networks_do_not_support_an_output_stride() -> None:
     import hybridzoo  # noqa: F401
 
     timm.create_model("efficientvit_msra_m0", output_stride=32)

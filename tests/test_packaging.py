@@ -36,7 +36,7 @@ def test_packages_list_every_folder():
     assert listed == found
 
 
-def test_wheel_holds_every_file(tmp_path):
+def test_the_wheel_has_every_file(tmp_path):
     command = [
         sys.executable,
         "-m",

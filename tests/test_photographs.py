@@ -12,7 +12,7 @@ from PIL import Image
 
 
 @given(st.integers(1, 400), st.integers(2, 800), st.integers(1, 400), st.integers(1, 16))
-def test_tiles_lie_in_their_picture_and_no_pixel_both_trains_and_validates(height, width, side, count):
+def test_tiles_are_inside_their_picture_and_splits_share_no_pixel(height, width, side, count):
     if side > min(height, width // 2):
         with pytest.raises(ValueError, match=f"side={side}: a picture of {width} x {height}"):
             photographs._tiles(height, width, side, count)
@@ -41,6 +41,6 @@ def test_annotations_of_scenes_are_as_large_as_their_pictures(tmp_path, side):
             assert top + height <= side
 
 
-def test_a_side_that_a_picture_cannot_give_is_refused(tmp_path):
+def test_a_side_larger_than_a_picture_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tiles of 192 at most"):
         photographs.scenes(tmp_path, side=193)

@@ -33,7 +33,7 @@ def imported(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("room", "file"), FILES, ids=lambda value: str(getattr(value, "name", value)))
-def test_imports_follow_the_arrows(room, file):
+def test_imports_follow_the_order_of_the_rooms(room, file):
     for name in imported(file):
         package, *rest = name.split(".")
         if package == "hybridzoo" and rest and rest[0] != "__version__":

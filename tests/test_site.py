@@ -65,7 +65,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_link_leads_somewhere(site):
+def test_every_link_is_valid(site):
     pages = {file: Page(file) for file in site.rglob("*.html") if file.name != "404.html"}
     assert len(pages) >= 40
     for file, page in pages.items():
@@ -80,7 +80,7 @@ def test_every_link_leads_somewhere(site):
                 assert unquote(parts.fragment) in pages[target].anchors, f"{file.relative_to(site)}: {link}"
 
 
-def test_nothing_is_fetched_from_another_host(site):
+def test_pages_load_nothing_from_other_hosts(site):
     for file in site.rglob("*.html"):
         outside = [source for source in Page(file).sources if urlsplit(source).netloc]
         assert not outside, f"{file.name}: {outside}"
@@ -88,7 +88,7 @@ def test_nothing_is_fetched_from_another_host(site):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", file.read_text(encoding="utf-8")), file.name
 
 
-def test_the_search_knows_every_page(site):
+def test_the_search_index_has_every_page(site):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     known = {entry["location"].partition("#")[0] for entry in index["docs"]}
     assert {f"families/{name}.html" for name in families.families()} <= known
@@ -105,7 +105,7 @@ def test_each_family_of_the_cards_has_one_page():
 
 
 @pytest.mark.parametrize("name", families.families())
-def test_a_familys_page_says_what_the_cards_say(name):
+def test_a_familys_page_agrees_with_the_cards(name):
     family, text = families.families()[name], families.page(name)
     lines = text.splitlines()
     mine = [card for card in cards(task=None) if card.family in family["modules"]]
@@ -139,7 +139,7 @@ def test_a_familys_page_shows_recorded_speed():
     assert "| `dinat_tiny` | inference | compiled | 64 | " in families.page("dinat").partition("NVIDIA H100")[2]
 
 
-def test_recipes_are_all_there():
+def test_every_recipe_is_listed():
     everyday, published = recipes.everyday(), recipes.published()
     for recipe in names.recipes().values():
         if recipe.published:
@@ -148,7 +148,7 @@ def test_recipes_are_all_there():
             assert f"`{recipe.name}`" in everyday
 
 
-def test_pictures_are_what_the_operators_do():
+def test_pictures_agree_with_the_operators():
     """The neighborhood has as many keys as its kernel, at a corner too; a window's and a grid's tokens differ."""
     assert pictures.neighborhood().count("hz-key") == 4 * 25
     assert pictures.window_and_grid().count("hz-key") == 2 * 16
@@ -283,7 +283,7 @@ def test_every_page_fits_a_phone_and_a_desk(browser, address):
 
 
 @in_a_browser
-def test_search_finds_a_page_and_leads_there(browser, address):
+def test_search_finds_and_opens_a_page(browser, address):
     browser.get(f"{address}/index.html")
     (box,) = _find(browser, "input.md-search__input")
     _wait(browser, box.is_displayed, "the search box")
@@ -299,7 +299,7 @@ def test_search_finds_a_page_and_leads_there(browser, address):
 
 
 @in_a_browser
-def test_a_picture_and_a_table_are_seen(browser, address):
+def test_pictures_and_tables_are_visible(browser, address):
     browser.get(f"{address}/families/biformer.html")
     assert len([svg for svg in _find(browser, ".hz-panel svg") if svg.size["width"] > 50]) == 3
     assert _find(browser, "table")[0].text.splitlines()[1].startswith("biformer_tiny 13.1 M")

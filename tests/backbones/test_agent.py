@@ -26,7 +26,7 @@ def model_of(fixture: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     meta = goldens.manifest("agent", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
@@ -84,7 +84,7 @@ def test_cost_is_linear_in_the_area(name, grid):
     assert math.log(many / few) / math.log(64) < 1.05
 
 
-def test_only_the_first_blocks_of_a_mixed_stage_carry_the_agents():
+def test_only_the_first_blocks_of_a_mixed_stage_use_agents():
     model = timm.create_model("agent_deit_base", dim=48, num_heads=2, depths=(2, 2, 1, 1))
     kinds = [[type(b.attn).__name__ for b in stage.blocks] for stage in model.stages]
     assert kinds == [["AgentAttention"] * 2, ["AgentAttention", "SoftmaxAttention"], *[["SoftmaxAttention"]] * 2]

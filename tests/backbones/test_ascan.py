@@ -38,7 +38,7 @@ def test_meets_the_sizes_of_the_reconstruction(name, params, gmacs):
     assert card.gmacs == gmacs
 
 
-def test_says_that_it_is_a_reconstruction_and_claims_nothing():
+def test_the_documentation_calls_it_a_reconstruction_without_results():
     assert "RECONSTRUCTION" in ascan.__doc__
     for name in ascan.VARIANTS:
         (card,) = cards(name)
@@ -49,7 +49,7 @@ def test_says_that_it_is_a_reconstruction_and_claims_nothing():
     assert convert(state, "ascan_tiny").keys() == state.keys()
 
 
-def test_pattern_sets_the_blocks_whichever_way_it_is_written():
+def test_the_pattern_of_blocks_can_be_written_in_several_ways():
     model = timm.create_model("ascan_tiny", **SMALL)
     kinds = ["".join("T" if isinstance(b, ascan.Transformer) else "C" for b in s.blocks) for s in model.stages]
     assert "/".join(kinds) == SMALL["pattern"]
@@ -78,7 +78,7 @@ def test_pattern_sets_the_blocks_whichever_way_it_is_written():
     ],
     ids=str,
 )
-def test_every_open_choice_is_an_argument_and_matters(choice):
+def test_every_choice_that_the_paper_leaves_open_is_an_argument_with_an_effect(choice):
     torch.manual_seed(0)
     plain = timm.create_model("ascan_tiny", **SMALL)
     model = timm.create_model("ascan_tiny", **{**SMALL, **choice})
@@ -107,7 +107,7 @@ def test_folding_changes_nothing(choice):
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def test_position_table_is_exact_at_its_size_and_follows_other_maps():
+def test_the_position_table_is_exact_at_its_size_and_resized_for_other_maps():
     bias = PositionBias(2, 7)
     at_home = bias((7, 7)).unflatten(1, (7, 7)).unflatten(3, (7, 7))
     torch.testing.assert_close(at_home[:, 2, 3, 5, 1], bias.table[:, 5 - 2 + 6, 1 - 3 + 6])

@@ -24,7 +24,7 @@ def model_of(fixture: str, **kwargs) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     with torch.device("meta"):
         model = model_of(fixture)
         state = {key: torch.empty(shape) for key, shape, _ in goldens.manifest("biformer", fixture)["state_dict"]}

@@ -115,7 +115,7 @@ def test_classifier_can_be_reset_or_removed(shared, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_card_states_the_maps(meta, name):
+def test_the_card_lists_the_feature_maps(meta, name):
     """`hybridzoo info` prints them without building the network."""
     card = next(card for card in cards(name) if card.model == name)
     info = meta(name).feature_info
@@ -124,7 +124,7 @@ def test_the_card_states_the_maps(meta, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_cards_state_the_parameters(name):
+def test_the_card_has_the_number_of_parameters(name):
     """Every tag's: some bring arguments of their own."""
     with torch.device("meta"):
         for card in {str(card.model_args): card for card in cards(name) if card.model == name}.values():
@@ -245,7 +245,7 @@ def test_compiles_as_one_graph_forward_and_backward(name):
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS - set(OPERATORS)))
-def test_other_blocks_are_one_graph(name):
+def test_other_blocks_compile_as_one_graph(name):
     """The forward pass; backward, plain operators are PyTorch's matter."""
     torch._dynamo.reset()
     model = shallow(name)

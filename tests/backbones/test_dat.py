@@ -37,7 +37,7 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize("fixture", [name for name in MANIFESTS if "_det_" not in name])
-def test_published_state_dict_loads_with_nothing_missing_or_left_over_and_goes_back(fixture):
+def test_published_state_dict_loads_strictly_and_converts_back(fixture):
     name, theirs = name_of(fixture), published(fixture)
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -102,7 +102,7 @@ def test_there_is_a_card_for_every_published_file():
     assert len({card.url for card in cards("dat_*", task=None)}) == 8 + 12 + 6 + 1  # and none
 
 
-def test_blocks_are_of_the_papers_kinds():
+def test_blocks_have_the_types_of_the_paper():
     letters = {DeformableAttention: "D", NeighborhoodAttention2d: "N"}
     for name, kinds in (
         ("dat_small", ("LS", "LS", "LD" * 9, "LD")),
@@ -130,7 +130,7 @@ def test_weights_of_another_size_are_resized(tmp_path):
     assert plus.stages[0].blocks[1].attn.bias.table.shape[1:] == (111, 111)
 
 
-def test_only_tables_of_positions_are_spared_weight_decay():
+def test_only_position_tables_have_no_weight_decay():
     with torch.device("meta"):
         first, plus = timm.create_model("dat_tiny"), timm.create_model("dat_plus_tiny")
     assert len(first.no_weight_decay()) == 12

@@ -50,7 +50,7 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     name = name_of(fixture)
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -114,7 +114,7 @@ def dilations_of(model) -> list[list]:
     return [[b.attn.dilation and b.attn.dilation[0] for b in stage.blocks] for stage in model.stages]
 
 
-def test_a_tag_brings_its_kernel_and_dilations_and_the_caller_has_the_last_word():
+def test_a_tag_sets_kernel_and_dilations_and_arguments_override_them():
     with torch.device("meta"):
         low = timm.create_model("dinat_s_large.in22k")
         high = timm.create_model("dinat_s_large.in22k_ft_in1k_384")
@@ -195,7 +195,7 @@ def test_the_layout_of_transformers(fixture, prefix):
 
 
 @pytest.mark.parametrize("fixture", ["dinat_mini", "dinat_s_tiny", "nat_base"])
-def test_the_authors_detectors_become_ours(fixture):
+def test_published_detectors_are_converted(fixture):
     """`backbone.` with a norm for every output map and without the classifier; the rest keeps its names."""
     backbone = pytest.importorskip("hybridzoo.train.backbone")
     with torch.device("meta"):
@@ -305,7 +305,7 @@ def test_dilated_blocks_compile_and_export():
         torch.testing.assert_close(program.module()(image[:1]), expected[:1])
 
 
-def test_vitrpb_takes_the_middle_of_its_table_or_resizes_it():
+def test_vitrpb_crops_or_resizes_its_table():
     torch.manual_seed(0)
     attn = timm.create_model("vitrpb_small", depths=(1,) * 12).stages[0].blocks[0].attn.double()
     x = torch.randn(1, 5, 20, 384, dtype=torch.float64)

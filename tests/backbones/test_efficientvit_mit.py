@@ -52,7 +52,7 @@ def assert_maps_close(maps: list[torch.Tensor], data: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest(FAMILY, fixture)
     with torch.device("meta"):
         model = model_of(fixture)
@@ -64,7 +64,7 @@ def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
     assert convert(converted, name_of(fixture)).keys() == converted.keys()
 
 
-def test_every_published_segmentation_model_is_here():
+def test_every_published_segmentation_model_exists():
     assert len(SEGMENTORS) == 11
     assert SEGMENTORS.keys() == {f for f in MANIFESTS if "_seg_" in f and not f.endswith("128x256")}
 
@@ -93,7 +93,7 @@ def test_equals_the_published_segmentation_model(fixture):
     goldens.assert_close(out.mean(dim=(2, 3)), data["logits"])
 
 
-def test_segmentation_takes_any_size_trains_and_has_no_idle_weights():
+def test_segmentation_accepts_any_size_trains_and_has_no_unused_weights():
     torch.manual_seed(0)
     model = EfficientViTSegmentor("efficientvit_seg_b0_cityscapes").train()
     out = model(torch.randn(2, 3, 75, 130))
@@ -113,7 +113,7 @@ def test_timms_layout_converts(theirs_name):
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
 
 
-def test_norms_have_the_authors_epsilons_also_where_timms_port_has_another():
+def test_norms_have_the_published_epsilons():
     """Weights of timm's layout run with the authors' numerics: timm leaves 1e-5 in the head of L."""
     for name, eps in (("b0", 1e-5), ("l1", 1e-7)):
         with torch.device("meta"):
@@ -122,7 +122,7 @@ def test_norms_have_the_authors_epsilons_also_where_timms_port_has_another():
     assert EPS == 1e-15
 
 
-def test_equals_timm_with_timms_weights_but_for_the_attentions_epsilon():
+def test_equals_timm_except_for_the_epsilon_of_attention():
     torch.manual_seed(0)
     theirs = timm.create_model("efficientvit_b0").double().eval()
     for module in theirs.modules():
@@ -155,7 +155,7 @@ def test_cards_state_the_models_size_and_cost(card):
         "efficientvit_seg_l1_ade20k_128x256",
     ],
 )
-def test_folding_changes_nothing_but_the_speed(fixture):
+def test_folding_does_not_change_the_outputs(fixture):
     model = published(fixture)
     folded = copy.deepcopy(model).fuse()
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
@@ -165,7 +165,7 @@ def test_folding_changes_nothing_but_the_speed(fixture):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_stays_near_where_the_published_code_overflows(dtype):
+def test_low_precision_is_accurate_where_the_published_code_overflows(dtype):
     """Queries and keys a hundred times larger: the same function, whose sums pass float16's largest number."""
     model = published("efficientvit_b0")
     layers = [m for m in model.modules() if isinstance(m, MultiScaleLinearAttention)]

@@ -33,7 +33,7 @@ def published(fixture: str, **kwargs) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest(FAMILY, fixture)
     with torch.device("meta"):
         model = timm.create_model(name_of(fixture))
@@ -99,7 +99,7 @@ def test_cards_state_the_models_size_and_cost(card):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (160, 224), (250, 331)])
-def test_folding_changes_nothing_but_the_speed(size):
+def test_folding_does_not_change_the_outputs(size):
     model = published("efficientvit_m0_damped")
     folded = copy.deepcopy(model).fuse()
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())
@@ -133,7 +133,7 @@ def test_windows_do_not_see_each_other():
     assert not changed[:, :7].any()
 
 
-def test_features_offer_the_stems_maps_too():
+def test_features_can_include_the_maps_of_the_stem():
     options = dict(features_only=True, stem_taps=True)
     dense = timm.create_model("efficientvit_msra_m0", **options).eval()
     assert dense.feature_info.reduction() == [4, 8, 16, 32, 64]
@@ -154,7 +154,7 @@ def test_features_offer_the_stems_maps_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_stays_near(dtype):
+def test_low_precision_is_accurate(dtype):
     fixture = "efficientvit_m0_damped"
     model = published(fixture)
     image = goldens.image([1, 3, 224, 224])
@@ -164,7 +164,7 @@ def test_low_precision_stays_near(dtype):
     assert (got - expected).abs().max() < {torch.float16: 0.02, torch.bfloat16: 0.15}[dtype] * expected.std()
 
 
-def test_residual_branches_start_at_zero_and_tables_take_no_decay():
+def test_residual_branches_start_at_zero_and_tables_have_no_weight_decay():
     torch.manual_seed(0)
     model = timm.create_model("efficientvit_msra_m1", num_classes=3).eval()
     block = model.stages[1].blocks[0]

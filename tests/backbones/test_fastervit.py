@@ -34,7 +34,7 @@ def maps_and_logits(model: torch.nn.Module, fixture: str):
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest("fastervit", fixture)
     with torch.device("meta"):
         model = timm.create_model(name_of(fixture))
@@ -61,7 +61,7 @@ def test_equals_the_published_network(fixture):
         goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
 
 
-def test_differs_from_the_published_network_on_rectangular_grids_by_its_three_faults(monkeypatch):
+def test_rectangular_grids_differ_from_the_published_network_by_its_three_bugs(monkeypatch):
     """The recorded outputs at 2 x 4 windows come out to the last digit once its faults are put in, and only then."""
     data = goldens.numbers("fastervit", BROKEN)
     model = timm.create_model("fastervit_0").double().eval()
@@ -197,7 +197,7 @@ def test_windows_narrower_than_their_carrier_tokens_are_named():
         timm.create_model("fastervit_0", window_size=(1, 7))
 
 
-def test_asking_for_weights_names_their_licence(caplog, monkeypatch):
+def test_pretrained_weights_report_their_licence(caplog, monkeypatch):
     monkeypatch.setattr(fastervit, "build", lambda *args, **kwargs: args)
     assert fastervit.fastervit_0(pretrained=True)[2:] == ("fastervit_0", True)
     assert "NON-COMMERCIAL" in caplog.text
@@ -206,7 +206,7 @@ def test_asking_for_weights_names_their_licence(caplog, monkeypatch):
     assert not caplog.text
 
 
-def test_folding_leaves_no_batch_norm_before_the_head_and_the_same_outputs():
+def test_folding_removes_batch_norms_before_the_head_and_keeps_the_outputs():
     torch.manual_seed(0)
     model = timm.create_model("fastervit_0", **SHALLOW).double()
     image = torch.randn(2, 3, 64, 96, dtype=torch.float64)

@@ -23,7 +23,7 @@ def model_of(fixture: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     meta = goldens.manifest("inline", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
@@ -34,7 +34,7 @@ def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
     assert convert(converted, fixture).keys() == converted.keys()
 
 
-def test_a_file_that_lacks_a_local_kernel_is_not_loaded_in_silence():
+def test_a_file_without_a_local_kernel_is_refused():
     state = goldens.published_state("inline", "inline_pvt_tiny")
     model = timm.create_model("inline_pvt_tiny")
     for key in [key for key in state if key.startswith("block3.1.attn.residual")]:

@@ -32,7 +32,7 @@ def network(fixture: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest("litv2", fixture)
     with torch.device("meta"):
         model = network(fixture)
@@ -71,7 +71,7 @@ def test_equals_the_published_network(fixture):
 
 
 @pytest.mark.parametrize("fixture", ["litv2_s_det", "litv2_m_seg"])
-def test_the_authors_detectors_and_segmentors_become_ours(fixture):
+def test_published_detectors_and_segmentors_are_converted(fixture):
     """Detectors leave the finest map as it is."""
     backbone = pytest.importorskip("hybridzoo.train.backbone")
     detector = fixture == "litv2_s_det"
@@ -97,7 +97,7 @@ def test_cards_state_the_models_size_and_cost(card):
     assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, abs=6e-4)
 
 
-def test_a_tag_brings_its_share_of_heads():
+def test_a_tag_sets_its_share_of_heads():
     with torch.device("meta"):
         model = timm.create_model("litv2_small.alpha04_in1k")
     attention = model.stages[2].blocks[0].attn.branch.update
@@ -105,7 +105,7 @@ def test_a_tag_brings_its_share_of_heads():
     assert model.stages[3].blocks[0].attn.branch.update.high_heads == 0
 
 
-def test_wider_windows_take_the_same_weights():
+def test_wider_windows_load_the_same_weights():
     with torch.device("meta"):
         plain, wide = (timm.create_model("litv2_small", windows=w) for w in ((0, 0, 2, 1), (0, 0, 4, 1)))
     assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in wide.state_dict().items()}

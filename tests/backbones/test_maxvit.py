@@ -27,7 +27,7 @@ def model_of(fixture: str, **kwargs) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", [m for m in MANIFESTS if "imgsize" not in m])
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest("maxvit", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
@@ -76,7 +76,7 @@ def test_weights_of_another_window_follow_the_official_bilinear_rule():
             torch.testing.assert_close(large.get_parameter(name), wanted)
 
 
-def test_what_lies_beyond_the_map_does_not_matter():
+def test_padding_does_not_change_the_result():
     """Grid and windows at a size 7 does not divide: one stage of attention, alone and inside a larger canvas."""
     torch.manual_seed(0)
     block = timm.create_model("maxvit_tiny", **SHALLOW).double().eval().stages[0].blocks[0]
@@ -90,14 +90,14 @@ def test_what_lies_beyond_the_map_does_not_matter():
         torch.testing.assert_close(spread[:, 1::2, 1::2], phase)
 
 
-def test_dense_models_carry_no_idle_weights():
+def test_dense_models_have_no_unused_weights():
     dense = timm.create_model("maxvit_tiny", features_only=True, depths=(1, 1, 1, 1))
     maps = dense(torch.randn(2, 3, 70, 50))
     sum(m.sum() for m in maps).backward()
     assert all(p.grad is not None for p in dense.parameters())
 
 
-def test_tables_take_no_weight_decay():
+def test_position_tables_have_no_weight_decay():
     model = timm.create_model("maxvit_tiny", **SHALLOW)
     assert model.no_weight_decay() == {n for n, p in model.named_parameters() if p.ndim == 3}
 
@@ -118,7 +118,7 @@ def test_bad_arguments_are_named(arguments, message):
         timm.create_model("maxvit_tiny", **SHALLOW, **arguments)
 
 
-def test_folding_leaves_no_batch_norm_and_the_same_outputs():
+def test_folding_removes_batch_norms_and_keeps_the_outputs():
     torch.manual_seed(0)
     model = timm.create_model("maxvit_tiny", **SHALLOW).double()
     image = torch.randn(2, 3, 64, 96, dtype=torch.float64)

@@ -49,7 +49,7 @@ def trained(**arguments) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     meta = goldens.manifest("overlock", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
@@ -147,7 +147,7 @@ def test_weights_of_either_form_load_into_both():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in branched.parameters())
 
 
-def test_folding_leaves_no_branch_and_no_norm_beside_a_large_kernel():
+def test_folding_removes_branches_and_norms_of_large_kernels():
     model, image = trained(), torch.randn(2, 3, 64, 70, dtype=torch.float64)
     with torch.no_grad():
         expected = model(image)
@@ -157,7 +157,7 @@ def test_folding_leaves_no_branch_and_no_norm_beside_a_large_kernel():
 
 
 @pytest.mark.parametrize("form", ["in1k", "reparam_in1k"])
-def test_a_published_file_fits_the_network_that_one_asks_for(form, tmp_path):
+def test_a_published_file_fits_the_requested_network(form, tmp_path):
     """The auxiliary classifier of the file is used where there is one, and a merged file fits branches."""
     model = trained(aux_head=True, merged=form.startswith("reparam"))
     file = tmp_path / "overlock.pth"
@@ -185,7 +185,7 @@ def test_a_published_file_fits_the_network_that_one_asks_for(form, tmp_path):
         assert other(image).shape == other.aux_head(context).shape == (1, 3)
 
 
-def test_training_returns_auxiliary_logits_where_asked():
+def test_training_returns_auxiliary_logits_if_requested():
     model, image = timm.create_model("overlock_xtiny", aux_head=True, **SHALLOW), torch.randn(2, 3, 64, 64)
     main, aux = model.train()(image)
     assert main.shape == aux.shape == (2, 7)

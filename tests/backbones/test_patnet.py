@@ -36,7 +36,7 @@ def published_model(fixture: str, **kwargs) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     meta = goldens.manifest("patnet", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
@@ -82,7 +82,7 @@ def test_cards_state_the_models_size_and_cost(card):
     assert macs(model) == pytest.approx(card.gmacs, abs=6e-4)
 
 
-def test_folding_leaves_no_batch_norm_and_saves_the_gates_convolutions():
+def test_folding_removes_batch_norms_and_the_convolutions_of_gates():
     """The papers' FLOPs are those of the folded network."""
     model = timm.create_model("patnet_t2").fuse()
     assert not [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -117,7 +117,7 @@ def test_a_dynamic_network_is_the_same_in_half_precision():
     assert (out - expected).abs().max() < 0.05 * expected.std()
 
 
-def test_stochastic_depth_and_the_published_dropouts_reach_the_layers():
+def test_stochastic_depth_and_the_published_dropouts_are_set_in_the_layers():
     model = timm.create_model("patnet_t1", drop_path_rate=0.02, attn_drop_rate=0.1, proj_drop_rate=0.2)
     rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.02 * i / 12 for i in range(13)])

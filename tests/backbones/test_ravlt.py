@@ -28,7 +28,7 @@ def network(fixture: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("fixture", MANIFESTS)
-def test_published_state_dict_loads_with_nothing_missing_or_left_over(fixture):
+def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest("ravlt", fixture)
     with torch.device("meta"):
         model = network(fixture)

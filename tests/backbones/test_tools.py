@@ -40,7 +40,7 @@ def test_fx_traces_it_forward_and_backward(name):
     assert set(maps(image())) == {"fine", "coarse"}
 
 
-def test_jit_traces_it_with_gradients_on_into_operators_that_every_runtime_knows(name):
+def test_jit_trace_with_gradients_uses_only_standard_operators(name):
     model = shallow(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a trace holds for one size, and that tracing is deprecated
@@ -72,7 +72,7 @@ def loops(model):
     return {key for key, module in model.named_modules() if isinstance(module, nn.Sequential)}
 
 
-def test_weights_written_through_data_count(name):
+def test_weights_written_through_data_are_used(name):
     """As EMA helpers, pruning and ablations write them, after an evaluation."""
     model = shallow(name)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_peft_adapts_every_linear_layer(name):
     assert not torch.equal(learnt, expected)
 
 
-def test_functional_call_transforms_and_fake_tensors_leave_it_as_it_was(name):
+def test_functional_transforms_and_fake_tensors_do_not_change_it(name):
     model = shallow(name)
     with torch.no_grad():
         expected = model(image())
@@ -156,7 +156,7 @@ def test_counters_see_every_layer(name):
 
 
 @pytest.mark.parametrize("structured", [False, True])
-def test_pruned_layers_count_after_an_evaluation(name, structured):
+def test_pruned_layers_are_used_after_an_evaluation(name, structured):
     """PyTorch's pruning puts a masked tensor in the place of a parameter, and computes it before every call."""
     model, pruned = shallow(name), shallow(name)
     layers = [module for module in pruned.modules() if type(module) in (nn.Linear, nn.Conv2d)]
@@ -196,7 +196,7 @@ def layers_of(model):
     return {key for key, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d)}
 
 
-def test_thop_which_counts_modules_agrees_with_pytorchs_counter(name):
+def test_thop_agrees_with_pytorchs_counter(name):
     thop = pytest.importorskip("thop", reason="thop is not installed")
     model = shallow(name)
     expected = multiplications(model)

@@ -77,7 +77,7 @@ def test_a_cards_form(card: Card):
 
 
 @pytest.mark.parametrize("card", CLASSIFIERS, ids=named)
-def test_timm_knows_what_the_card_says(card: Card):
+def test_timms_configuration_agrees_with_the_card(card: Card):
     cfg = get_pretrained_cfg(card.name)
     assert cfg is not None
     assert cfg.architecture == card.model
@@ -88,7 +88,7 @@ def test_timm_knows_what_the_card_says(card: Card):
     assert cfg.license == card.licence
 
 
-def test_detectors_and_segmentors_are_no_tags_of_timm():
+def test_detectors_and_segmentors_are_not_tags_of_timm():
     assert len(DENSE) > 60
     for card in DENSE:
         with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
@@ -120,7 +120,7 @@ def test_every_published_state_dict_belongs_to_a_card(family: str):
             assert counted in sizes, f"{family}/{name}: {counted} parameters"
 
 
-def test_the_files_of_a_family_hold_nothing_but_cards():
+def test_the_files_of_a_family_contain_only_cards():
     for file in (resources.files("hybridzoo.checkpoints") / "published").iterdir():
         content = json.loads(file.read_text())
         assert {"common", "maps", "cards"} <= content.keys() <= {"common", "maps", "cards", "parity", "dense"}
@@ -140,7 +140,7 @@ MEASURED = {  # the quick ones of families that have one -> fixture
 
 
 @pytest.mark.parametrize("model", MEASURED)
-def test_parity_is_what_the_goldens_measure(model: str):
+def test_parity_agrees_with_the_golden_outputs(model: str):
     """Of the order of magnitude recorded: rounding differs from one machine to the next.
 
     The others were measured the same way when their cards were written; here it would take minutes. That each of them
@@ -158,7 +158,7 @@ def test_parity_is_what_the_goldens_measure(model: str):
     assert card.parity / 30 < error < 10 * card.parity
 
 
-def test_parity_is_stated_where_it_was_measured():
+def test_measured_parity_is_on_the_card():
     stated = {card.model for card in CLASSIFIERS if card.parity is not None}
     assert len(stated) >= 25
     assert all(card.parity < goldens.TOLERANCE for card in CLASSIFIERS if card.parity is not None)

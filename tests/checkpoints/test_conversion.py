@@ -123,7 +123,7 @@ def test_published_to_ours_and_back_is_bit_equal(fixture: str, tmp_path: Path) -
         ("efficientvit_msra_m0", "efficientvit_m0"),
     ],
 )
-def test_timms_own_weights_come_in_and_go_out_as_they_were(model: str, host: str, tmp_path: Path) -> None:
+def test_timms_weights_are_converted_and_back_without_changes(model: str, host: str, tmp_path: Path) -> None:
     theirs = filled(host)
     torch.save(theirs, tmp_path / "timm.bin")
     ours = convert_file(tmp_path / "timm.bin", model)
@@ -160,7 +160,7 @@ def test_our_training_checkpoints(network: torch.nn.Module, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("prefix", ["backbone.model.", "backbone."])
-def test_of_a_detector_the_backbone_is_taken(prefix: str, tmp_path: Path) -> None:
+def test_the_backbone_of_a_detector_is_converted(prefix: str, tmp_path: Path) -> None:
     """Ours, and DiNAT's published ones with a norm for every level."""
     state = published("dinat/dinat_mini") if prefix == "backbone." else filled("dinat_mini")
     trunk = {key: value for key, value in state.items() if not key.startswith(("norm.", "head."))}
@@ -203,7 +203,7 @@ def test_provenance(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_there_is_replaced_only_when_asked(network: torch.nn.Module, tmp_path: Path) -> None:
+def test_existing_files_are_replaced_only_with_force(network: torch.nn.Module, tmp_path: Path) -> None:
     """And the source never, be it by its name, another's, or that of the note."""
     source, out = tmp_path / "w.pth", tmp_path / "out.safetensors"
     torch.save(network.state_dict(), source)
@@ -230,7 +230,7 @@ def test_what_is_there_is_replaced_only_when_asked(network: torch.nn.Module, tmp
     assert source.read_bytes() == before
 
 
-def test_nothing_is_left_behind_where_something_cannot_be_written(
+def test_a_failed_write_leaves_no_files(
     network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(network.state_dict(), tmp_path / "w.pth")
@@ -249,7 +249,7 @@ def test_nothing_is_left_behind_where_something_cannot_be_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "taken.safetensors.json", "w.pth"]
 
 
-def test_paths_as_people_write_them(network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_and_an_empty_path(network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(network.state_dict(), tmp_path / "w.pth")
     assert convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", out="~/o.st") == tmp_path / "o.st"
@@ -267,23 +267,21 @@ def test_paths_as_people_write_them(network: torch.nn.Module, tmp_path: Path, mo
     ids=["nan", "complex", "integers"],
 )
 @pytest.mark.parametrize("to", ["hybridzoo", "published", "timm"])
-def test_numbers_that_no_network_has_are_refused(
-    network: torch.nn.Module, tmp_path: Path, change: Any, says: str, to: Any
-) -> None:
+def test_invalid_numbers_are_refused(network: torch.nn.Module, tmp_path: Path, change: Any, says: str, to: Any) -> None:
     state = network.state_dict()
     torch.save({k: change(v) if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=rf"w.pth: does not fit efficientvit_msra_m0; {says}"):
         convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", to=to)
 
 
-def test_half_precision_stays_as_it_is(network: torch.nn.Module, tmp_path: Path) -> None:
+def test_half_precision_is_kept(network: torch.nn.Module, tmp_path: Path) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     torch.save(state, tmp_path / "w.pth")
     out = load_file(convert_file(tmp_path / "w.pth", "efficientvit_msra_m0", to="timm"))
     assert {value.dtype for value in out.values()} == {torch.float16, torch.int64}
 
 
-def test_what_does_not_fit_is_listed_and_nothing_is_written(network: torch.nn.Module, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_listed_and_nothing_is_written(network: torch.nn.Module, tmp_path: Path) -> None:
     state = dict(network.state_dict())
     del state["stem.conv1.norm.weight"]
     state["extra.weight"] = torch.ones(1)
@@ -304,7 +302,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(network: torch.nn.Mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.pth", "whole.pth"]
 
 
-def test_another_tags_weights_name_the_tags(tmp_path: Path) -> None:
+def test_weights_of_another_tag_name_the_tags(tmp_path: Path) -> None:
     torch.save(filled("maxvit_tiny_tf_384"), tmp_path / "w.bin")
     with pytest.raises(CheckpointError, match=r"does not fit maxvit_tiny; .*other tags: .*maxvit_tiny.tf_384_in1k"):
         convert_file(tmp_path / "w.bin", "maxvit_tiny")

@@ -121,7 +121,7 @@ def test_archives_without_checksums_and_rezipped_ones_are_read() -> None:
     assert torch.equal(read_state_dict("unsummed.pth")["a.weight"], STATE["a.weight"])
 
 
-def test_a_peek_sees_what_reading_sees() -> None:
+def test_reading_without_values_gives_the_same_content() -> None:
     torch.save({"meta": {"iter": 7}, "state_dict": STATE}, "a.pth")
     found = reading.peek("a.pth")
     assert found["meta"] == {"iter": 7}
@@ -172,7 +172,7 @@ def entry(begin: Any, end: Any, shape: Any = (2,), dtype: Any = "F32") -> dict[s
         (struct.pack("<q", -1) + b"{", "no file of weights"),
     ],
 )
-def test_lists_of_tensors_that_lie(content: bytes, reason: str) -> None:
+def test_lists_of_tensors_with_wrong_entries(content: bytes, reason: str) -> None:
     Path("evil.safetensors").write_bytes(content)
     refused("evil.safetensors", reason)
 
@@ -265,7 +265,7 @@ def test_nothing_is_allocated_before_it_is_checked() -> None:
         (torch.tensor([1.0, float("nan")], dtype=torch.float64), "not finite"),
     ],
 )
-def test_numbers_that_no_network_has(value: torch.Tensor, kind: str) -> None:
+def test_invalid_numbers(value: torch.Tensor, kind: str) -> None:
     own = {"w": torch.zeros(2), "count": torch.tensor(0)}
     ((found, (name,)),) = wrong_numbers({"w": value}, own)
     assert found == kind
@@ -274,7 +274,7 @@ def test_numbers_that_no_network_has(value: torch.Tensor, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_numbers_that_a_network_may_have(dtype: torch.dtype) -> None:
+def test_valid_numbers(dtype: torch.dtype) -> None:
     own = {"w": torch.zeros(2), "count": torch.tensor(0)}
     assert not wrong_numbers({"w": torch.ones(2, dtype=dtype), "count": torch.tensor(3.0)}, own)
     assert wrong_numbers({"count": torch.tensor(2.5)}, own) == [("of another kind of numbers", ["count float32"])]

@@ -29,7 +29,7 @@ def bring_as_timm_does(hub: Server, name: str = "pytorch_model.bin") -> Path:
     return Path(huggingface_hub.hf_hub_download("timm/test", name, endpoint=hub.url, cache_dir=cache))
 
 
-def test_a_file_comes_once_with_the_login(hub: Server, home: Path) -> None:
+def test_a_file_is_downloaded_once_with_the_login(hub: Server, home: Path) -> None:
     path = checkpoints.download(NAME, progress=False)
     assert path == home / f"{CARD.name}.bin"
     assert path.read_bytes() == CONTENT
@@ -41,7 +41,9 @@ def test_a_file_comes_once_with_the_login(hub: Server, home: Path) -> None:
     assert checkpoints.verify(path).ok
 
 
-def test_what_timm_brought_is_used_and_recorded(hub: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_timm_downloaded_are_used_and_recorded(
+    hub: Server, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     brought = bring_as_timm_does(hub)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -51,7 +53,7 @@ def test_what_timm_brought_is_used_and_recorded(hub: Server, home: Path, monkeyp
     assert left(home) == [f"{CARD.name}.bin.json"]
 
 
-def test_either_of_timms_two_files_will_do(hub: Server, home: Path) -> None:
+def test_either_of_timms_two_files_is_used(hub: Server, home: Path) -> None:
     """Each has a record of its own, and neither is measured by the other's."""
     ours = {key: value.contiguous() for key, value in checkpoints.convert(STATE, NAME).items()}
     hub.files["/timm/test/resolve/main/model.safetensors"] = save(ours)
@@ -65,7 +67,7 @@ def test_either_of_timms_two_files_will_do(hub: Server, home: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["maxvit_tiny", "efficientvit_mit_b0", "efficientvit_msra_m0"])
-def test_weights_that_timm_hosts_are_asked_for_as_timm_asks(
+def test_weights_of_timm_are_requested_from_the_hub_like_timm_does(
     home: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """By default; the file has timm's names."""
@@ -83,7 +85,7 @@ def test_weights_that_timm_hosts_are_asked_for_as_timm_asks(
     assert all(torch.equal(own[key], value) for key, value in checkpoints.convert(theirs, name).items())
 
 
-def test_every_card_of_a_file_at_timms_is_timms() -> None:
+def test_cards_of_timms_files_agree_with_timm() -> None:
     """By timm's own list of what it hosts."""
     hosted = [card for card in checkpoints.cards() if card.url.startswith("https://huggingface.co/timm/")]
     assert len(hosted) == 21 + 19 + 6
@@ -102,7 +104,7 @@ def test_every_card_of_a_file_at_timms_is_timms() -> None:
         assert file == "model.safetensors"
 
 
-def test_a_busy_hub_is_asked_again_and_a_cut_download_continued(hub: Server) -> None:
+def test_a_busy_hub_is_retried_and_a_cut_download_resumed(hub: Server) -> None:
     hub.script = [Answer(status=500, body=b""), Answer(cut=300_000)]
     assert checkpoints.download(NAME).read_bytes() == CONTENT
     assert [request.headers.get("Range") for request in hub.requests] == [None, None, "bytes=300000-"]
@@ -135,7 +137,7 @@ def test_offline(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.requests == []
 
 
-def test_a_file_that_is_not_what_its_name_in_the_cache_says(hub: Server, home: Path, tmp_path: Path) -> None:
+def test_a_file_with_another_hash_than_its_name_in_the_cache(hub: Server, home: Path, tmp_path: Path) -> None:
     """Without a record, and by any path that leads there."""
     brought = bring_as_timm_does(hub)
     blob = brought.resolve()
@@ -150,7 +152,7 @@ def test_a_file_that_is_not_what_its_name_in_the_cache_says(hub: Server, home: P
         assert problem == f"SHA-256 is {files.hash_of(blob)}, its hub says {SHA}"
 
 
-def test_a_recorded_file_is_known_by_any_path(
+def test_a_recorded_file_is_found_by_any_path(
     hub: Server, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     brought = bring_as_timm_does(hub)
@@ -162,9 +164,7 @@ def test_a_recorded_file_is_known_by_any_path(
     assert "its record says" in problem
 
 
-def test_a_mirror_of_everything_has_the_hubs_files_too(
-    hub: Server, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_mirror_is_used_for_the_hub_too(hub: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not the hub, and is not told the login."""
     monkeypatch.setenv("HYBRIDZOO_MIRROR", f"{hub.url}/zoo/")
     hub.files[f"/zoo{FILE}"] = CONTENT

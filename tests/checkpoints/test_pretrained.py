@@ -30,7 +30,7 @@ from hybridzoo.checkpoints.reading import CheckpointError
     ],
     ids=["plain", "options and a moving average", "data parallel"],
 )
-def test_pretrained_takes_what_the_card_names(server: Server, home: Path, content: Any) -> None:
+def test_pretrained_loads_the_weights_of_the_card(server: Server, home: Path, content: Any) -> None:
     """timm alone would take the moving average, to which the published score does not belong."""
     server.always = Answer(body=saved(content))
     assert is_loaded(timm.create_model(NAME, pretrained=True))
@@ -72,7 +72,7 @@ def test_feature_maps(server: Server) -> None:
     assert "state_dict" not in features.pretrained_cfg
 
 
-def test_the_configuration_stays_as_it_was(server: Server) -> None:
+def test_the_configuration_is_not_changed(server: Server) -> None:
     cfg = timm.create_model(NAME).pretrained_cfg
     assert timm.create_model(NAME, pretrained=True).pretrained_cfg == cfg
 
@@ -129,7 +129,7 @@ def test_features_without_pooling_or_classes(tmp_path: Path, model: str) -> None
 
 
 @pytest.mark.parametrize("converted", [False, True])
-def test_a_detectors_backbone_serves_where_no_head_is_needed(tmp_path: Path, converted: bool) -> None:
+def test_the_backbone_of_a_detector_loads_without_a_head(tmp_path: Path, converted: bool) -> None:
     file = tmp_path / "detector.pth"
     trunk = {f"backbone.{key}": value for key, value in STATE.items() if not key.startswith("head.")}
     torch.save({"state_dict": {**trunk, "bbox_head.a": torch.zeros(1)}}, file)
@@ -195,7 +195,7 @@ def test_a_state_dict_of_another_kind_loads_by_pytorchs_own_method() -> None:
     assert FIRST_CONV in missing
 
 
-def test_an_address_on_no_card(home: Path) -> None:
+def test_an_address_that_is_not_on_a_card(home: Path) -> None:
     """timm downloads and opens it; then its wrapper and names are understood."""
     with Server(**{"mine.pth": saved({"model": STATE})}).running() as running:
         overlay = dict(url=f"{running.url}/mine.pth")
@@ -203,14 +203,14 @@ def test_an_address_on_no_card(home: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["biformer_tiny", "dinat_mini", "vitrpb_small", "fastervit_0", "patnet_t0", NAME])
-def test_timms_image_size_is_no_error_where_it_does_not_matter(model: str) -> None:
+def test_timms_image_size_is_accepted_if_it_has_no_effect(model: str) -> None:
     with torch.device("meta"):
         larger, default = timm.create_model(model, img_size=256), timm.create_model(model)
     assert larger.state_dict().keys() == default.state_dict().keys()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": 7}, {"features_only": True}, {"num_classes": 0}], ids=str)
-def test_another_networks_file_is_never_half_loaded(server: Server, arguments: dict[str, Any]) -> None:
+def test_the_file_of_another_network_is_refused(server: Server, arguments: dict[str, Any]) -> None:
     """timm forgives missing and unexpected tensors where the classifier differs."""
     lacking = {key: value for key, value in STATE.items() if not key.startswith("blocks3.3.")}
     server.always = Answer(body=saved({"model": {**lacking, "strange": torch.zeros(1)}}))
@@ -270,13 +270,13 @@ def test_tables_of_another_size_are_resized(
         (NAME, "", "state no licence"),
     ],
 )
-def test_licences_that_bind(model: str, licence: str | None, says: str) -> None:
+def test_restrictive_licences_are_reported(model: str, licence: str | None, says: str) -> None:
     card = store.find(model)
     notice = store.licence_notice(card if licence is None else dataclasses.replace(card, licence=licence))
     assert (says in notice) if says else not notice
 
 
-def test_a_licence_is_mentioned_once(
+def test_a_licence_is_reported_once(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with_card(monkeypatch, licence="NON-COMMERCIAL")

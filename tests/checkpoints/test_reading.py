@@ -199,7 +199,7 @@ def test_no_address_in_a_file_is_followed(call: str) -> None:
     assert "checkpoint evil.pth: cannot be read (it contains Python objects" in done.stdout
 
 
-def test_what_would_unpack_to_more_than_it_is_is_refused() -> None:
+def test_compressed_files_are_refused() -> None:
     torch.save({"model": {"w": torch.zeros(1_000_000)}}, "good.pth")
     with zipfile.ZipFile("good.pth") as good, zipfile.ZipFile("bomb.pth", "w", zipfile.ZIP_DEFLATED) as bad:
         for entry in good.namelist():
@@ -291,7 +291,7 @@ def test_files_without_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "model"])
-def test_the_content_counts_and_not_the_name(name: str) -> None:
+def test_the_format_is_found_from_the_content(name: str) -> None:
     save_file(STATE, name)
     assert is_state(read_state_dict(name))
     torch.save(STATE, name)
@@ -303,7 +303,7 @@ def test_the_content_counts_and_not_the_name(name: str) -> None:
     [(torch.eye(2).to_sparse(), "is sparse"), (torch.empty(2, device="meta"), r"has no values \(device meta\)")],
     ids=["sparse", "meta"],
 )
-def test_tensors_that_no_network_has(tensor: torch.Tensor, reason: str) -> None:
+def test_tensors_of_unusual_types_are_refused(tensor: torch.Tensor, reason: str) -> None:
     torch.save({**STATE, "odd": tensor}, "odd.pth")
     with pytest.raises(CheckpointError, match=rf"^checkpoint odd.pth: odd {reason}"):
         read_state_dict("odd.pth")

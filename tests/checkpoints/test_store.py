@@ -18,7 +18,7 @@ from hybridzoo.checkpoints import files, store
 from hybridzoo.checkpoints.transfer import DownloadError
 
 
-def test_a_download_is_recorded_and_asked_for_once(server: Server, home: Path) -> None:
+def test_a_file_is_downloaded_and_recorded_once(server: Server, home: Path) -> None:
     assert store.cached(CARD) is None
     path = checkpoints.download(NAME)
     assert path == home / "efficientvit_m0.pth" == store.cached(CARD)
@@ -66,7 +66,7 @@ def test_a_server_with_another_file_than_the_first_time_is_refused(server: Serve
     assert store.cached(CARD) is None
 
 
-def test_the_cards_hash_is_the_law(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_must_have_the_hash_of_its_card(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch, sha256="0" * 64)
     with pytest.raises(DownloadError, match=r"has SHA-256 \w+, expected 0{64}; it was discarded"):
         checkpoints.download(NAME)
@@ -88,7 +88,7 @@ def test_the_cards_hash_is_the_law(server: Server, home: Path, monkeypatch: pyte
     ],
     ids=["404", "403", "503", "no answer", "cut", "page"],
 )
-def test_what_cannot_be_had_says_what_to_do(server: Server, home: Path, fault: Answer, says: str) -> None:
+def test_failed_downloads_say_what_to_do(server: Server, home: Path, fault: Answer, says: str) -> None:
     server.always = fault
     server.ranges = False
     with pytest.raises(DownloadError, match=says) as caught:
@@ -125,7 +125,7 @@ PACKED = gzip.compress(CONTENT, compresslevel=0)
     ],
     ids=["JSON", "text", "comment", "mark", "packed", "gzip", "cut", "short length", "old pickle cut"],
 )
-def test_what_is_no_weights_is_never_kept_or_recorded(server: Server, home: Path, answer: Answer, says: str) -> None:
+def test_files_that_are_not_weights_are_not_kept(server: Server, home: Path, answer: Answer, says: str) -> None:
     server.always = answer
     with pytest.raises(DownloadError, match=says) as caught:
         timm.create_model(NAME, pretrained=True)
@@ -136,12 +136,12 @@ def test_what_is_no_weights_is_never_kept_or_recorded(server: Server, home: Path
     assert is_loaded(timm.create_model(NAME, pretrained=True))
 
 
-def test_an_old_pickle_comes_and_stays(server: Server, home: Path) -> None:
+def test_an_old_pickle_is_downloaded_and_kept(server: Server, home: Path) -> None:
     server.always = Answer(body=LEGACY.getvalue())
     assert is_loaded(timm.create_model(NAME, pretrained=True))
 
 
-def test_what_lies_in_the_cache_and_is_no_weights_is_not_recorded(server: Server, home: Path) -> None:
+def test_a_cached_file_that_is_not_weights_is_not_recorded(server: Server, home: Path) -> None:
     home.mkdir(parents=True)
     (home / "efficientvit_m0.pth").write_bytes(CONTENT[:-1000])
     with pytest.raises(DownloadError, match=r"is not a complete file of weights \(it is cut short.*delete it"):
@@ -153,7 +153,7 @@ RECORDS = ['{"sha256": "abc', "", "[]", '{"name": "x"}', '{"sha256": null}', '{"
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_a_record_that_cannot_be_read_is_no_first_use(server: Server, home: Path, record: str | None) -> None:
+def test_an_unreadable_record_is_not_replaced(server: Server, home: Path, record: str | None) -> None:
     path = checkpoints.download(NAME)
     path.write_bytes(saved({"model": OTHER}))
     place = path.with_name(f"{path.name}.json")
@@ -170,7 +170,7 @@ def test_a_record_that_cannot_be_read_is_no_first_use(server: Server, home: Path
     assert len(server.requests) == 1
 
 
-def test_folders_as_people_write_them(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_and_an_empty_folder(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     monkeypatch.chdir(tmp_path)
     assert checkpoints.download(NAME, cache_dir="~/zoo").parent == tmp_path / "me" / "zoo"
@@ -185,13 +185,13 @@ def test_folders_as_people_write_them(server: Server, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("mirror", ["file:///tmp", "127.0.0.1:80", "http://", "http://[::1", "http://exa mple/x"])
-def test_a_mirror_that_is_none_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, mirror: str) -> None:
+def test_an_invalid_mirror_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, mirror: str) -> None:
     monkeypatch.setenv("HYBRIDZOO_MIRROR", mirror)
     with pytest.raises(DownloadError, match=r"HYBRIDZOO_MIRROR is '.*', which is not an http or https address"):
         checkpoints.download(NAME)
 
 
-def test_offline_the_cache_answers(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_works_offline(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DownloadError, match="is not in the cache, and HF_HUB_OFFLINE forbids"):
         checkpoints.download(NAME)
@@ -202,7 +202,7 @@ def test_offline_the_cache_answers(server: Server, home: Path, monkeypatch: pyte
     assert len(server.requests) == 1
 
 
-def test_without_network_the_cache_answers(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_works_without_a_network(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = checkpoints.download(NAME)
     monkeypatch.setenv("HYBRIDZOO_MIRROR", "http://127.0.0.1:9")
     assert checkpoints.download(NAME) == path
@@ -211,7 +211,7 @@ def test_without_network_the_cache_answers(server: Server, home: Path, monkeypat
         checkpoints.download(NAME)
 
 
-def test_a_read_only_cache_still_answers(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_works(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may write anywhere: the refusal is injected."""
 
     def refuse(*args: object) -> None:
@@ -239,7 +239,7 @@ def test_dead_links_are_not_tried(server: Server, monkeypatch: pytest.MonkeyPatc
     assert server.requests == []
 
 
-def test_a_doubtful_link_is_said_to_be_one_where_nothing_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_reports_a_doubtful_link(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch, status="doubtful", notes="long " * 100)
     server.always = Answer(status=404)
     with pytest.raises(DownloadError, match=r"the link on its card has never been tested successfully$") as caught:
@@ -255,7 +255,7 @@ def test_models_without_weights_say_so() -> None:
         timm.create_model("patnet_t0", pretrained=True)
 
 
-def test_misspelled_names_get_the_nearest() -> None:
+def test_misspelled_names_suggest_the_nearest() -> None:
     with pytest.raises(
         ValueError, match=r"name: no weights are known as 'efficientvit_mrsa_m0'; did you mean efficientvit_msra_m0"
     ):
@@ -300,7 +300,7 @@ def test_no_two_cards_share_a_file() -> None:
     assert len(set(map(str.lower, names))) == len(names)
 
 
-def test_a_link_in_the_cache_is_read_but_never_written_through(server: Server, home: Path, tmp_path: Path) -> None:
+def test_a_link_in_the_cache_is_read_but_never_written(server: Server, home: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared.pth"
     shared.write_bytes(CONTENT)
     home.mkdir(parents=True)

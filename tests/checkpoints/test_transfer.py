@@ -52,7 +52,7 @@ def left(target: Path) -> list[str]:
     return sorted(p.name for p in target.parent.iterdir() if p.name != ".locks")
 
 
-def test_the_file_its_hash_and_nothing_else(server: Server, target: Path) -> None:
+def test_a_download_gives_the_file_and_its_hash(server: Server, target: Path) -> None:
     received = fetch(server.url + URL, target, sha256=SHA.upper())
     assert received is not None
     assert (received.size, received.sha256, received.etag) == (len(CONTENT), SHA, f'"{SHA}"')
@@ -64,7 +64,7 @@ def test_the_file_its_hash_and_nothing_else(server: Server, target: Path) -> Non
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100_000, len(CONTENT) - 1])
-def test_goes_on_where_the_connection_was_cut(server: Server, target: Path, cut: int) -> None:
+def test_a_cut_download_is_resumed(server: Server, target: Path, cut: int) -> None:
     server.script = [Answer(cut=cut)]
     assert len(get(server, target)) == 1
     assert target.read_bytes() == CONTENT
@@ -73,13 +73,13 @@ def test_goes_on_where_the_connection_was_cut(server: Server, target: Path, cut:
     assert left(target) == ["weights.pth"]
 
 
-def test_a_connection_closed_before_the_answer_is_tried_again(server: Server, target: Path) -> None:
+def test_a_connection_closed_before_the_response_is_retried(server: Server, target: Path) -> None:
     server.script = [Answer(status=0), Answer(status=0)]
     assert len(get(server, target)) == 2
     assert target.read_bytes() == CONTENT
 
 
-def test_goes_on_in_a_later_call(server: Server, target: Path) -> None:
+def test_a_later_call_resumes(server: Server, target: Path) -> None:
     server.script = [Answer(cut=200_000), *[Answer(status=503)] * 2]
     with pytest.raises(DownloadError, match=r"503 .*; 200,000 bytes are kept; try again to resume"):
         get(server, target, attempts=2)
@@ -116,9 +116,7 @@ def test_the_date_of_change_marks_a_version_too(server: Server, target: Path) ->
 
 
 @pytest.mark.parametrize("careless", [False, True], ids=["server starts over", "server sends the rest of the new file"])
-def test_a_file_that_changes_between_attempts_is_not_glued_together(
-    server: Server, target: Path, careless: bool
-) -> None:
+def test_parts_of_different_versions_are_not_joined(server: Server, target: Path, careless: bool) -> None:
     server.script = [Answer(cut=200_000), *[Answer(status=503)] * 2]
     with pytest.raises(DownloadError):
         get(server, target, attempts=2)
@@ -155,7 +153,7 @@ def test_a_complete_part_needs_no_request(server: Server, target: Path, monkeypa
     assert len(server.requests) == 1
 
 
-def test_a_part_that_the_server_does_not_know_is_thrown_away(server: Server, target: Path) -> None:
+def test_a_part_that_the_server_refuses_is_discarded(server: Server, target: Path) -> None:
     server.script = [Answer(cut=200_000), Answer(status=416)]
     get(server, target)
     assert target.read_bytes() == CONTENT
@@ -187,7 +185,7 @@ def test_a_web_page_is_not_weights(server: Server, target: Path, header: str) ->
     assert target.read_bytes() == CONTENT
 
 
-def test_what_came_whole_and_is_something_else_is_thrown_away(server: Server, target: Path) -> None:
+def test_a_complete_file_of_another_kind_is_discarded(server: Server, target: Path) -> None:
     """The body is cut, and nothing says how long it was; then it comes whole, and is a zip archive."""
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
@@ -203,7 +201,7 @@ def test_what_came_whole_and_is_something_else_is_thrown_away(server: Server, ta
 
 
 @pytest.mark.parametrize("packing", ["gzip", "br, gzip"])
-def test_what_comes_packed_is_refused(server: Server, target: Path, packing: str) -> None:
+def test_compressed_responses_are_refused(server: Server, target: Path, packing: str) -> None:
     server.script = [Answer(headers={"Content-Encoding": packing})]
     with pytest.raises(DownloadError, match=rf"weights\.pth: is sent with encoding {packing}, which was not requested"):
         get(server, target)
@@ -211,7 +209,7 @@ def test_what_comes_packed_is_refused(server: Server, target: Path, packing: str
     assert target.read_bytes() == CONTENT
 
 
-def test_a_part_that_nobody_asked_for(server: Server, target: Path) -> None:
+def test_an_unrequested_partial_response_is_refused(server: Server, target: Path) -> None:
     server.always = Answer(status=206, headers={"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"})
     with pytest.raises(DownloadError, match=r"the server sends a part of the file, but the whole file was requested"):
         get(server, target)
@@ -244,7 +242,7 @@ def test_no_redirect_leaves_encryption() -> None:
     assert redirects.redirect_request(asked, None, 302, "Found", {}, "https://example.com/y").host == "example.com"
 
 
-def test_a_login_is_told_to_its_host_alone(server: Server, target: Path) -> None:
+def test_a_login_is_sent_only_to_its_host(server: Server, target: Path) -> None:
     with Server(**{"there.pth": CONTENT}).running() as other:
         server.script = [
             Answer(status=307, headers={"Location": "/moved.pth"}),
@@ -256,7 +254,7 @@ def test_a_login_is_told_to_its_host_alone(server: Server, target: Path) -> None
     assert target.read_bytes() == CONTENT
 
 
-def test_the_hash_that_a_hub_promises_is_kept_to(server: Server, target: Path) -> None:
+def test_a_file_must_have_the_hash_that_the_hub_sends(server: Server, target: Path) -> None:
     """The file is elsewhere, and another one; a later attempt, which sees no promise, does not forget it."""
     promised = hashlib.sha256(OTHER).hexdigest()
     with Server(**{"there.pth": CONTENT}).running() as other:
@@ -279,7 +277,7 @@ def test_google_drives_page_is_named() -> None:
 @pytest.mark.parametrize(
     ("status", "says"), [(404, "no such file"), (410, "removed"), (403, "forbidden"), (401, "login")]
 )
-def test_what_is_gone_is_named_at_once(server: Server, target: Path, status: int, says: str) -> None:
+def test_a_missing_file_is_reported_at_once(server: Server, target: Path, status: int, says: str) -> None:
     server.always = Answer(status=status)
     with pytest.raises(DownloadError, match=rf"weights\.pth: the server answers {status} .*{says}") as caught:
         get(server, target)
@@ -288,7 +286,7 @@ def test_what_is_gone_is_named_at_once(server: Server, target: Path, status: int
     assert left(target) == []
 
 
-def test_waits_grow_and_a_busy_server_is_heard(server: Server, target: Path) -> None:
+def test_waits_grow_and_follow_the_server(server: Server, target: Path) -> None:
     date = formatdate(time.time() + 60, usegmt=True)
     server.script = [
         *[Answer(status=code) for code in (500, 502, 503)],
@@ -302,7 +300,7 @@ def test_waits_grow_and_a_busy_server_is_heard(server: Server, target: Path) -> 
     )
 
 
-def test_a_server_that_asks_for_an_hour_is_not_waited_for(server: Server, target: Path) -> None:
+def test_a_requested_wait_of_an_hour_is_an_error(server: Server, target: Path) -> None:
     server.always = Answer(status=429, headers={"Retry-After": "3600"})
     with pytest.raises(DownloadError, match=r"429 .* requests a wait of 3600 s"):
         get(server, target)
@@ -317,7 +315,7 @@ def test_it_gives_up(server: Server, target: Path) -> None:
     assert len(server.requests) == 3
 
 
-def test_progress_starts_the_count_of_failures_anew(server: Server, target: Path) -> None:
+def test_progress_resets_the_count_of_failures(server: Server, target: Path) -> None:
     server.script = [Answer(cut=100_000), Answer(status=503), Answer(cut=100_000), Answer(status=503)]
     get(server, target, attempts=2 + 1)
     assert target.read_bytes() == CONTENT
@@ -332,7 +330,7 @@ def test_a_server_that_always_cuts_and_starts_over_is_given_up(server: Server, t
     assert len(server.requests) <= 4
 
 
-def test_silence_is_a_lost_connection_and_slowness_is_not(server: Server, target: Path) -> None:
+def test_a_silent_connection_is_lost_and_a_slow_one_is_not(server: Server, target: Path) -> None:
     server.script = [Answer(stall=1.0)]
     began = time.monotonic()
     assert len(get(server, target, stall=0.2)) == 1
@@ -349,7 +347,7 @@ def test_no_network(target: Path) -> None:
     assert left(target) == []
 
 
-def test_the_wrong_hash_is_thrown_away(server: Server, target: Path) -> None:
+def test_a_file_with_a_wrong_hash_is_discarded(server: Server, target: Path) -> None:
     wanted = hashlib.sha256(OTHER).hexdigest()
     with pytest.raises(DownloadError, match=rf"has SHA-256 {SHA}, expected {wanted}; it was discarded"):
         fetch(server.url + URL, target, sha256=wanted)
@@ -378,7 +376,7 @@ class FullDisk:
         self._room -= len(block)
 
 
-def test_a_disk_that_fills_up_keeps_what_came(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_downloaded_part(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append = files.Part.append
     with monkeypatch.context() as patch:
         patch.setattr(files.Part, "append", lambda part: FullDisk(append(part), 300_000))
@@ -393,7 +391,9 @@ def test_a_disk_that_fills_up_keeps_what_came(server: Server, target: Path, monk
     assert target.read_bytes() == CONTENT
 
 
-def test_too_little_room_is_seen_before(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_reported_before_the_download(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = transfer.shutil.disk_usage("/")
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
@@ -435,12 +435,12 @@ def test_links_are_replaced_not_followed(server: Server, target: Path, tmp_path:
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://example.com/x", "/etc/passwd", "http://", "http://[::1"])
-def test_only_the_web(target: Path, url: str) -> None:
+def test_only_http_addresses_are_accepted(target: Path, url: str) -> None:
     with pytest.raises(DownloadError, match="only http and https"):
         fetch(url, target)
 
 
-def test_a_folder_in_its_place(server: Server, target: Path) -> None:
+def test_a_folder_with_the_files_name(server: Server, target: Path) -> None:
     target.mkdir(parents=True)
     with pytest.raises(DownloadError, match=r"weights\.pth: is a folder; move it away"):
         get(server, target)
@@ -547,7 +547,7 @@ def test_a_server_that_never_ends(
     assert len(server.requests) == 1
 
 
-def test_a_server_that_drips(server: Server, target: Path) -> None:
+def test_a_server_that_is_too_slow(server: Server, target: Path) -> None:
     server.always = Answer(pace=0.05)
     with pytest.raises(DownloadError, match=r"the server is too slow .* try again to resume"):
         get(server, target, patience=0.1, slowest=10_000_000)

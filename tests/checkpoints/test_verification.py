@@ -51,7 +51,7 @@ def test_every_defect_is_found(tmp_path: Path, change: Any, says: str) -> None:
     assert says in found.problems[0]
 
 
-def test_a_record_that_cannot_be_read_is_told(server: Server) -> None:
+def test_an_unreadable_record_is_reported(server: Server) -> None:
     path = checkpoints.download(NAME)
     path.with_name(f"{path.name}.json").write_text("{")
     (problem,) = checkpoints.verify(path).problems
@@ -67,7 +67,7 @@ def test_a_changed_and_a_cut_file(server: Server) -> None:
     assert "cut short" in problems[1]
 
 
-def test_a_file_of_no_name(tmp_path: Path, home: Path) -> None:
+def test_a_file_without_a_known_name(tmp_path: Path, home: Path) -> None:
     torch.save({"model": STATE}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="name the expected ones"):
         checkpoints.verify(tmp_path / "w.pth")

@@ -87,7 +87,7 @@ assert len(set(map(id, launch.recipe.compiled.values()))) == len(launch.recipe.c
 
 
 @pytest.mark.alone
-def test_a_call_costs_little_more_than_an_empty_operator_s():
+def test_a_call_costs_little_more_than_an_empty_operator():
     """Measured: 11 to 19 times without a gradient, 14 to 20 with one; before, `na2d` took 21 and 31."""
     triton_builds.require_compiler(90)
     root = Path(__file__).parent.parent.parent

@@ -48,7 +48,7 @@ def test_gradients_of_gradients_are_right_on_a_cpu():
 
 
 @plain
-def test_compilers_and_exporters_see_no_operator_of_ours():
+def test_compilers_and_exporters_see_no_custom_operator():
     def step(x, kernels):
         return dynamic_depthwise_conv2d(x, kernels)
 
@@ -132,7 +132,7 @@ def test_half_precision():
 
 @computes
 @pytest.mark.parametrize("programs", [1, 1 << 20])
-def test_sums_are_whole_however_images_are_cut(programs, monkeypatch):
+def test_sums_are_complete_for_any_cut_of_the_images(programs, monkeypatch):
     from hybridzoo.kernels.depthwise import triton_impl
 
     monkeypatch.setattr(triton_impl, "PROGRAMS", programs)
@@ -142,7 +142,7 @@ def test_sums_are_whole_however_images_are_cut(programs, monkeypatch):
 
 
 @computes
-def test_nothing_but_the_tensors_is_read_or_left_unwritten():
+def test_kernels_read_only_their_inputs_and_write_all_outputs():
     """Views inside larger NaN buffers, and NaN in every fresh allocation."""
     torch.manual_seed(0)
     buffer = torch.full((4, 9, 10, 3, 24), torch.nan, device=DEVICE)
@@ -165,7 +165,7 @@ def test_nothing_but_the_tensors_is_read_or_left_unwritten():
 
 
 @computes
-def test_maps_kernels_and_gradients_may_lie_any_way():
+def test_maps_kernels_and_gradients_may_have_any_strides():
     torch.manual_seed(0)
     x, kernels, bias = (t.detach() for t in leaves(2, 4, 6, 16, torch.float32, DEVICE))
     other = (
@@ -192,7 +192,7 @@ def test_operators_are_well_formed():
 
 
 @computes
-def test_no_images_are_no_error():
+def test_an_empty_batch_is_valid():
     tensors = leaves(0, 4, 5, 16, torch.float32, DEVICE)
     shapes = [tuple(t.shape) for t in results(by_triton, tensors, torch.empty(0, 4, 5, 16, device=DEVICE))]
     assert shapes == [(0, 4, 5, 16), (0, 4, 5, 16), (0, 16, 9), (0, 16)]

@@ -76,7 +76,7 @@ sides, kernels, dilations = st.integers(1, 26), st.sampled_from([1, 3, 5, 7, 9])
     batch=st.integers(1, 2), heads=st.integers(1, 2), head_dim=st.integers(1, 5), biased=st.booleans(),
     seed=st.integers(0, 99), chunk=st.sampled_from([1, 3000, torch_impl.CHUNK_BACKWARD]),
 )  # fmt: skip
-def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, head_dim, biased, seed, chunk):
+def test_any_shape_equals_the_reference(size, kernel, dilation, batch, heads, head_dim, biased, seed, chunk):
     torch.manual_seed(seed)
     leaves = inputs(batch, *size, heads, head_dim, kernel if biased else None, dtype=torch.float64)
     grad = torch.randn_like(leaves[0])
@@ -179,7 +179,7 @@ def test_operators_are_well_formed(biased):
     torch.library.opcheck(operators.na2d_backward, args)
 
 
-def test_a_packed_projection_s_gradient_is_not_put_together():
+def test_the_gradient_of_a_packed_projection_is_not_concatenated():
     """Nothing copies three gradients into one; in low precision too, where sums are wider."""
 
     class Names(TorchDispatchMode):
@@ -222,7 +222,7 @@ def test_a_packed_projection_is_checked_compiled_exported_and_filled():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype):
+def test_low_precision_is_as_accurate_as_the_reference(dtype):
     torch.manual_seed(0)
     leaves = inputs(2, 17, 12, 2, 16, (5, 5), dtype=torch.float64)
     low = [t.to(dtype) for t in leaves]
@@ -240,7 +240,7 @@ def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype):
         assert (o.double() - e).abs().max() <= allowed
 
 
-def test_autocast_leaves_the_inputs_precision_alone():
+def test_autocast_does_not_change_the_precision():
     """Half maps from an autocast projection meet a float32 bias; float32 maps are computed in float32 throughout."""
     torch.manual_seed(0)
     q, k, v, rpb = inputs(1, 12, 15, 2, 16, (3, 3))
@@ -268,7 +268,7 @@ def test_strided_views_of_a_packed_projection():
     assert out.is_contiguous()
 
 
-def test_a_gradient_with_any_strides_is_taken():
+def test_gradients_may_have_any_strides():
     torch.manual_seed(0)
     leaves = inputs(1, 6, 7, 2, 4, (3, 3))
     grad = torch.randn(1, 2, 4, 6, 7).permute(0, 3, 4, 1, 2)
@@ -308,7 +308,7 @@ def test_gradients_are_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_frozen_bias_costs_no_gradient(monkeypatch):
+def test_a_frozen_bias_needs_no_gradient(monkeypatch):
     q, k, v, rpb = inputs(1, 6, 6, 1, 4, (3, 3))
     wanted = []
 
@@ -325,7 +325,7 @@ def test_a_frozen_bias_costs_no_gradient(monkeypatch):
     assert wanted == [False, True]
 
 
-def test_without_a_bias_no_gradient_of_one():
+def test_no_gradient_of_the_bias_without_a_bias():
     q, k, v = (t.requires_grad_() for t in inputs(1, 8, 8, 1, 4))
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(na2d(q, k, v, 3).square().sum(), (q, k, v)))
     frozen = torch.zeros(1, 5, 5)
@@ -392,7 +392,7 @@ def test_compiles_as_one_node_per_direction():
 
 
 @pytest.mark.filterwarnings("ignore")  # of a trace, that it holds for one size, and is deprecated
-def test_compilers_take_one_tensor_as_query_key_and_value():
+def test_compilers_accept_one_tensor_as_query_key_and_value():
     x = torch.randn(1, 6, 7, 2, 4)
     attend = lambda x: na2d(x, x, x, 3, scale=0.5)  # noqa: E731
     torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(x), attend(x))
@@ -494,7 +494,7 @@ def test_exports_for_any_height_and_width(dilation):
         torch.testing.assert_close(program.module()(other), module(other))
 
 
-def test_what_export_cannot_do_is_said():
+def test_unsupported_exports_are_named():
     module, qkv = _Attend(1).eval(), torch.randn(2, 20, 31, 3, 2, 8)
     module.impl = "triton"
     with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: .*(exported|not installed)"):
@@ -511,7 +511,7 @@ def test_an_export_under_autocast_keeps_the_inputs_precision():
     torch.testing.assert_close(out, module(qkv))
 
 
-def test_operations_are_counted_as_the_field_counts_them():
+def test_flop_counters_count_multiplications_and_additions():
     def count(size, kernel, dilation):
         leaves = [t.requires_grad_() for t in inputs(2, *size, 3, 4)]
         with FlopCounterMode(display=False) as counter:
@@ -570,13 +570,13 @@ def test_bad_arguments_are_named(change, message):
         (dict(scale=torch.ones(())), "scale must be a number, got a tensor: .* Multiply query by it instead"),
     ],
 )
-def test_things_of_the_wrong_kind_are_named(change, message):
+def test_arguments_of_a_wrong_type_are_named(change, message):
     args = dict(zip(("query", "key", "value"), inputs(2, 8, 8, 2, 8), strict=True), kernel_size=3)
     with pytest.raises(TypeError, match=message):
         na2d(**{**args, **change})
 
 
-def test_numbers_may_be_of_any_kind():
+def test_numbers_may_have_any_type():
     numpy = pytest.importorskip("numpy")
     torch.manual_seed(0)
     q, k, v = inputs(1, 8, 9, 2, 8)
@@ -584,7 +584,7 @@ def test_numbers_may_be_of_any_kind():
     assert torch.equal(same, na2d(q, k, v, (3, 5), 2, scale=0.5))
 
 
-def test_windows_that_triton_cannot_hold_are_named(monkeypatch):
+def test_windows_that_triton_does_not_support_are_named(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q, k, v = inputs(1, 8, 8, 1, 16)

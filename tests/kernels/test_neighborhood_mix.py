@@ -69,7 +69,7 @@ sides, kernels, dilations = st.integers(1, 20), st.sampled_from([1, 3, 5, 7, 9])
     batch=st.integers(1, 2), heads=st.integers(1, 2), widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     biased=st.booleans(), seed=st.integers(0, 99), chunk=st.sampled_from([1, 3000, mix_torch.CHUNK]),
 )  # fmt: skip
-def test_any_shape_equals_the_definition(size, kernel, dilation, batch, heads, widths, biased, seed, chunk):
+def test_any_shape_equals_the_reference(size, kernel, dilation, batch, heads, widths, biased, seed, chunk):
     torch.manual_seed(seed)
     leaves = inputs(batch, *size, heads, *widths, kernel, dtype=torch.float64)[: 5 if biased else 3]
     grad = torch.randn_like(leaves[2])
@@ -127,7 +127,7 @@ def test_operators_are_well_formed(biased):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype):
+def test_low_precision_is_as_accurate_as_the_reference(dtype):
     torch.manual_seed(0)
     leaves = inputs(2, 9, 8, 2, 8, 8, (5, 5), dtype=torch.float64)
     grad = torch.randn_like(leaves[2])
@@ -190,7 +190,7 @@ def test_no_tensor_is_as_wide_as_a_window():
     assert mode.bytes < 169 * leaves[0][..., 0].numel() * 4 / 4  # the scores of all places
 
 
-def test_only_inputs_and_the_result_are_kept_and_may_lie_anywhere():
+def test_only_inputs_and_the_result_are_kept_with_any_strides():
     packed = torch.randn(2, 3, 2, 4, 11, 15, requires_grad=True).permute(0, 4, 5, 1, 2, 3)
     query, value, _ = packed.unbind(3)  # channels first: no axis where one expects it
     taps, saved = torch.randn(2, 2, 9, 4, requires_grad=True), []
@@ -232,7 +232,7 @@ def test_compiles_as_one_node_and_exports_into_plain_operators():
     torch.testing.assert_close(program.module()(*more), Mix()(*more))
 
 
-def test_autocast_leaves_the_inputs_precision_alone():
+def test_autocast_does_not_change_the_precision():
     leaves = inputs(1, 12, 15, 2, 16, 16, (3, 3))
     expected = neighborhood_mix2d(*leaves[:3], 3, rpb=leaves[4])
     with torch.autocast("cpu", torch.bfloat16):

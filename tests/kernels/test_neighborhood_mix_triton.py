@@ -67,7 +67,7 @@ def test_values_and_gradients(case, dtype):
 
 @computes
 @pytest.mark.parametrize("programs", [1, 1000])
-def test_sums_are_whole_however_many_programs_share_them(programs, monkeypatch):
+def test_sums_are_complete_for_any_number_of_programs(programs, monkeypatch):
     """And a class may have no token in its last tile."""
     monkeypatch.setattr(mix_triton, "PROGRAMS", programs / 132)
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_sums_are_whole_however_many_programs_share_them(programs, monkeypatch):
 
 
 @computes
-def test_nothing_but_the_tensors_is_read_or_left_unwritten():
+def test_kernels_read_only_their_inputs_and_write_all_outputs():
     """Views inside a larger NaN buffer, and NaN in every fresh allocation."""
     torch.manual_seed(0)
     buffer = torch.full((2, 7, 10, 3, 3, 19), torch.nan, device=DEVICE)
@@ -136,7 +136,7 @@ def launches(side, heads, width, kernel, dtype, tables=True):
 
 @compiles
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
-def test_what_overlock_runs_compiles(capability):
+def test_the_kernels_of_overlock_compile(capability):
     """Stage 3 of the tiny network; windows of 5 and 7 change constants only, and take less."""
     triton_builds.assert_builds(capability, launches(14, 8, 16, 13, torch.bfloat16))
 
@@ -146,5 +146,5 @@ def test_what_overlock_runs_compiles(capability):
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("width", "kernel", "tables"), [(16, 5, False), (16, 13, True), (32, 13, True)])
-def test_the_limits_compile(capability, dtype, width, kernel, tables):
+def test_the_kernels_at_their_limits_compile(capability, dtype, width, kernel, tables):
     triton_builds.assert_builds(capability, launches(14, 8, width, kernel, dtype, tables))

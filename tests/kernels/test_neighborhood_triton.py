@@ -118,7 +118,7 @@ def test_a_class_may_have_no_token_in_its_last_tile(monkeypatch):
     [((3, 3), (1, 1), torch.float32), ((5, 5), (1, 2), torch.float32), ((3, 3), (1, 1), torch.float16)],
     ids=["tiled", "dense", "whole"],
 )
-def test_nothing_but_the_tensors_is_read_or_left_unwritten(kernel, dilation, dtype):
+def test_kernels_read_only_their_inputs_and_write_all_outputs(kernel, dilation, dtype):
     """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
     torch.manual_seed(0)
     buffer = torch.full((2, 7, 10, 3, 3, 29), torch.nan, device=DEVICE, dtype=dtype)
@@ -179,7 +179,7 @@ def test_operators_are_well_formed(bias):
         torch.library.opcheck(operators.na2d_backward, args)
 
 
-def test_a_frozen_bias_costs_no_kernel():
+def test_a_frozen_bias_needs_no_kernel():
     *inputs, grad = (torch.empty(1, 9, 9, 2, 32, device="meta") for _ in range(5))
     lse, rpb = torch.empty(1, 9, 9, 2, device="meta"), torch.empty(2, 5, 5, device="meta")
     window = Window((3, 3), (1, 1), 0.3)
@@ -197,7 +197,7 @@ def test_a_frozen_bias_costs_no_kernel():
 
 
 @not_interpreted
-def test_float32_products_are_taken_as_pytorch_takes_its_own():
+def test_float32_products_follow_the_tf32_setting_of_pytorch():
     """In a process for each way: once one way to allow TF32 was used, PyTorch refuses others."""
     program = """
 import os, torch
@@ -228,7 +228,7 @@ sides = st.integers(1, 40)
     dilation=st.tuples(*[st.integers(1, 5)] * 2), block_d=st.sampled_from([16, 32, 64, 128]),
     kind=st.sampled_from(triton_configs.WHOLE),
 )  # fmt: skip
-def test_a_tile_and_all_it_meets_fit_their_block(size, kernel, dilation, block_d, kind):
+def test_a_tile_and_its_keys_fit_their_block(size, kernel, dilation, block_d, kind):
     """Counted from the definition's tables; and no token is left out."""
     axes = [triton_configs.Axis.of(*axis) for axis in zip(size, kernel, dilation, strict=True)]
     cut = triton_configs.whole(kind, *axes, block_d, 2, torch.device("cpu"))
@@ -253,7 +253,7 @@ def test_a_tile_and_all_it_meets_fit_their_block(size, kernel, dilation, block_d
 
 
 @pytest.mark.parametrize(("side", "dilation"), [(56, 1), (28, 4), (14, 1), (29, 2)])
-def test_what_a_tuning_run_tries_can_run(side, dilation):
+def test_the_candidates_of_a_tuning_run_can_run(side, dilation):
     with tuning.asked() as asked:
         default = launches(side, 4, 32, 7, dilation, torch.bfloat16)
     assert len(asked) == len(default) - 1  # the last one sums what another left
@@ -268,7 +268,7 @@ def test_what_a_tuning_run_tries_can_run(side, dilation):
 
 
 @computes
-def test_query_key_and_value_may_lie_differently():
+def test_query_key_and_value_may_have_different_strides():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 4, 5, 2, 16, device=DEVICE)
     other = k.transpose(1, 3).contiguous().transpose(1, 3), v.transpose(3, 4).contiguous().transpose(3, 4)
@@ -276,7 +276,7 @@ def test_query_key_and_value_may_lie_differently():
 
 
 @computes
-def test_a_batch_is_summed_whole_whatever_a_program_takes(monkeypatch):
+def test_a_batch_is_summed_completely_for_any_images_per_program(monkeypatch):
     """Images share programs in three kernels; an odd batch leaves the last program fewer."""
     monkeypatch.setattr(triton_impl, "_images", lambda *_: 2)
     torch.manual_seed(0)
@@ -304,7 +304,7 @@ def test_gradients_are_the_same_bits_every_time(dilation):
         (dict(height=1 << 24), "32-bit offsets"),
     ],
 )
-def test_what_the_kernels_cannot_take_is_said(change, reason):
+def test_unsupported_calls_are_named(change, reason):
     case = dict(dtype=torch.float32, head_dim=32, height=9) | change
     query = torch.empty(1, case["height"], 9, 2, case["head_dim"], dtype=case["dtype"], device="meta")
     assert re.search(reason, triton_common.unsupported(query) or "")
@@ -341,7 +341,7 @@ def pretend(capability, monkeypatch):
 
 @compiles
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
-def test_what_dinat_runs_compiles(capability, monkeypatch):
+def test_the_kernels_of_dinat_compile(capability, monkeypatch):
     """Half precision, head_dim 32, kernel 7; at 224 pixels the first stage alternates dilation 1 and 8."""
     pretend(capability, monkeypatch)
     tiled, dense = (launches(56, 2, 32, 7, dilation, torch.bfloat16) for dilation in (1, 8))
@@ -367,7 +367,7 @@ WITHOUT_BIAS = [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 128)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "head_dim"), [(t, d) for t, row in LIMITS.items() for d in row], ids=str)
-def test_the_limits_compile(capability, dtype, head_dim, monkeypatch):
+def test_the_kernels_at_their_limits_compile(capability, dtype, head_dim, monkeypatch):
     pretend(capability, monkeypatch)
     wanted = []
     for bias in (True, False) if (dtype, head_dim) in WITHOUT_BIAS else (True,):

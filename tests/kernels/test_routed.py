@@ -73,7 +73,7 @@ def grids(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_shape_equals_the_definition(data):
+def test_any_shape_equals_the_reference(data):
     grid, (height, width), filled = data.draw(grids(), "grid")
     topk = data.draw(st.integers(1, grid.regions + 1), "topk")  # longer than the list of regions: duplicates
     torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
@@ -140,7 +140,7 @@ def test_operators_are_well_formed(grouping):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype, grouping):
+def test_low_precision_is_as_accurate_as_the_reference(dtype, grouping):
     torch.manual_seed(0)
     qkv = [t.requires_grad_() for t in maps(2, 9, 12, 2, 16, dtype=torch.float64)]
     low = [t.detach().to(dtype).requires_grad_() for t in qkv]
@@ -159,7 +159,7 @@ def test_low_precision_is_as_good_as_the_definition_in_that_precision(dtype, gro
 
 
 @pytest.mark.parametrize("size", [8, 200])  # of scores: about 60, where half precision errs by some percent; 40,000
-def test_gradients_of_large_half_precision_logits_are_as_good_as_float32_makes_them(grouping, size):
+def test_gradients_of_large_float16_logits_are_as_accurate_as_in_float32(grouping, size):
     torch.manual_seed(0)
     low = [(t * size).half().requires_grad_() for t in maps(1, 9, 9, 2, 16)]
     routes = torch.randint(0, 9, (1, 9, 3))
@@ -347,7 +347,7 @@ def test_export_refuses_triton():
         torch.export.export(Module(), (*maps(1, 6, 6, 1, 16), torch.zeros(1, 9, 1, dtype=torch.int64)))
 
 
-def test_routing_is_float32_without_gradient_whatever_the_context():
+def test_routing_is_always_float32_without_gradient():
     torch.manual_seed(0)
     q, k, _ = maps(2, 14, 14, 2, 32)
     q.requires_grad_()
@@ -434,7 +434,7 @@ def test_bad_arguments_are_named(change, message):
         (dict(scale=torch.ones(())), "scale must be a number, got a tensor"),
     ],
 )
-def test_things_of_the_wrong_kind_are_named(change, message):
+def test_arguments_of_a_wrong_type_are_named(change, message):
     args = dict(zip(("query", "key", "value"), maps(2, 8, 8, 2, 8), strict=True), regions=4)
     args["routes"] = torch.zeros(2, 16, 1, dtype=torch.int64)
     with pytest.raises(TypeError, match=message):
@@ -456,7 +456,7 @@ def test_topk_out_of_range_is_named(topk):
         bi_level_route(torch.zeros(1, 8, 8, 1, 4), torch.zeros(1, 8, 8, 1, 4), 4, topk)
 
 
-def test_autocast_leaves_the_inputs_precision_alone(grouping):
+def test_autocast_does_not_change_the_precision(grouping):
     torch.manual_seed(0)
     qkv = [t.requires_grad_() for t in maps(1, 6, 6, 2, 8)]
     routes = torch.randint(0, 4, (1, 4, 2))
@@ -468,7 +468,7 @@ def test_autocast_leaves_the_inputs_precision_alone(grouping):
 
 
 @pytest.mark.parametrize("side", [3, 5])
-def test_the_bias_of_a_gpu_has_rows_that_its_kernels_take_as_they_are(side, monkeypatch):
+def test_the_bias_on_a_gpu_has_aligned_rows(side, monkeypatch):
     """Rows of memory are multiples of 16 elements, and the values those of a CPU."""
     torch.manual_seed(0)
     q, k, _ = maps(2, side, side, 1, 4)

@@ -148,7 +148,7 @@ def test_published_values_and_gradients(name):
 @computes
 @pytest.mark.parametrize("topk", [1, 5], ids=["listed", "small"])
 @pytest.mark.parametrize("filled", [False, True])
-def test_nothing_but_the_tensors_is_read_or_left_unwritten(topk, filled):
+def test_kernels_read_only_their_inputs_and_write_all_outputs(topk, filled):
     """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
     torch.manual_seed(0)
     buffer = torch.full((2, 7, 10, 3, 3, 29), torch.nan, device=DEVICE)
@@ -223,7 +223,7 @@ def test_routes_out_of_range_read_nothing_outside_the_tensors(number):
 
 
 @computes
-def test_query_key_and_value_may_lie_differently():
+def test_query_key_and_value_may_have_different_strides():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 4, 6, 2, 16, device=DEVICE)
     other = k.transpose(1, 3).contiguous().transpose(1, 3), v.transpose(3, 4).contiguous().transpose(3, 4)
@@ -233,7 +233,7 @@ def test_query_key_and_value_may_lie_differently():
 
 
 @computes
-def test_a_region_that_nobody_lists_has_no_gradient_and_one_listed_twice_twice_the_weight():
+def test_unlisted_regions_have_no_gradient_and_repeated_ones_count_twice():
     torch.manual_seed(0)
     q, k, v, _ = leaves(1, (4, 16), 1, 16, False, torch.float32)
     grid = Grid(1, 4, 4, 4)
@@ -287,7 +287,7 @@ def test_published_choice_of_regions(name):
 
 @computes
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1e30])
-def test_a_choice_among_equals_or_nonsense_names_regions_once(value):
+def test_a_choice_among_equal_or_nan_scores_lists_each_region_once(value):
     query = torch.full((1, 6, 6, 1, 16), value, device=DEVICE)
     routes = operators.bi_level_route(query, query, None, [3, 3, 2, 2], 4, 1.0)
     assert routes.tolist() == [[[0, 1, 2, 3]] * 9]
@@ -330,7 +330,7 @@ def test_gradients_are_the_same_bits_every_time(side, topk):
         (dict(height=1 << 24), "32-bit offsets"),
     ],
 )
-def test_what_the_kernels_cannot_take_is_said(change, reason):
+def test_unsupported_calls_are_named(change, reason):
     case = dict(dtype=torch.float32, head_dim=32, height=9) | change
     query = torch.empty(1, case["height"], 9, 2, case["head_dim"], dtype=case["dtype"], device="meta")
     assert re.search(reason, triton_common.unsupported(query) or "")
@@ -349,7 +349,7 @@ def test_what_the_kernels_cannot_take_is_said(change, reason):
         (28, 8, 32, 14, 60, torch.bfloat16, "torch"),  # more regions than a number has bits
     ],
 )
-def test_what_auto_takes_on_a_gpu(monkeypatch, side, heads, head_dim, regions, topk, dtype, expected):
+def test_the_choice_of_auto_on_a_gpu(monkeypatch, side, heads, head_dim, regions, topk, dtype, expected):
     monkeypatch.undo()  # what the interpreter is given
     monkeypatch.setattr(api.arguments, "implementation", lambda impl, query: "torch" if impl == "torch" else "triton")
     query = torch.empty(1, side, side, heads, head_dim, dtype=dtype, device="meta")
@@ -385,7 +385,7 @@ STAGES = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # of BiFormer-T and -S: stride, he
 
 @compiles
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
-def test_what_biformer_runs_compiles(capability):
+def test_the_kernels_of_biformer_compile(capability):
     """Half precision at 224 pixels."""
     per_stage = [launches((224 // s,) * 2, heads, 32, (7, 7), topk, torch.bfloat16) for s, heads, topk in STAGES]
     choice = ["region_means", "choose_regions"]
@@ -399,7 +399,7 @@ def test_what_biformer_runs_compiles(capability):
 @compiles
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
-def test_what_biformer_runs_at_other_sizes_compiles(capability):
+def test_the_kernels_of_biformer_at_other_sizes_compile(capability):
     """512 and 800 x 1344 pixels, in the authors' grids and in one of 32 x 32 pixels a region, and stage 2 at 224."""
     for sides, regions in (
         ((224, 224), (7, 7)),
@@ -419,7 +419,7 @@ DTYPES = [(torch.bfloat16, d) for d in (16, 32, 64, 96, 128)] + [(torch.float32,
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", triton_builds.CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "head_dim"), [*DTYPES, (torch.float16, 64)], ids=str)
-def test_the_limits_compile(capability, dtype, head_dim):
+def test_the_kernels_at_their_limits_compile(capability, dtype, head_dim):
     """Every kernel at every width, its largest blocks; tokens lie beyond the map, for some also not."""
     wanted = []
     for side in (223, 224) if dtype == torch.bfloat16 or head_dim == 128 else (223,):

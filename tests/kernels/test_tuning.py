@@ -32,20 +32,20 @@ def gpu(monkeypatch, tmp_path):
     tuning.forget()
 
 
-def test_defaults_serve_where_nothing_is_tuned(gpu):
+def test_defaults_are_used_without_a_tuned_table(gpu):
     assert tuning.pick(TABLE, KEY, GPU) == tuning.pick(TABLE, KEY) == DEFAULT
     assert tuning.pick(TABLE, KEY._replace(block_d=16), GPU) == DEFAULT  # head_dim 16 takes the row of 32
 
 
 @pytest.mark.parametrize("shape", [KEY.shape, ""], ids=["this shape", "all shapes"])
-def test_the_table_of_the_chip_comes_before_the_defaults(gpu, shape):
+def test_the_table_of_the_gpu_overrides_the_defaults(gpu, shape):
     gpu.write_text(json.dumps({"rows": [row(KEY._replace(shape=shape), TUNED)]}))
     assert tuning.pick(TABLE, KEY, GPU) == TUNED
     assert tuning.pick(TABLE, KEY, torch.device("cpu")) == DEFAULT
     assert tuning.pick(TABLE, KEY._replace(shape="other"), GPU) == (DEFAULT if shape else TUNED)
 
 
-def test_a_file_that_the_user_names_comes_first(gpu, monkeypatch, tmp_path):
+def test_the_users_table_overrides_all_others(gpu, monkeypatch, tmp_path):
     gpu.write_text(json.dumps({"rows": [row(KEY, DEFAULT)]}))
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps({"rows": [row(KEY, TUNED)]}))
@@ -54,7 +54,7 @@ def test_a_file_that_the_user_names_comes_first(gpu, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", '{"rows": [{}]}', '{"rows": [1]}'])
-def test_what_is_no_table_is_named(gpu, monkeypatch, tmp_path, text):
+def test_a_file_that_is_not_a_table_is_named(gpu, monkeypatch, tmp_path, text):
     file = tmp_path / "bad.json"
     if text is not None:
         file.write_text(text)
@@ -63,7 +63,7 @@ def test_what_is_no_table_is_named(gpu, monkeypatch, tmp_path, text):
         tuning.pick(TABLE, KEY, GPU)
 
 
-def test_plans_follow_what_is_tried():
+def test_plans_use_the_configuration_that_is_tried():
     @tuning.plan
     def blocks(height):
         return tuning.pick(TABLE, KEY)
@@ -86,7 +86,7 @@ def test_candidates_are_new_and_within_limits(blocks):
     assert blocks or {(c.queries, c.keys) for c in found} == {(64, 64)}
 
 
-def test_the_tables_that_are_shipped_are_readable():
+def test_shipped_tables_are_readable():
     for file in tuning.FOLDER.glob("*.json"):
         assert tuning.read_table(file)
 
@@ -112,7 +112,7 @@ def accepted(key, config):
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_what_is_shipped_is_what_kernels_take(file):
+def test_rows_of_shipped_tables_fit_the_kernels(file):
     """Where this fails, the rows it names are stale: tune again (`python -m benchmarks.gpu`), or delete them."""
     table = tuning.read_table(file)
     assert table
@@ -120,7 +120,7 @@ def test_what_is_shipped_is_what_kernels_take(file):
     assert [key for key, config in table.items() if not accepted(key, config)] == []
 
 
-def test_rows_that_fit_no_kernel_of_today_do_no_harm(monkeypatch, tmp_path):
+def test_outdated_rows_are_harmless(monkeypatch, tmp_path):
     """One for a kernel that is no more, and one whose block holds no tile of its map."""
     axis = na2d_configs.Axis.of(56, 7, 1)
     where = "forward_whole", axis, axis, 32, 2, torch.device("cpu")

@@ -69,7 +69,7 @@ def test_published_module_values_and_gradients(name):
         goldens.assert_close(parameter.grad, grads[key])
 
 
-def test_no_images_are_no_error():
+def test_an_empty_batch_is_valid():
     layer = AgentAttention(16, 2)
     assert layer(torch.empty(0, 5, 6, 16)).shape == (0, 5, 6, 16)
     with torch.no_grad():

@@ -35,7 +35,7 @@ def test_published_module_values_and_gradients(name):
 
 
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
-def test_paddings_agree_where_regions_divide_the_map(padding):
+def test_paddings_agree_if_regions_divide_the_map(padding):
     torch.manual_seed(0)
     layer = BiLevelRoutingAttention(16, 2, 3, regions=(3, 4))
     other = BiLevelRoutingAttention(16, 2, 3, regions=(3, 4), padding=padding)
@@ -60,7 +60,7 @@ def test_zeros_padding_routes_by_means_over_real_tokens():
         assert routes[0, 0, 0] == best
 
 
-def test_mask_padding_lets_nothing_beyond_the_edge_in():
+def test_tokens_beyond_the_map_are_not_attended_to_with_mask_padding():
     """With all regions routed, masked attention at an odd size is plain attention over the map."""
     torch.manual_seed(0)
     layer = BiLevelRoutingAttention(16, 2, 4, regions=2, padding="mask").double()
@@ -104,7 +104,7 @@ def test_a_network_of_such_layers_takes_an_empty_batch():
     assert x.grad.shape == x.shape
 
 
-def test_the_layer_says_how_it_is_set():
+def test_repr_shows_the_settings_of_the_layer():
     layer = BiLevelRoutingAttention(8, 2, 4, regions=[7, 5])
     assert layer.regions == (7, 5)
     assert layer.extra_repr() == "num_heads=2, topk=4, regions=(7, 5), padding='bias'"

@@ -57,7 +57,7 @@ def test_a_larger_map_is_padded_with_zeros_that_are_attended_to():
         torch.testing.assert_close(layer(x)[0], expected[:, :3, :6])
 
 
-def test_bias_follows_weights_and_serves_smaller_maps():
+def test_the_bias_follows_the_weights_and_works_on_smaller_maps():
     bias = AbsoluteOffsetBias(2, 7).eval()
     torch.nn.init.normal_(bias.table)
     with torch.no_grad():

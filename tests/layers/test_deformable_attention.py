@@ -163,7 +163,7 @@ def test_any_size_has_finite_values_and_gradients(size, offset_range):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_a_single_key_stands_in_the_middle():
+def test_a_single_key_is_sampled_in_the_middle():
     layer = layer_of(stride=8)
     layer.offset.proj.weight.data.zero_()
     places = layer.places(torch.randn(1, 6, 17, 16))[0, 0, 0]
@@ -171,7 +171,7 @@ def test_a_single_key_stands_in_the_middle():
 
 
 @pytest.mark.parametrize("offset_range", [None, 1.0])
-def test_large_maps_attend_part_by_part_and_keep_little_for_the_backward_pass(monkeypatch, offset_range):
+def test_large_maps_are_processed_in_parts_and_need_little_memory(monkeypatch, offset_range):
     layer = layer_of(stride=2, offset_range=offset_range).double()
     x = torch.randn(1, 24, 20, 16, dtype=torch.float64)
     results, kept = [], []

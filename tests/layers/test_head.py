@@ -19,7 +19,7 @@ def head_of(**kwargs) -> PooledHead:
 
 
 @pytest.mark.parametrize("born_dense", [False, True])
-def test_layers_go_with_the_pooling_and_come_back_fresh(born_dense):
+def test_removing_the_pooling_removes_layers_and_restoring_it_creates_new_ones(born_dense):
     head = head_of(num_classes=0, pool_type="") if born_dense else head_of()
     names = set(head_of().state_dict())
     x = torch.randn(1, 4, 5, 5)

@@ -67,7 +67,7 @@ def allowed(monkeypatch):
         (False, False, (False, False, True, True)),
     ],
 )
-def test_a_gpu_trains_without_cudnns_attention(cudnn, flash, expected, allowed):
+def test_training_on_a_gpu_does_not_use_cudnns_attention(cudnn, flash, expected, allowed):
     CUDA.enable_cudnn_sdp(cudnn)
     CUDA.enable_flash_sdp(flash)
     query = torch.randn(1, 2, 5, 8)
@@ -79,14 +79,14 @@ def test_a_gpu_trains_without_cudnns_attention(cudnn, flash, expected, allowed):
     assert allowed[1] == (cudnn, flash, True, True)
 
 
-def test_who_wants_cudnn_alone_gets_it(allowed):
+def test_cudnns_attention_is_used_if_it_is_the_only_one_allowed(allowed):
     query = torch.randn(1, 2, 5, 8)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError):
         softmax_attention(query, query, query)  # a CPU has no such thing
     assert allowed == [(True, False, False, False)]
 
 
-def test_compilers_take_the_choice_along(monkeypatch):
+def test_compiled_code_keeps_the_choice(monkeypatch):
     monkeypatch.setattr(heads, "_trains_on_cuda", lambda query: True)
     query, key, value = torch.randn(3, 1, 2, 5, 8, requires_grad=True).unbind(0)
     compiled = torch.compile(softmax_attention, fullgraph=True, backend="aot_eager")

@@ -95,7 +95,7 @@ def test_half_precision_finds_its_pixels_on_large_maps():
     torch.testing.assert_close(half.float(), exact, rtol=0.05, atol=0.05)
 
 
-def test_depthwise_mlps_say_where_the_convolution_stands():
+def test_depthwise_mlps_need_the_position_of_the_convolution():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 4, 6, dtype=torch.float64)
     for residual in (False, True):

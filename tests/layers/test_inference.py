@@ -35,7 +35,7 @@ def randomised(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("padding", [None, "same"])
-def test_convolution_takes_its_norm_in(groups, bias, padding):
+def test_a_norm_is_folded_into_the_convolution_before_it(groups, bias, padding):
     layer = randomised(ConvNormAct(8, 16, 3, 2, groups=groups, bias=bias, padding=padding, act_layer=nn.ReLU))
     x = torch.randn(2, 8, 9, 12, dtype=torch.float64)
     expected = layer(x)
@@ -50,7 +50,7 @@ def test_convolution_takes_its_norm_in(groups, bias, padding):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
-def test_a_layer_takes_the_norm_before_it_in(affine, bias, kind):
+def test_a_norm_is_folded_into_the_layer_after_it(affine, bias, kind):
     norm, layer, x = (
         (nn.BatchNorm1d(6), nn.Linear(6, 4, bias=bias), torch.randn(5, 6))
         if kind == "linear"
@@ -63,7 +63,7 @@ def test_a_layer_takes_the_norm_before_it_in(affine, bias, kind):
     torch.testing.assert_close(fuse_norm_layer_eval(norm, layer)(x), layer(norm(x)))
 
 
-def test_fuse_reaches_everything_and_switches_to_evaluation():
+def test_fuse_folds_all_norms_and_switches_to_evaluation():
     blocks = nn.Sequential(
         MBConv(8, 8, hidden_dim=24, se_dim=4, pre_norm=True, shortcut=nn.Identity()),
         Residual(FusedMBConv(8, 8, hidden_dim=16)),
@@ -80,7 +80,7 @@ def test_fuse_reaches_everything_and_switches_to_evaluation():
     assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 7
 
 
-def test_dense_models_and_wrappers_fold_too():
+def test_dense_models_and_wrapped_models_can_be_folded():
     dense = randomised(timm.create_model("efficientvit_mit_b0", features_only=True, depths=(1, 1, 1, 1)))
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     expected = dense(x)
@@ -163,7 +163,7 @@ def test_a_fused_network_copies_pickles_and_is_saved(name, way):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # the forms; no GPU is needed for them
-def test_a_fused_network_follows_to_another_dtype_and_device(name, device):
+def test_a_fused_network_can_be_moved_to_another_dtype_and_device(name, device):
     model, x = small(name), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -204,7 +204,7 @@ def kinds(model: nn.Module) -> Counter:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_fusing_twice_adds_nothing_but_what_was_left_out(name):
+def test_fusing_twice_changes_only_what_was_left_out(name):
     x = torch.randn(2, 3, 64, 64)
     once = small(name).fuse((64, 64))
     expected, forms = once(x), kinds(once)
@@ -228,12 +228,12 @@ def test_fusing_twice_reads_images_of_as_many_channels():
 
 
 @pytest.mark.parametrize("device", ["gpu", "", 1.5])
-def test_a_kind_of_device_that_is_none_is_named(device):
+def test_an_unknown_type_of_device_is_named(device):
     with pytest.raises(ValueError, match=f"device must be .*; got {device!r}"):
         small("efficientvit_msra_m0").fuse(device=device)
 
 
-def test_position_tables_are_made_once_for_the_size_that_they_are_fixed_for():
+def test_position_tables_are_computed_once_for_their_fixed_size():
     model = timm.create_model("maxvit_tiny", depths=(1, 1, 1, 1), num_classes=3).fuse((64, 96))
     tables = [module for module in model.modules() if isinstance(module, Fixed)]
     assert tables

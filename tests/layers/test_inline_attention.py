@@ -30,7 +30,7 @@ def test_published_operator_values_and_gradients(name):
         goldens.assert_close(tensor.grad, expected, std=max(expected.std().item(), 1e-3))  # one token: exact zeros
 
 
-def test_equals_the_attention_map_that_it_never_forms():
+def test_equals_attention_with_an_explicit_map():
     q, k, v = torch.randn(3, 2, 3, 20, 8, dtype=torch.double)
     scores = q @ k.transpose(2, 3) * 8**-0.5 / 20
     weights = scores - scores.mean(-1, keepdim=True) + 1 / 20
@@ -56,7 +56,7 @@ def test_published_module_values_and_gradients(name):
         goldens.assert_close(parameter.grad, data[f"grad.{key}"])
 
 
-def test_no_images_are_no_error():
+def test_an_empty_batch_is_valid():
     layer = InLineAttention(16, 2, static_kernel=True)
     assert layer(torch.empty(0, 5, 6, 16)).shape == (0, 5, 6, 16)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_summary_replaces_the_token_mean():
     assert not torch.allclose(layer(x, (3, 4)), layer(x, (3, 4), summary=x.amax(1)))
 
 
-def test_large_means_cost_no_digits_in_bfloat16():
+def test_large_means_do_not_reduce_the_accuracy_in_bfloat16():
     """Keys and values with a mean of five standard deviations: a difference of large sums would be noise."""
     torch.manual_seed(0)
     q, k, v = (t.bfloat16() for t in torch.randn(3, 4, 2, 196, 32))

@@ -42,7 +42,7 @@ def test_queries_without_any_weight_give_zero_and_finite_gradients():
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_low_precision_loses_only_what_rounding_the_result_loses(dtype, limit, autocast):
+def test_low_precision_only_rounds_the_result(dtype, limit, autocast):
     """Products and sums here pass 65504 a thousand times over: in half precision they would be infinite."""
     query, key, value = inputs(1000, dtype, scale=200.0)
     expected = quadratic(query.double(), key.double(), value.double())
@@ -53,7 +53,7 @@ def test_low_precision_loses_only_what_rounding_the_result_loses(dtype, limit, a
     assert (out.double() - expected).abs().max() < limit * expected.abs().max()
 
 
-def test_layer_orders_channels_by_head_and_scales_after_each_other():
+def test_channels_are_ordered_by_scale_and_then_by_head():
     torch.manual_seed(0)
     layer = MultiScaleLinearAttention(16, head_dim=8, scales=(3, 5)).double().eval()
     x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_layer_orders_channels_by_head_and_scales_after_each_other():
         torch.testing.assert_close(layer(x), layer.proj(expected))
 
 
-def test_no_images_are_no_error():
+def test_an_empty_batch_is_valid():
     assert MultiScaleLinearAttention(16, 8)(torch.empty(0, 16, 5, 6)).shape == (0, 16, 5, 6)
 
 

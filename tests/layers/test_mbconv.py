@@ -91,7 +91,7 @@ def test_same_padding_puts_the_odd_zero_at_the_bottom_and_right():
     assert not torch.allclose(symmetric.eval()(x), block.eval()(x))
 
 
-def test_pool_shortcut_averages_what_is_there():
+def test_the_pooled_shortcut_averages_only_real_pixels():
     x = torch.arange(15.0).view(1, 1, 3, 5)
     expected = torch.tensor([[[[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]]])
     torch.testing.assert_close(PoolShortcut(1, 1, 2)(x), expected)

@@ -15,7 +15,7 @@ from hybridzoo.layers.neighborhood import fitting_dilation, resize_rpb
 CASES = {name: case for name, case in goldens.manifest("ops", "na2d")["cases"].items() if case["kind"] == "module"}
 
 
-def test_there_are_published_modules():
+def test_golden_outputs_of_modules_exist():
     assert len(CASES) == 3
     assert sum(case["padded_to"] != [case["H"], case["W"]] for case in CASES.values()) >= 2
 
@@ -56,7 +56,7 @@ def layer_without_padding(layer: NeighborhoodAttention2d) -> NeighborhoodAttenti
     return other
 
 
-def test_mask_padding_lets_nothing_beyond_the_edge_in():
+def test_tokens_beyond_the_map_are_not_attended_to_with_mask_padding():
     """Where the map is smaller than the window, plain attention over the whole map remains."""
     torch.manual_seed(0)
     layer = NeighborhoodAttention2d(16, 2, kernel_size=9, rel_pos_bias=False, padding="mask").double()
@@ -67,7 +67,7 @@ def test_mask_padding_lets_nothing_beyond_the_edge_in():
     assert dict(layer.named_parameters()).keys() == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
 
 
-def test_paddings_agree_where_the_window_fits():
+def test_paddings_agree_if_the_window_fits():
     torch.manual_seed(0)
     layer = NeighborhoodAttention2d(8, 2, (3, 5), (4, 2)).double()
     x = torch.randn(2, 12, 11, 8, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_any_map_size(padding, size, dilation):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_bfloat16_autocast_keeps_its_precision_where_it_pads():
+def test_bfloat16_autocast_keeps_its_precision_with_padding():
     layer = NeighborhoodAttention2d(32, 1, 7)
     x = torch.randn(1, 5, 6, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -142,7 +142,7 @@ def test_a_network_of_such_layers_takes_an_empty_batch():
     assert x.grad.shape == x.shape
 
 
-def test_the_layer_says_how_it_is_set():
+def test_repr_shows_the_settings_of_the_layer():
     layer = NeighborhoodAttention2d(8, 2, [3, 5], dilation="auto", padding="mask")
     assert layer.extra_repr() == "num_heads=2, kernel_size=(3, 5), dilation=auto, padding='mask'"
 

@@ -94,7 +94,7 @@ def test_dropouts_act_in_training_only():
         torch.testing.assert_close(layer(x), layer(x))
 
 
-def test_one_image_trains_by_the_gates_running_statistics():
+def test_one_image_trains_with_the_running_statistics_of_the_gates():
     """The published code raises: batch norm sees one value a channel."""
     layer = PartialChannelAttention(8, 2)
     before = layer.gate_norm.running_mean.clone()

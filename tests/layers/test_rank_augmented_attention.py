@@ -62,7 +62,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(rank_augmented_attention, inputs)
 
 
-def test_a_rotation_keeps_lengths_and_depends_on_distances_alone():
+def test_a_rotation_keeps_lengths_and_depends_only_on_distances():
     torch.manual_seed(0)
     rotation = Rotary2d(16)(5, 7, torch.float64, torch.device("cpu"))
     query, key = (torch.randn(16, dtype=torch.float64).expand(1, 1, 35, 16) for _ in range(2))
@@ -72,7 +72,7 @@ def test_a_rotation_keeps_lengths_and_depends_on_distances_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_over_large_maps_keep_their_digits_under_autocast(dtype):
+def test_sums_over_large_maps_are_accurate_under_autocast(dtype):
     torch.manual_seed(0)
     query, key, value = (3 * torch.randn(1, 1, 96 * 96, 16) for _ in range(3))
     expected = rank_augmented_attention(*(t.to(dtype).double() for t in (query, key, value)))

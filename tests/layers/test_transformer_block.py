@@ -16,7 +16,7 @@ class Shifted(nn.Module):
         return times * x + by
 
 
-def test_adds_both_updates_and_hands_arguments_on():
+def test_both_updates_are_added_and_arguments_are_passed_on():
     torch.manual_seed(0)
     block = TransformerBlock(8, Shifted(), 2.5, eps=0.1, layer_scale=0.5).double()
     assert block.mlp.fc1.out_features == 20

@@ -57,7 +57,7 @@ def test_a_fitted_window_attends_as_the_masked_one(height, width, dilated):
 
 
 @pytest.mark.parametrize("dilated", [False, True])
-def test_padding_lets_nothing_in(dilated):
+def test_padding_is_not_attended_to(dilated):
     """Each window of a map that the window does not divide equals attention over its real tokens alone."""
     torch.manual_seed(0)
     layer = WindowAttention(8, 2, (3, 3)).double()

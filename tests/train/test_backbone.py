@@ -100,7 +100,7 @@ def test_frozen_stages_switch_their_dropout_off():
     assert not torch.equal(first[3], second[3])
 
 
-def test_nothing_frozen_by_default_and_stem_alone_by_zero():
+def test_frozen_stages_are_none_by_default_and_0_freezes_the_stem():
     assert all(p.requires_grad for p in build(**RESNET).parameters())
     frozen = {n.split(".")[1] for n, p in build(**RESNET, frozen_stages=0).named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "bn1"}
@@ -206,6 +206,6 @@ def test_no_weight_decay_names_carry_the_prefix():
         ({"name": "convnext_atto", "weights": "/nowhere.pth"}, "nowhere"),
     ],
 )
-def test_bad_arguments_say_so(args, message):
+def test_bad_arguments_are_reported(args, message):
     with pytest.raises(UserError, match=message):
         PyramidBackbone(**args).init_weights()

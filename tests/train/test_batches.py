@@ -45,7 +45,7 @@ def test_statistics_are_the_mean_of_the_first_batches_and_then_move(variance: fl
     torch.testing.assert_close(norm.running_mean, expected)
 
 
-def test_statistics_that_came_with_weights_are_kept() -> None:
+def test_statistics_loaded_with_weights_are_kept() -> None:
     torch.manual_seed(0)
     batches = [torch.randn(8, 4) for _ in range(3)]
     ours, plain = nn.BatchNorm1d(4), nn.BatchNorm1d(4).train()
@@ -67,7 +67,7 @@ def _small(run_config: Any, *options: str) -> Any:
     return config
 
 
-def test_a_fresh_network_of_tiny_variances_validates_at_once(
+def test_a_new_network_with_tiny_variances_can_be_validated(
     run_config: Any, image_folder: Path, tmp_path: Path
 ) -> None:
     """EfficientViT's published initialisation gives its BatchNorms variances of 1e-9: three colours, 24 iterations."""
@@ -76,7 +76,9 @@ def test_a_fresh_network_of_tiny_variances_validates_at_once(
     assert metrics["accuracy/top1"] > 60
 
 
-def test_a_run_resumed_in_its_first_batches_goes_on_alike(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_in_its_first_batches_gives_the_same_result(
+    run_config: Any, image_folder: Path, tmp_path: Path
+) -> None:
     options = ("model.name=test_resnet", "param_scheduler=[]")  # four iterations an epoch
     engine.train(_small(run_config, *options), work_dir=tmp_path / "whole", data=image_folder, wandb=False)
     for epochs in (1, 2):
@@ -137,7 +139,7 @@ def test_a_bad_batch_is_described(batch: Any, words: list[str]) -> None:
     assert "a.png" not in said or "a.png" in words
 
 
-def test_a_nan_names_the_file_that_brought_it(
+def test_a_nan_names_its_file(
     run_config: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = FolderDataset.__getitem__

@@ -95,7 +95,7 @@ def test_models_side_by_side(call, tmp_path):
     assert out.count("written: ") == 3
 
 
-def test_one_that_fails_gets_its_reason_and_the_others_are_measured(call, tmp_path):
+def test_a_network_that_fails_is_reported_and_the_others_are_measured(call, tmp_path):
     code, out, err = call("models", "test_vit2", "test_resnet", *TINY[2:], "--img-size", "33x40", "--json")
     assert code == 1
     assert err == ""
@@ -161,7 +161,7 @@ def test_names_and_patterns(words, found):
     assert models.find(words) == found
 
 
-def test_what_is_known_of_a_network_equals_info():
+def test_metadata_of_a_network_agree_with_info():
     """At the published size; at another one it is counted."""
     for name in ("efficientvit_msra_m0", "overlock_xtiny", "dinat_mini"):
         found, info = network.facts(name, network.make(name), cards(name)[0].input_size), model_info.facts(name)
@@ -170,7 +170,7 @@ def test_what_is_known_of_a_network_equals_info():
     assert small["macs"] == pytest.approx(79.2e6 / 4, rel=0.3)
 
 
-def test_timms_networks_for_one_size_are_made_for_the_size_that_is_asked_for():
+def test_timms_networks_for_one_size_are_created_for_the_requested_size():
     assert network.make("test_vit", (64, 96)).patch_embed.img_size == (64, 96)
     assert network.make("maxvit_tiny", (64, 96)).pretrained_cfg["input_size"] == (3, 224, 224)
 
@@ -213,7 +213,7 @@ def test_more_networks_than_fit_at_once_are_measured_in_groups(monkeypatch):
     assert shares[-1] == 1
 
 
-def test_a_process_of_its_own():
+def test_a_network_is_measured_in_a_separate_process():
     """It answers, says an error in one line and goes on; its end is said too."""
     arguments = dict(name="test_resnet", way="inference", size=[32, 32], batch=1)
     worker = processes.Worker("hybridzoo.train.bench.network:Network", 1, **arguments)
@@ -232,7 +232,7 @@ def test_a_process_of_its_own():
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
-def test_want_of_memory_is_said_in_the_verbs_own_words(error):
+def test_too_little_memory_is_reported_with_the_commands_options(error):
     assert "--batch-size" in processes.say(error)
 
 
@@ -266,7 +266,7 @@ def test_forms_compute_the_same_with_the_same_gradients(op):
             torch.testing.assert_close(one, right, rtol=1e-6, atol=1e-6 * right.abs().max().item() + 1e-9)
 
 
-def test_operators_beside_other_forms(call, tmp_path):
+def test_operators_and_other_forms_are_measured(call, tmp_path):
     code, out, err = call(
         "ops", "mix", "routed", "--img-size", "96x128", "--batch-size", "1", "--repeats", "1", "--json"
     )
@@ -281,7 +281,7 @@ def test_operators_beside_other_forms(call, tmp_path):
     assert {row.get("impl") for row in found if row["form"] == "ours"} == {"auto"}
 
 
-def test_a_form_that_would_take_too_much_memory_or_computes_something_else_says_so(monkeypatch):
+def test_a_form_that_needs_too_much_memory_or_gives_another_result_is_reported(monkeypatch):
     monkeypatch.setattr(operators, "total_memory", lambda device: 1000)
     measured = operators.Operator("mix", batch=1, size=(96, 128), turns=1, budget=0.0).measure(0)
     by_form = {row["form"]: row for row in measured}
@@ -291,7 +291,7 @@ def test_a_form_that_would_take_too_much_memory_or_computes_something_else_says_
         forms.check_agreement("gather", [torch.ones(2)], [torch.zeros(2) + 2], 1e-4)
 
 
-def test_a_process_that_ends_is_replaced_for_the_shapes_that_are_left():
+def test_a_process_that_dies_is_replaced_for_the_remaining_shapes():
     made = []
 
     class Dies:
@@ -353,7 +353,7 @@ def line(name, speed, top1):
     return dict(network=name, top1=top1, params=1e6, macs=1e9, memory_mib=10.0, latency_ms=3.0, **ends, **where)
 
 
-def test_names_in_the_picture_cover_nothing(tmp_path, monkeypatch):
+def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):
     """Of 24 networks, many of them close together; those without a top-1 stand below."""
     placed, place = [], plot._place
     monkeypatch.setattr(plot, "_place", lambda *given: placed.append(place(*given)) or placed[-1])
@@ -374,7 +374,7 @@ def test_pictures_of_every_column(tmp_path, y):
     assert (tmp_path / "a.png").stat().st_size > 3000
 
 
-def test_a_csv_has_every_key_and_nothing_for_what_is_not_known():
+def test_a_csv_has_every_key_and_empty_unknown_values():
     text = tables.as_csv([dict(a=1, b=None), dict(a=2, b="x, y")])
     assert list(csv.reader(io.StringIO(text))) == [["a", "b"], ["1", ""], ["2", "x, y"]]
 
@@ -382,7 +382,7 @@ def test_a_csv_has_every_key_and_nothing_for_what_is_not_known():
 # ----------------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_fits_eighty_columns_and_its_examples_are_lines_that_the_verb_takes(call, monkeypatch):
+def test_help_fits_eighty_columns_and_its_examples_are_valid(call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for verb in VERBS:
         _, out, _ = call(verb, "--help")

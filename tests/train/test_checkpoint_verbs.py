@@ -61,7 +61,7 @@ def server(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield running
 
 
-def test_list_shows_links_licences_and_what_is_here(call: Call, server: Server) -> None:
+def test_list_shows_links_licences_and_cached_files(call: Call, server: Server) -> None:
     code, out, err = call("list", "efficientvit_msra")
     assert (code, err) == (0, "")
     lines = {line.split()[0]: line.split() for line in out.splitlines()[2:]}
@@ -75,12 +75,12 @@ def test_list_shows_links_licences_and_what_is_here(call: Call, server: Server) 
     assert lines["efficientvit_msra_m1.r224_in1k"][3] == "-"
 
 
-def test_list_knows_every_card(call: Call, server: Server) -> None:
+def test_list_has_every_card(call: Call, server: Server) -> None:
     _, out, _ = call("list")
     assert [line.split()[0] for line in out.splitlines()[2:]] == [card.name for card in catalogue.cards(task=None)]
 
 
-def test_download_prints_where_it_is_and_what_binds(call: Call, server: Server) -> None:
+def test_download_prints_the_path_and_the_licence(call: Call, server: Server) -> None:
     code, out, err = call("download", CARD.name, "agent_deit_tiny")
     assert code == 0
     first, second = map(Path, out.split())
@@ -175,7 +175,7 @@ def test_help_fits_eighty_columns(call: Call, monkeypatch: pytest.MonkeyPatch) -
     assert call()[1].strip() == call("--help")[1].strip(), "without a verb the help is shown"
 
 
-def test_a_changed_file_is_told(call: Call, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_is_reported(call: Call, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     store.download(CARD.name)
     card = dataclasses.replace(CARD, sha256="0" * 64)
     every = tuple(card if other.name == card.name else other for other in catalogue._all_cards())

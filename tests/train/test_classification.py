@@ -62,7 +62,7 @@ def test_topk_against_timms() -> None:
     assert topk(scores, targets.tolist()) == pytest.approx({"accuracy/top1": top1.item(), "accuracy/top2": top2.item()})
 
 
-def test_topk_gives_nothing_for_constant_or_broken_scores() -> None:
+def test_topk_is_zero_for_constant_or_invalid_scores() -> None:
     for scores in (torch.zeros(4, 4), torch.full((4, 4), torch.nan)):
         assert topk(scores, [0, 1, 2, 3]) == {"accuracy/top1": 25, "accuracy/top2": 50}
 

@@ -45,7 +45,7 @@ def here(tmp_path, monkeypatch, data_home):
     return tmp_path
 
 
-def test_list_names_every_model_of_ours_with_its_published_facts(call):
+def test_list_shows_every_model_with_its_published_values(call):
     code, out, err = call("list")
     assert code == 0
     assert err == ""
@@ -78,7 +78,7 @@ SMALLEST = {card.family: card.model for card in sorted(cards(), key=lambda c: -c
 
 
 @pytest.mark.parametrize("name", SMALLEST.values())
-def test_info_counts_what_the_card_says(name):
+def test_info_agrees_with_the_card(name):
     found = model_info.facts(name)
     card = cards(name)[0]
     assert found.params == card.params
@@ -217,7 +217,7 @@ def test_interrupting_a_training_exits_130(here):
     assert err.strip() == "interrupted", "nothing of what libraries say to developers"
 
 
-def test_interruption_is_seen_through_libraries_that_swallow_it(call, monkeypatch):
+def test_an_interruption_inside_a_library_ends_the_command(call, monkeypatch):
     """mmengine turns a Ctrl-C that arrives while it writes its config into a SyntaxError."""
 
     def swallowing(*args, **kwargs):
@@ -278,7 +278,7 @@ def test_the_list_fits_a_narrow_terminal_without_cutting_names():
         assert name in text
 
 
-def test_a_pipe_gets_plain_whole_lines(data_home):
+def test_output_to_a_pipe_has_plain_uncut_lines(data_home):
     """Real processes: no colours, no cut, no trailing blanks; a reader that leaves early is no error."""
     listed = subprocess.run(
         [sys.executable, "-m", "hybridzoo", "list", "--configs"], capture_output=True, text=True, check=True

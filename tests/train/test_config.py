@@ -27,7 +27,7 @@ def test_every_recipe_loads_and_files_say_how_to_run_them() -> None:
             assert re.search(rf"train {name}\b", recipe.path.read_text()), f"{name} does not show its command"
 
 
-def test_what_published_runs_resolve_to_stays() -> None:
+def test_resolved_configs_of_published_runs_do_not_change() -> None:
     """Digests of the configs as they were one file each. Where one is meant to change, write the new digest here."""
     assert len(DIGESTS) == 83
     changed = [name for name, digest in DIGESTS.items() if resolved_digest(name) != digest]
@@ -43,7 +43,7 @@ def resolved_digest(name: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def test_found_by_name_by_file_name_and_by_path(tmp_path: Path) -> None:
+def test_a_recipe_is_found_by_name_file_name_and_path(tmp_path: Path) -> None:
     shipped = find_config("biformer_tiny_digits")
     assert find_config("biformer_tiny_digits.py") == shipped == find_config(str(shipped))
     own = tmp_path / "mine.py"
@@ -135,7 +135,7 @@ def test_malformed_options(option: str, complaint: str) -> None:
         ("finetune", "workers=3", ["--workers"]),
     ],
 )
-def test_an_option_that_nothing_reads_says_what_to_set(config: str, option: str, parts: list[str]) -> None:
+def test_an_option_that_nothing_reads_suggests_another(config: str, option: str, parts: list[str]) -> None:
     """Variables of a config file, its own and those of mmdet's and mmseg's bases, and keys without their place."""
     with pytest.raises(UserError) as raised:
         load_config(config, [option])
@@ -144,7 +144,7 @@ def test_an_option_that_nothing_reads_says_what_to_set(config: str, option: str,
     assert any(part in said for part in parts), said
 
 
-def test_a_variable_that_a_run_counts_by_is_named(tmp_path: Path) -> None:
+def test_a_variable_that_other_values_depend_on_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text('_base_ = "hybridzoo::finetune"\nmax_epochs = 7\ntrain_cfg = dict(max_epochs=max_epochs)\n')
     with pytest.raises(UserError, match=r"variable .* set train_cfg.max_epochs \(--epochs\) instead"):
@@ -168,7 +168,7 @@ def test_every_top_level_key_of_our_recipes_is_read_or_refused() -> None:
         ("mask2former", "test_convnext", "model.decode_head.pixel_decoder.num_outs=2"),
     ],
 )
-def test_an_option_that_the_network_overrules_is_refused(recipe: str, network: str, option: str) -> None:
+def test_an_option_that_the_network_overrides_is_refused(recipe: str, network: str, option: str) -> None:
     pytest.importorskip("mmdet")
     with pytest.raises(UserError, match=option.partition("=")[0].rpartition(".")[2]):
         load_config(recipe, [option], model=network)

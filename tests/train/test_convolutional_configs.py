@@ -21,7 +21,7 @@ PARTIALNET = {  # drop path, weight decay, mixup, RandAugment's magnitude, large
 }
 
 
-def test_every_published_recipe_is_there():
+def test_every_published_recipe_exists():
     sizes = {f"efficientvit_msra_m{i}" for i in range(6)} | {f"partialnet_{size}" for size in PARTIALNET}
     assert set(OURS) == {f"{name}_300e_in1k" for name in sizes}
 

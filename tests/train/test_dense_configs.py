@@ -20,7 +20,7 @@ DENSE = {name: recipe for name, recipe in recipes().items() if recipe.task != "c
 PUBLISHED = sorted(name for name in DENSE if "_biformer_" in name and not name.endswith("_digits"))
 
 
-def test_the_published_recipes_and_the_demos_are_there():
+def test_the_recipes_of_publications_and_of_the_demo_exist():
     methods = ("mask-rcnn_biformer_{}_1x_coco", "retinanet_biformer_{}_1x_coco")
     methods += ("fpn_biformer_{}_80k_ade20k", "upernet_biformer_{}_160k_ade20k")
     expected = {method.format(size) for method in methods for size in ("small", "base")}
@@ -40,7 +40,7 @@ def kinds():
 
 
 @pytest.mark.parametrize("name", kinds())
-def test_heads_meet_the_widths_of_the_network(name):
+def test_heads_have_the_widths_of_the_network(name):
     """On the meta device, which computes shapes alone."""
     config = load_config(name)
     prepare(config)

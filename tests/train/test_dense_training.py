@@ -244,7 +244,7 @@ def test_bad_masks_in_ade20ks_own_layout_are_refused(tmp_path):
         configured(load_config("fpn_biformer_small_80k_ade20k"), tmp_path)
 
 
-def test_of_many_pictures_some_are_looked_at_and_the_others_when_they_are_loaded(tmp_path, monkeypatch, capsys):
+def test_large_folders_are_checked_in_part_and_the_rest_during_training(tmp_path, monkeypatch, capsys):
     from hybridzoo.train import images
 
     monkeypatch.setattr(images, "MANY", 3)

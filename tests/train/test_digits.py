@@ -36,7 +36,7 @@ def scenes(tmp_path_factory):
     return digits_root("scenes", root=tmp_path_factory.mktemp("data"), train=24, val=12)
 
 
-def test_same_bytes_in_every_process_and_at_once(tmp_path):
+def test_the_same_bytes_from_every_process_also_in_parallel(tmp_path):
     here = fingerprint(digits_root("scenes", root=tmp_path / "here", train=5, val=3))
     command = [sys.executable, "-c", GENERATE + SMALL, str(tmp_path / "there")]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
@@ -61,14 +61,14 @@ def test_seed_and_counts_name_and_change_the_scenes(tmp_path, scenes):
     assert first[0].shape != first[1].shape or (first[0] != first[1]).any()
 
 
-def test_second_call_reads_what_the_first_wrote(tmp_path):
+def test_a_second_call_reads_the_files_of_the_first(tmp_path):
     folder = digits_root("scenes", root=tmp_path, train=1, val=1)
     (folder / "mark").touch()
     assert digits_root("scenes", root=tmp_path, train=1, val=1) == folder
     assert (folder / "mark").exists()
 
 
-def test_environment_names_the_place(tmp_path, monkeypatch):
+def test_the_environment_sets_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRIDZOO_DATA", str(tmp_path / "env"))
     assert digits_root("scenes", train=1, val=1).parent == tmp_path / "env"
     monkeypatch.delenv("HYBRIDZOO_DATA")
@@ -76,7 +76,7 @@ def test_environment_names_the_place(tmp_path, monkeypatch):
     assert digits_root("scenes", train=1, val=1).parent == tmp_path / "data"
 
 
-def test_killed_process_leaves_no_data_that_looks_whole(tmp_path, monkeypatch):
+def test_a_killed_process_leaves_no_data_that_look_complete(tmp_path, monkeypatch):
     wanted = dict(root=tmp_path, train=5000, val=3)
     process = FORK.Process(target=digits_root, args=("scenes",), kwargs=wanted)
     process.start()
@@ -132,7 +132,7 @@ def test_root_that_is_a_file(tmp_path):
         digits_root("scenes", root=tmp_path / "file", train=1, val=1)
 
 
-def test_split_falls_between_two_writers_sheets():
+def test_the_split_separates_writers():
     train, val = digits.load_strokes("train"), digits.load_strokes("val")
     assert (len(train[0]), len(val[0])) == (1415, 382)
     # every writer copied the same page: it opens with 0..9 three times over, and the page before has come to its end
@@ -143,7 +143,7 @@ def test_split_falls_between_two_writers_sheets():
     assert train[0].max() == 1
 
 
-def test_classification_folder_holds_every_stroke_under_its_digit(data_home):
+def test_the_classification_folder_has_every_image_under_its_digit(data_home):
     """Of the few that the tests take."""
     (strokes_folder,) = data_home.iterdir()
     for split in ("train", "val"):
@@ -200,7 +200,7 @@ def test_annotations_agree_with_pixels(scenes):
             assert (drawn == classes).all()
 
 
-def test_digits_stand_out_from_the_background_in_brightness(scenes):
+def test_digits_differ_from_the_background_in_brightness(scenes):
     # what makes the task learnable, and readable with any colour vision
     for file in (scenes / "images/train").iterdir():
         bright = np.asarray(Image.open(file).convert("L"), float)
@@ -220,7 +220,7 @@ def test_scenes_vary():
         assert sorted(np.unique(scene.instances)) == list(range(len(scene.digits) + 1))
 
 
-def test_other_hands_write_otherwise():
+def test_writers_differ():
     strokes, _ = digits.load_strokes("train")
     alike = {}
     for other_hand in (False, True):
@@ -255,7 +255,7 @@ def test_no_digit_is_mostly_hidden(monkeypatch):
     assert overlapping > 20  # overlap is part of the task
 
 
-def test_each_split_draws_from_its_own_strokes(tmp_path, monkeypatch):
+def test_each_split_has_its_own_digits(tmp_path, monkeypatch):
     real = digits.load_strokes
 
     def low_for_train(split):

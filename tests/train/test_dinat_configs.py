@@ -35,7 +35,7 @@ def split(name: str) -> tuple[str, str]:
     return method, rest.removesuffix("_3x_coco").removesuffix("_160k_ade20k")
 
 
-def test_every_published_recipe_is_there():
+def test_every_published_recipe_exists():
     pyramids = {f"{net}_{size}" for net in ("nat", "dinat") for size in ("mini", "tiny", "small", "base")}
     pyramids |= {f"dinat_s_{size}" for size in ("tiny", "small", "base")}
     large = {"dinat_large", "dinat_s_large"}

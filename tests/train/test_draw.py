@@ -19,7 +19,7 @@ def near(colour, other, distance=40) -> bool:
     return np.abs(np.asarray(colour, int) - np.asarray(other, int)).max() <= distance
 
 
-def test_box_lies_on_its_pixels_in_its_class_colour():
+def test_a_box_is_drawn_at_its_pixels_in_its_class_colour():
     picture = draw.draw_boxes(GREY, [[20, 30, 60, 70]], [2], None, None, "abc")
     assert picture.size == (128 * SCALE, 96 * SCALE)
     shown = pixels(picture)
@@ -72,19 +72,19 @@ def test_tensors_arrays_and_lists_are_the_same():
     assert lists.tobytes() == arrays.tobytes() == tensors.tobytes()
 
 
-def test_likelier_objects_are_on_top():
+def test_objects_with_higher_scores_are_on_top():
     boxes = [[20, 20, 80, 80], [20, 20, 80, 80]]
     for scores, winner in (([0.9, 0.1], 0), ([0.1, 0.9], 1)):
         shown = pixels(draw.draw_boxes(GREY, boxes, [0, 1], scores, None, "ab"))
         assert near(shown[79 * SCALE, 20 * SCALE], draw.PALETTE[winner], 0)
 
 
-def test_nothing_found_leaves_the_image_alone():
+def test_an_image_without_objects_is_not_changed():
     picture = draw.draw_boxes(GREY, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), torch.zeros(0, 96, 128), "a")
     assert (pixels(picture) == 128).all()
 
 
-def test_tags_stay_inside_and_off_one_another(monkeypatch):
+def test_labels_stay_inside_and_do_not_overlap(monkeypatch):
     spots = []
     tag = draw._tag
 
@@ -107,7 +107,7 @@ def test_boxes_outside_the_image_are_drawn_without_error():
     draw.draw_boxes(GREY, [[-20, -5, 300, 200], [50, 50, 50, 50], [60, 60, 40, 40]], [0, 1, 2], [1.0, 0.5, 0.2])
 
 
-def test_segmentation_colours_classes_and_spares_background_and_ignored():
+def test_segmentation_colours_classes_but_not_background_and_ignored_pixels():
     classes = np.zeros((96, 128), np.uint8)
     classes[10:40, 10:60] = 1
     classes[50:90, 70:120] = 12
@@ -204,7 +204,7 @@ def test_colours_of_many_classes_differ():
     assert len({draw._colour(i) for i in range(30)}) == 30
 
 
-def test_font_knows_more_than_latin():
+def test_the_font_has_more_than_latin_letters():
     font = draw._font(20)
     shapes = {font.getmask(letter).getbbox() and bytes(font.getmask(letter)) for letter in "жλéß"}
     assert len(shapes) == 4  # unknown letters would share one box

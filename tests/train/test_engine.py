@@ -50,7 +50,7 @@ def state_equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def test_a_run_leaves_what_inference_and_tests_need(
+def test_a_run_writes_the_files_that_inference_and_tests_need(
     run_config: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = run_config("train_cfg.max_epochs=6")
@@ -203,7 +203,7 @@ def test_resuming_a_finished_run_only_measures(run_config: Any, image_folder: Pa
     assert (tmp_path / "epoch_2.pth").stat().st_mtime_ns == before
 
 
-def test_nothing_to_resume_starts_anew(
+def test_resume_without_a_checkpoint_starts_a_new_run(
     run_config: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = run_config("train_cfg.max_epochs=1")

@@ -111,7 +111,7 @@ def source_of(network: nn.Module, size: tuple[int, int] = (64, 64)) -> sources.S
 
 @pytest.mark.parametrize("to", ["pt2", "torchscript"])
 @pytest.mark.parametrize(("multiple", "taken"), [(32, 32), (96, 0)])
-def test_what_a_file_promises_was_tried(tmp_path, to, multiple, taken):
+def test_the_sizes_in_the_metadata_were_tested(tmp_path, to, multiple, taken):
     """A size that Python decides over is no dynamic one: the other branch is not in the file."""
     source = source_of(Decides(multiple))
     done = exporting.export(source, to, tmp_path / "network", dynamic=True)

@@ -59,7 +59,7 @@ def test_a_file_computes_what_the_int8_network_computes(tmp_path, way, to):
 
 
 @pytest.mark.parametrize("way", int8.WAYS)
-def test_a_pt2_file_holds_int8_weights_and_nothing_of_torchao_s(tmp_path, way):
+def test_a_pt2_file_has_int8_weights_and_no_operators_of_torchao(tmp_path, way):
     source = tokens()
     change = int8.quantize(source, way)
     exporting.export(source, "pt2", tmp_path / "network.pt2", dynamic=False, tolerance=int8.tolerance(way, change))
@@ -88,7 +88,7 @@ def test_a_network_without_linear_layers_is_refused():
         int8.quantize(source, "weights")
 
 
-def test_the_command_says_how_far_int8_is_from_float32(capsys, tmp_path):
+def test_the_command_reports_the_difference_of_int8_and_float32(capsys, tmp_path):
     out = tmp_path / "network.pt2"
     words = ("--static", "--to", "pt2", "--weights", "none", "--img-size", "64", "--int8", "weights", "--out", str(out))
     assert main(["export", "test_resnet", *words]) == 0

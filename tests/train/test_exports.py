@@ -28,7 +28,7 @@ def exports(monkeypatch):
     ("name", "to"),
     [cell if cell in USUAL else pytest.param(*cell, marks=pytest.mark.exhaustive) for cell in CELLS],
 )
-def test_a_file_takes_what_the_table_says(exports, name, to):
+def test_a_file_accepts_the_sizes_in_the_table(exports, name, to):
     """Exported anew, and compared with PyTorch, at several sizes and batches."""
     made = exports.cell(name, to)
     assert "refused" not in made, made

@@ -79,7 +79,7 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(2)
 
 
-def test_ema_is_timms() -> None:
+def test_ema_equals_timms() -> None:
     from timm.utils import ModelEmaV3
 
     for warmup in (False, True):
@@ -145,7 +145,7 @@ class Noise:
         return index + float(torch.rand(()))
 
 
-def test_samples_are_functions_of_seed_epoch_and_position(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_depend_only_on_seed_epoch_and_position(monkeypatch: pytest.MonkeyPatch) -> None:
     import pickle
 
     from mmengine.registry import DATASETS
@@ -175,7 +175,7 @@ def test_samples_are_functions_of_seed_epoch_and_position(monkeypatch: pytest.Mo
     assert [x for pair in zip(*parts, strict=True) for x in pair] == first
 
 
-def test_an_endless_sampler_skips_to_where_it_was() -> None:
+def test_an_endless_sampler_resumes_at_its_position() -> None:
     def draws(skip: int, count: int) -> list[tuple[int, tuple[int, ...]]]:
         sampler = DrawSampler(Noise(), {"type": "InfiniteSampler"}, seed=3)
         if skip:

@@ -104,7 +104,7 @@ def test_timm_loads_the_folder_and_computes_the_same(make: Make, name: str) -> N
     assert torch.equal(transform(picture), eval_transform(trained.load(run / "final.pth"))(picture))
 
 
-def test_timm_gives_it_another_head_and_a_pyramid(make: Make) -> None:
+def test_timm_loads_it_with_another_head_and_as_a_pyramid(make: Make) -> None:
     folder = exported(make())
     other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).eval()
     assert other(torch.rand(1, 3, 64, 64)).shape == (1, 7)
@@ -114,7 +114,7 @@ def test_timm_gives_it_another_head_and_a_pyramid(make: Make) -> None:
 
 
 @pytest.mark.parametrize("names", [["x", "y"], {"0": "x", "1": "y"}, None], ids=["a list", "an object", "none"])
-def test_a_folder_that_timm_wrote_of_its_own_network(tmp_path: Path, names: Any) -> None:
+def test_a_folder_that_timm_wrote_for_its_own_network(tmp_path: Path, names: Any) -> None:
     network = timm.create_model("test_vit", num_classes=2, img_size=64).eval()
     timm.models.save_for_hf(network, tmp_path / "theirs", {"label_names": names}, safe_serialization=True)
     model = engine.build_for_inference(None, tmp_path / "theirs", "cpu")
@@ -129,7 +129,7 @@ def test_a_folder_that_timm_wrote_of_its_own_network(tmp_path: Path, names: Any)
     assert torch.equal(transform(picture), eval_transform(config)(picture))
 
 
-def test_weights_without_their_config_are_nobodys(make: Make) -> None:
+def test_weights_without_their_config_are_refused(make: Make) -> None:
     folder = exported(make())
     shutil.move(folder / "model.safetensors", folder.parent / "alone.safetensors")
     with pytest.raises(UserError, match="does not contain its config"):
@@ -173,7 +173,7 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ],
     ids=["a type", "a file", "a later format", "another network", "a name twice", "names that are none"],
 )
-def test_a_config_that_somebody_wrote_is_not_believed(make: Make, change: Callable[[Any], Any], says: str) -> None:
+def test_a_changed_config_is_validated(make: Make, change: Callable[[Any], Any], says: str) -> None:
     folder = exported(make())
     _change(folder, change)
     with pytest.raises(UserError, match=says) as caught:
@@ -182,7 +182,7 @@ def test_a_config_that_somebody_wrote_is_not_believed(make: Make, change: Callab
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000], ids=["cut", "a list", "bytes", "deep"])
-def test_a_config_that_is_no_json(make: Make, content: bytes) -> None:
+def test_a_config_that_is_not_json(make: Make, content: bytes) -> None:
     folder = exported(make())
     (folder / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json: (cannot be read|is not a model's config)") as caught:
@@ -193,7 +193,7 @@ def test_a_config_that_is_no_json(make: Make, content: bytes) -> None:
 # The card -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_card_says_what_was_measured_and_nothing_of_this_machine(make: Make, tmp_path: Path) -> None:
+def test_the_card_has_the_measured_scores_and_no_local_paths(make: Make, tmp_path: Path) -> None:
     training = {"recipe": "finetune_efficientvit_msra_m0", "epochs": 3, "lr": 0.001, "images": 40, "data": "animals"}
     run = make(meta={"training": {**training, "start": []}})
     measured = {"accuracy/top1": 91.25, "accuracy/top5": 100.0}
@@ -218,7 +218,7 @@ def test_the_card_says_what_was_measured_and_nothing_of_this_machine(make: Make,
         assert part in card.text, part
 
 
-def test_scores_of_another_checkpoint_are_not_its_own(make: Make) -> None:
+def test_scores_of_another_checkpoint_are_not_used(make: Make) -> None:
     run = make()
     results.write(run, "classification", {"accuracy/top1": 99.0}, None, checkpoint=str(run / "best_x.pth"))
     card = ModelCard.load(exported(run) / "README.md")
@@ -226,13 +226,15 @@ def test_scores_of_another_checkpoint_are_not_its_own(make: Make) -> None:
     assert "No scores are recorded" in card.text
 
 
-def test_a_network_of_timms_needs_timm_alone(make: Make) -> None:
+def test_a_network_of_timm_needs_only_timm(make: Make) -> None:
     card = ModelCard.load(exported(make("test_vit", img_size=64)) / "README.md")
     assert card.data.library_name == "timm"
     assert "import hybridzoo" not in card.text
 
 
-def test_the_cards_python_runs(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_python_example_of_the_card_runs(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     folder = exported(make())
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((70, 90), 80).save("photo.jpg")
@@ -286,7 +288,7 @@ def test_the_start_weights_licence_follows_the_model(starts: list[Any], chosen: 
 
 
 @pytest.mark.parametrize("chosen", ["mit", "apache-2.0", "cc-by-4.0"])
-def test_nobody_frees_what_is_not_free(chosen: str) -> None:
+def test_a_restrictive_licence_cannot_be_replaced(chosen: str) -> None:
     with pytest.raises(UserError, match=r"--license .*fastervit_0.*non-commercial"):
         licences.licence_of([OWN, BOUND], True, chosen)
 
@@ -302,7 +304,7 @@ def test_every_licence_of_the_published_weights_is_understood() -> None:
             assert bool(store.licence_notice(card)) <= bool(found.warning)
 
 
-def test_lineage_goes_from_file_to_file(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provenance_is_copied_from_file_to_file(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Published weights, a run from them, its folder for the hub, and a run from that."""
     card = store.find("fastervit_0")
     monkeypatch.setattr(store, "cached", lambda one, **_: tmp_path / "published.pth" if one is card else None)
@@ -322,7 +324,7 @@ def test_lineage_goes_from_file_to_file(make: Make, tmp_path: Path, monkeypatch:
 # The command line -----------------------------------------------------------------------------------------------------
 
 
-def test_export_says_where_and_what_binds(make: Make, call: Call, tmp_path: Path) -> None:
+def test_export_prints_the_path_and_the_licence(make: Make, call: Call, tmp_path: Path) -> None:
     run = make(meta={"training": {"start": [BOUND]}, "started": True})
     code, out, err = call("export", run, "--out", tmp_path / "model")
     assert (code, out) == (0, f"{tmp_path / 'model'}\n")
@@ -333,7 +335,7 @@ def test_export_says_where_and_what_binds(make: Make, call: Call, tmp_path: Path
     assert not (tmp_path / "free").exists()
 
 
-def test_what_is_there_stays_unless_forced(make: Make, call: Call, tmp_path: Path) -> None:
+def test_existing_files_are_kept_without_force(make: Make, call: Call, tmp_path: Path) -> None:
     run, out = make(), tmp_path / "model"
     out.mkdir()
     assert call("export", run, "--out", out)[0] == 0, "an empty folder is nobody's"

@@ -56,7 +56,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return run
 
 
-def test_pushed_by_one_found_by_another(hub: Hub, call: Call, model: Path, tmp_path: Path) -> None:
+def test_a_pushed_folder_can_be_downloaded(hub: Hub, call: Call, model: Path, tmp_path: Path) -> None:
     (model / ".secret").write_text("mine")
     code, out, err = call("hub", "push", model, "--repo-id", "me/animals", "--private")
     assert (code, out.strip()) == (0, f"{hub.url}/me/animals"), err
@@ -78,7 +78,7 @@ def test_pushed_by_one_found_by_another(hub: Hub, call: Call, model: Path, tmp_p
     assert torch.equal(ours(images), theirs(images))
 
 
-def test_a_run_is_exported_on_its_way_and_pushed_again(hub: Hub, call: Call, run: Path) -> None:
+def test_push_exports_a_run_and_can_be_repeated(hub: Hub, call: Call, run: Path) -> None:
     for count in (1, 2):
         code, _, err = call("hub", "push", run, "--repo-id", "me/animals", "--license", "mit")
         assert code == 0, err
@@ -100,9 +100,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("place", "status", "says"), FAULTS, ids=[f"{p} {s}" for p, s, _ in FAULTS])
-def test_what_the_hub_refuses_is_one_line(
-    hub: Hub, call: Call, model: Path, place: str, status: int, says: str
-) -> None:
+def test_errors_of_the_hub_are_one_line(hub: Hub, call: Call, model: Path, place: str, status: int, says: str) -> None:
     hub.faults[place] = status
     if "create" in place and status in (401, 403):
         hub.faults["/api/models/me/animals"] = status  # huggingface_hub looks whether it is there already
@@ -152,7 +150,7 @@ def test_bad_input(hub: Hub, call: Call, model: Path, argv: list[str], says: str
         ("hf-hub:me/half", "holds none of model.safetensors"),
     ],
 )
-def test_names_that_lead_nowhere(hub: Hub, name: str, says: str) -> None:
+def test_unknown_repositories(hub: Hub, name: str, says: str) -> None:
     hub.files |= {"me/empty": {}, "me/half": {"config.json": b"{}"}}
     with pytest.raises(UserError, match=says) as caught:
         remote.bring(name)
@@ -170,7 +168,7 @@ def test_weights_from_the_hub_are_named_with_their_repository(hub: Hub, model: P
         find_weights("hf-hub:animals")
 
 
-def test_what_came_once_needs_no_network(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_folders_work_without_a_network(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote.push(model, "me/animals")
     first = remote.bring("hf-hub:me/animals")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

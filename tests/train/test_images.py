@@ -96,7 +96,7 @@ def test_16_bit_colour_keeps_the_upper_bits(photo, tmp_path):
     assert "16-bit colour" in refused(path, white_value=4095)
 
 
-def test_12_bits_that_the_header_tells_are_scaled(tmp_path):
+def test_12_bits_from_the_header_are_scaled(tmp_path):
     """A TIFF of 12 bits a sample, two samples in three bytes."""
     values = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
     flat = values.ravel()
@@ -172,7 +172,7 @@ def test_modes(photo, tmp_path):
 # Refused ----------------------------------------------------------------------------------------------------------
 
 
-def test_formats_that_are_not_meant_are_not_opened(photo, tmp_path):
+def test_unsupported_formats_are_not_opened(photo, tmp_path):
     photo.save(tmp_path / "x.gif")
     (tmp_path / "x.gif").rename(tmp_path / "x.png")
     assert "holds GIF" in refused(tmp_path / "x.png")
@@ -262,7 +262,7 @@ def test_masks_give_the_stored_ids(tmp_path):
 # Folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_lies_below_a_folder(tmp_path):
+def test_images_below_a_folder_are_found(tmp_path):
     files = ("10.png", "9.JPG", "a/b/1.TIFF", "c.webp", "x.gif", "notes.txt", "._9.png", "a/.ipynb_checkpoints/1.png")
     for name in (*files, "@eaDir/1.png", "Thumbs.db", "__MACOSX/1.png", ".DS_Store", "real/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

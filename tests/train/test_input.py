@@ -39,7 +39,7 @@ def test_each_case(case: Case, tmp_path):
     assert bool(case.said) == bool(notes), "what needs no repair is not mentioned"
 
 
-def test_the_table_in_the_docs_is_this_list():
+def test_the_table_in_the_docs_agrees_with_the_cases():
     """After a change: PYTHONPATH=tests:tests/train python -c "import test_input; test_input.write()"."""
     table = (
         DOCS.read_text()
@@ -119,7 +119,7 @@ def test_the_users_files_are_not_touched(tmp_path):
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
 
 
-def test_only_the_split_that_is_used_is_looked_through(tmp_path):
+def test_only_the_used_split_is_checked(tmp_path):
     """`test` needs no training pictures, and takes the classes from the model."""
     root = folders.classification(tmp_path / "c")
     (root / "train/chelsea/0.png").write_bytes(b"")
@@ -183,7 +183,7 @@ def test_check_refuses_with_code_2(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_check_takes_the_published_layouts(task, tmp_path, capsys):
+def test_check_accepts_the_published_layouts(task, tmp_path, capsys):
     """A fault there is found as in our own layout, and named by its own file."""
     if task == "detection":
         root = folders.published_coco(tmp_path / "d", lambda content: [e.pop("area") for e in content["annotations"]])

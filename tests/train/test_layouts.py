@@ -95,7 +95,7 @@ def test_image_outside_a_class_folder(folders):
     assert "stray.png is in no class folder" in refused(check_classification, folders)
 
 
-def test_class_that_only_validation_knows(folders):
+def test_a_class_that_only_validation_has(folders):
     shutil.copytree(folders / "val/2", folders / "val/3")
     assert "train has no class '3'" in refused(check_classification, folders)
 

@@ -21,7 +21,7 @@ from hybridzoo.train.errors import UserError, explain
 from hybridzoo.train.weights import read_checkpoint
 
 
-def test_help_and_a_misspelt_name_answer_at_once():
+def test_help_and_misspelt_names_are_fast():
     """Seconds of CPU time in a process of its own, start included: importing timm alone takes several times as much."""
 
     def seconds(*argv: str) -> tuple[float, int]:
@@ -47,7 +47,7 @@ def test_help_and_a_misspelt_name_answer_at_once():
         assert spent < 0.7, (argv, spent)
 
 
-def test_the_names_known_at_once_are_those_that_timm_registers():
+def test_the_names_known_without_timm_are_those_that_timm_registers():
     registered = {name: model_entrypoint(name).__module__.startswith("hybridzoo.") for name in timm.list_models()}
     assert names.our_models() == [name for name, ours in registered.items() if ours], "in timm's order"
     assert names.timm_models() == {name for name in timm.list_models(module="") if not registered[name]}
@@ -170,7 +170,7 @@ def test_a_mistake_in_a_short_option_leaves_no_folder(words, image_folder, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_leaves_an_older_folder_as_it_was(image_folder, tmp_path, run_config):
+def test_a_mistake_does_not_change_an_older_folder(image_folder, tmp_path, run_config):
     """What lay there stays; what the run wrote before its first step goes."""
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "20260101_000000").mkdir()
@@ -186,7 +186,7 @@ def test_a_run_that_made_a_step_keeps_its_folder(image_folder, tmp_path, run_con
     assert (tmp_path / "run" / "run.json").is_file()
 
 
-def test_a_batch_of_one_is_refused_before_the_run_where_batchnorm_learns_nothing(image_folder, tmp_path, monkeypatch):
+def test_a_batch_of_one_is_refused_before_the_run_if_batchnorm_cannot_learn(image_folder, tmp_path, monkeypatch):
     """A network that ends in maps of one pixel; a transformer does not mind, nor do frozen BatchNorms."""
     monkeypatch.chdir(tmp_path)
     options = {"img_size": 32, "batch_size": 1}
@@ -228,7 +228,7 @@ def test_a_pooled_map_of_one_image_is_found_in_a_dense_net(recipe, network, modu
         ("segformer_biformer_tiny_digits", "model.backbone.name=maxvit_tiny", ["regions", "maxvit_tiny"]),
     ],
 )
-def test_dense_configs_say_it_too(config, option, words):
+def test_dense_configs_report_it_too(config, option, words):
     pytest.importorskip("mmdet" if "rcnn" in config else "mmseg")
     with pytest.raises(UserError) as raised:
         prepare(load_config(config, [option]))
@@ -248,7 +248,7 @@ KINDS = {(recipe.path, recipe.network.partition("_")[0]): name for name, recipe 
         for name in names.list_configs()
     ],
 )
-def test_nothing_is_wrong_with_our_own_configs(name):
+def test_our_own_configs_pass_the_checks(name):
     config = load_config(name)
     pytest.importorskip({"classification": "timm", "detection": "mmdet", "segmentation": "mmseg"}[config.task])
     prepare(config)
@@ -332,7 +332,7 @@ def test_a_defect_keeps_its_traceback():
     assert explain(KeyError("name")) is None
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_closed_output_pipe_is_not_an_error():
     piped = subprocess.run(
         f"{sys.executable} -m hybridzoo list | head -n 1", shell=True, capture_output=True, text=True
     )
@@ -340,7 +340,7 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert len(piped.stdout.splitlines()) == 1
 
 
-def test_testing_what_a_run_left_behind_is_quiet(run_config, image_folder, tmp_path, capfd, monkeypatch):
+def test_testing_a_finished_run_prints_no_warnings(run_config, image_folder, tmp_path, capfd, monkeypatch):
     """The run's own config has wandb among its visualizers: a test logs nothing there, and prints its metrics alone."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = run_config("train_cfg.max_epochs=1")
@@ -354,7 +354,7 @@ def test_testing_what_a_run_left_behind_is_quiet(run_config, image_folder, tmp_p
     assert not list(tmp_path.glob("test/**/wandb"))
 
 
-def test_only_the_libraries_advice_is_kept_off(recwarn):
+def test_only_advice_of_libraries_is_hidden(recwarn):
     with interruptions.quiet():
         warnings.warn_explicit("advice", UserWarning, "loss.py", 1, module="mmseg.models.losses.cross_entropy_loss")
     assert not [w for w in recwarn if "advice" in str(w.message)]

@@ -87,7 +87,7 @@ def test_an_operator_that_no_recipe_uses_is_named(operator, call):
     assert not hasattr(sys.modules["mmcv._ext"], "__wrapped__")  # dunder names stay absent
 
 
-def test_importlib_finds_the_stand_in_and_install_is_idempotent():
+def test_importlib_finds_the_replacement_and_install_is_idempotent():
     import importlib.util
 
     module = sys.modules["mmcv._ext"]
@@ -97,7 +97,7 @@ def test_importlib_finds_the_stand_in_and_install_is_idempotent():
     assert "hybridzoo" in ops.get_compiler_version()
 
 
-def test_a_compiled_extension_is_left_alone(tmp_path, monkeypatch):
+def test_a_compiled_extension_is_not_replaced(tmp_path, monkeypatch):
     """Where `mmcv._ext` exists, install() must not replace it."""
     (tmp_path / "_ext.py").write_text("REAL = True\n")
     mmcv = sys.modules["mmcv"]

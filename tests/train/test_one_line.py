@@ -36,7 +36,7 @@ def test_three_commands_train_and_predict(network, tmp_path):
     assert sheet.width > 3 * sheet.height / 2
 
 
-def test_the_tables_say_what_was_measured():
+def test_the_tables_agree_with_the_measurements():
     """Each is made of the numbers beside it; the README shows one and links to the other."""
     docs = FILE.parents[1] / "docs"
     readme = (docs.parent / "README.md").read_text()

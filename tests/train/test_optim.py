@@ -35,7 +35,7 @@ def build(model: nn.Module, **paramwise: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_weight_decay_spares_vectors_and_what_the_model_names() -> None:
+def test_weight_decay_excludes_vectors_and_the_models_list() -> None:
     groups = build(Classifier())
     assert groups["model.blocks.0.attn.qkv.weight"]["weight_decay"] == 0.5
     for spared in ("model.blocks.0.attn.qkv.bias", "model.blocks.0.norm1.weight", "model.pos_embed", "model.cls_token"):
@@ -81,7 +81,7 @@ def test_our_backbone_in_a_detector_has_the_layers_of_the_classifier() -> None:
     assert groups["backbone.out_norms.0.weight"]["weight_decay"] == 0
 
 
-def test_frozen_parameters_stay_out() -> None:
+def test_frozen_parameters_are_excluded() -> None:
     model = Classifier()
     model.model.patch_embed.requires_grad_(False)
     for paramwise in ({}, {"layer_decay": 0.5}):

@@ -98,7 +98,7 @@ WRONG_YOLO = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_YOLO)
-def test_what_is_wrong_in_yolo_is_named(wrong, tmp_path):
+def test_errors_in_yolo_labels_are_named(wrong, tmp_path):
     root = folders.yolo(tmp_path)
     line, message = WRONG_YOLO[wrong]
     (root / LABEL).write_text(line + "\n")
@@ -107,7 +107,7 @@ def test_what_is_wrong_in_yolo_is_named(wrong, tmp_path):
     assert message in str(caught.value)
 
 
-def test_yolo_as_tools_write_it(tmp_path):
+def test_yolo_labels_as_written_by_tools(tmp_path):
     """A class written as 1.0, a confidence, an empty line, a picture without labels, a classes.txt beside them."""
     root = folders.yolo(tmp_path)
     (root / LABEL).write_text("1.000e+00 0.5 0.5 0.25 0.25 0.9\n\n0 0.99 0.5 0.25 0.25\r\n")
@@ -166,7 +166,7 @@ WRONG_VOC = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_VOC)
-def test_what_is_wrong_in_voc_is_named(wrong, tmp_path):
+def test_errors_in_voc_labels_are_named(wrong, tmp_path):
     root = folders.voc(tmp_path)
     old, new, message = WRONG_VOC[wrong]
     replace_in(root / XML, old, new)
@@ -175,7 +175,7 @@ def test_what_is_wrong_in_voc_is_named(wrong, tmp_path):
     assert message in str(caught.value)
 
 
-def test_voc_as_tools_write_it(tmp_path):
+def test_voc_labels_as_written_by_tools(tmp_path):
     """Difficult objects, a size of 0, corners from 0, an image that no list names."""
     root = folders.voc(tmp_path)
     replace_in(root / XML, "<difficult>0", "<difficult>1")
@@ -335,7 +335,7 @@ def test_a_run_with_a_held_out_share_is_tested_on_it_and_on_a_test_set(run_confi
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_every_class_gives_its_share(groups, fraction, seed):
+def test_every_class_has_its_share_of_held_out_images(groups, fraction, seed):
     groups = groups + sorted(set(groups))  # at least two of each
     names = [f"{group}/{i}.png" for i, group in enumerate(groups)]
     holdout = Holdout(fraction, seed)
@@ -349,7 +349,7 @@ def test_every_class_gives_its_share(groups, fraction, seed):
     assert turned[::-1] == held, "the order of the files does not matter"
 
 
-def test_another_seed_is_another_share():
+def test_another_seed_holds_out_other_images():
     names = [f"{i}.png" for i in range(100)]
     assert Holdout(0.5, 0).keep(names) != Holdout(0.5, 1).keep(names)
     assert sum(Holdout(0.2, 0, True).keep(names)) == 20
@@ -403,7 +403,7 @@ def test_a_class_of_one_image_cannot_be_divided(tmp_path):
         inspect_classification(root, How(holdout=Holdout(0.25)))
 
 
-def test_check_says_the_layout(tmp_path, capsys):
+def test_check_reports_the_layout(tmp_path, capsys):
     root = folders.yolo(tmp_path / "data")
     assert main(["check", str(root), "--out", str(tmp_path / "out")]) == 0
     assert "layout: YOLO (data.yaml)" in capsys.readouterr().out

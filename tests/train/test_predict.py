@@ -156,7 +156,7 @@ def messy(image_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_unreadable_images_are_named_and_left_out(classifier, messy, tmp_path, capsys):
+def test_unreadable_images_are_named_and_skipped(classifier, messy, tmp_path, capsys):
     config, checkpoint = classifier
     found = predict(config, checkpoint, messy, tmp_path / "out")
     assert [str(p.image.relative_to(messy)) for p in found] == ["b.png", "inner/b.JPG"]
@@ -174,7 +174,7 @@ def test_unreadable_images_are_named_and_left_out(classifier, messy, tmp_path, c
     ]
 
 
-def test_the_command_counts_the_skipped_and_ends_only_without_any(classifier, messy, tmp_path, capsys, monkeypatch):
+def test_the_command_counts_skipped_images_and_fails_only_without_any(classifier, messy, tmp_path, capsys, monkeypatch):
     _, checkpoint = classifier
     monkeypatch.chdir(tmp_path)
     base = ["predict", "biformer_tiny_digits", str(checkpoint)]
@@ -242,7 +242,7 @@ def test_an_input_is_never_overwritten(classifier, image_folder, tmp_path):
     assert {path: path.read_bytes() for path in mine.rglob("*.png")} == before
 
 
-def test_two_images_of_one_name_get_two_pictures(classifier, image_folder, tmp_path):
+def test_two_images_with_one_name_get_two_pictures(classifier, image_folder, tmp_path):
     config, checkpoint = classifier
     source = tmp_path / "in"
     source.mkdir()
@@ -271,7 +271,7 @@ def test_images_come_in_the_order_of_their_paths(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_images_of_every_kind_are_read_as_rgb(mode, tmp_path):
+def test_images_of_every_format_are_read_as_rgb(mode, tmp_path):
     file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (30, 1)))
     ramp.convert(mode).save(file)
@@ -291,7 +291,7 @@ def test_phone_photos_are_turned_upright(tmp_path):
     assert read_image(tmp_path / "photo.jpg").size == (30, 40)
 
 
-def test_the_table_keeps_to_eighty_columns_without_cutting():
+def test_the_table_fits_eighty_columns_without_cutting_names():
     found = [
         Prediction(
             *(Path("in/holidays/a_rather_long_name_0001.jpg"), Path("out.png"), "detection"),

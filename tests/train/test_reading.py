@@ -70,7 +70,7 @@ def test_sideways_photographs_give_the_same_tensors(tmp_path):
     assert all(torch.equal(plain[i][0], sideways[i][0]) and plain[i][1] == sideways[i][1] for i in range(4))
 
 
-def test_deep_grey_is_grey(tmp_path):
+def test_16_bit_grey_is_read_as_grey(tmp_path):
     """16-bit copies give the tensors of the 8-bit ones; 12-bit ones do with `white_value`."""
 
     def save(factor):
@@ -94,7 +94,7 @@ def test_deep_grey_is_grey(tmp_path):
         assert torch.equal(plain[i][0], twelve[i][0])
 
 
-def test_an_openmmlab_config_reads_by_our_reader(tmp_path):
+def test_an_openmmlab_config_uses_our_image_reader(tmp_path):
     """A class in the place of a name, and the white value of the run, reach every pipeline."""
     import mmcv.transforms
 
@@ -148,7 +148,7 @@ def test_a_crop_leaves_no_empty_boxes(tmp_path):
     assert not ((sides[:, 2:] - sides[:, :2]) > 0).all(), "the test would show nothing"
 
 
-def test_a_picture_that_vanishes_is_one_line_from_any_process(tmp_path):
+def test_a_missing_picture_is_one_line_from_any_process(tmp_path):
     root = folders.classification(tmp_path)
     data = classification.TimmDataset(PLAIN, root=str(root), split="val")
     (root / "val/coffee/1.png").unlink()
@@ -158,7 +158,7 @@ def test_a_picture_that_vanishes_is_one_line_from_any_process(tmp_path):
         assert str(caught.value) == f"{root / 'val/coffee/1.png'}: no such file"
 
 
-def test_test_looks_at_the_split_that_it_uses(tmp_path):
+def test_a_test_checks_the_split_that_it_uses(tmp_path):
     root = folders.segmentation(tmp_path)
     shutil.rmtree(root / "masks/train")
     names = ("background", "cat")

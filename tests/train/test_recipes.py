@@ -96,7 +96,7 @@ def test_a_three_stage_network_has_its_published_neck():
             assert list(neck.in_channels) == [width for width, _ in read_network(network).levels]
 
 
-def test_the_finer_neck_makes_the_strides_that_are_missing():
+def test_the_neck_adds_missing_strides():
     from hybridzoo.train.necks import FinerFPN
 
     maps = [torch.randn(1, width, side, side + 1) for width, side in ((8, 10), (12, 5), (16, 3))]
@@ -142,7 +142,7 @@ def test_the_input_follows_from_the_network():
 @pytest.mark.parametrize(
     ("network", "argument"), [("biformer_tiny", "regions"), ("dinat_mini", "dilations"), ("nat_mini", "dilations")]
 )
-def test_what_a_network_does_at_other_sizes_follows_from_the_size(network, argument):
+def test_arguments_of_a_network_follow_from_the_image_size(network, argument):
     wanted = None if network == "nat_mini" else "auto"
     assert load_config(network).model.get(argument) is None
     assert load_config(network, img_size=96).model.get(argument) == wanted
@@ -158,7 +158,7 @@ def test_the_stem_learns_at_a_tenth_whatever_the_depth(network):
     assert found.layer_decay**found.depth == pytest.approx(0.1, rel=0.01)
 
 
-def test_an_argument_that_a_network_lacks_is_left_out():
+def test_arguments_that_a_network_does_not_have_are_left_out():
     assert "drop_path_rate" in load_config("finetune", model="test_convnext").model
     assert "drop_path_rate" not in load_config("finetune", model="shvit_s1").model
 
@@ -203,14 +203,14 @@ def test_iterations_have_no_epochs():
         load_config("upernet_dinat_mini_160k_ade20k", epochs=3)
 
 
-def test_options_win_over_what_follows_from_the_network():
+def test_options_override_values_that_follow_from_the_network():
     options = ["model.neck.in_channels=[1,2,3,4]", "optim_wrapper.paramwise_cfg.layer_decay=0.5"]
     config = load_config("mask-rcnn", options, model="test_convnext")
     assert list(config.model.neck.in_channels) == [1, 2, 3, 4]
     assert config.optim_wrapper.paramwise_cfg.layer_decay == 0.5
 
 
-def test_what_follows_from_the_number_of_images():
+def test_values_that_follow_from_the_number_of_images():
     def settled(images, *, started=True, **options):
         config = load_config("finetune", model="test_convnext", **options)
         settle.fit_data(config, images, started=started)
@@ -237,7 +237,7 @@ def test_what_follows_from_the_number_of_images():
         assert int(warmup.end * 4) == int(cosine.begin * 4) == 2
 
 
-def test_freeze_leaves_the_classifiers_stages_as_they_are():
+def test_freeze_does_not_train_the_stages_of_a_classifier():
     from hybridzoo.train.classification import ImageClassifier
 
     model = ImageClassifier("test_convnext", num_classes=3, frozen_stages=1).train()
@@ -253,7 +253,7 @@ def test_freeze_leaves_the_classifiers_stages_as_they_are():
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-def test_weights_that_cannot_be_had_are_one_line(capsys):
+def test_unavailable_weights_are_one_line(capsys):
     config = load_config("finetune", model="dinat_mini")
     assert settle.starting_weights(config, None) is None
     (line,) = capsys.readouterr().out.splitlines()
@@ -263,7 +263,7 @@ def test_weights_that_cannot_be_had_are_one_line(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_weights_named_after_a_model_of_timms_are_asked_for(monkeypatch):
+def test_weights_of_a_timm_model_are_requested(monkeypatch):
     config = load_config("finetune", model="test_convnext")
     with pytest.raises(UserError, match=r"weights resnet50.a1_in1k: cannot be downloaded here \("):
         settle.starting_weights(config, "resnet50.a1_in1k")
@@ -271,7 +271,7 @@ def test_weights_named_after_a_model_of_timms_are_asked_for(monkeypatch):
     assert settle.starting_weights(config, "test_convnext.r160_in1k") == Path("test_convnext.r160_in1k.safetensors")
 
 
-def test_timms_own_weights_are_brought_once_and_fit(tmp_path, monkeypatch):
+def test_timms_weights_are_downloaded_once_and_fit(tmp_path, monkeypatch):
     """A repository of the hub in the cache, as timm would leave it there."""
     from safetensors.torch import save_file
 
@@ -322,7 +322,7 @@ def saved_config(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["detector", "segmentor"])
-def test_what_a_dense_run_left_is_exported(request, tmp_path, kind):
+def test_a_finished_dense_run_can_be_exported(request, tmp_path, kind):
     """From its folder: the trained weights, with the classes and the size of the run."""
     folder, out = request.getfixturevalue(kind), tmp_path / "network.torchscript"
     run("export", folder, "--to", "torchscript", "--static", "--out", out)
@@ -407,7 +407,7 @@ def test_pictures_of_20_pixels_are_enlarged(recipe, network, tiny_pictures, tmp_
         assert sum(found[0].scores) == pytest.approx(1, abs=1e-4)
 
 
-def test_an_everyday_run_resumes_as_it_began(images, tmp_path, capsys):
+def test_an_everyday_run_resumes_with_its_settings(images, tmp_path, capsys):
     line = ("train", "test_convnext", "--data", images, "--img-size", 48, *TINY, "--work-dir", tmp_path)
     run(*line)
     capsys.readouterr()
@@ -418,7 +418,7 @@ def test_an_everyday_run_resumes_as_it_began(images, tmp_path, capsys):
     assert "layer_decay" not in Config.fromfile(saved_config(tmp_path)).optim_wrapper.paramwise_cfg
 
 
-def test_mmdets_entry_points_take_a_run(detector, scenes, tmp_path):
+def test_mmdets_entry_points_accept_a_run(detector, scenes, tmp_path):
     from mmdet.apis import DetInferencer, inference_detector, init_detector
 
     picture = str(next((scenes / "images/val").iterdir()))
@@ -435,7 +435,7 @@ def test_mmdets_entry_points_take_a_run(detector, scenes, tmp_path):
     assert list((tmp_path / "vis").iterdir())
 
 
-def test_mmsegs_entry_points_take_a_run(segmentor, scenes, tmp_path):
+def test_mmsegs_entry_points_accept_a_run(segmentor, scenes, tmp_path):
     from mmseg.apis import MMSegInferencer, inference_model, init_model
 
     picture = str(next((scenes / "images/val").iterdir()))
@@ -447,7 +447,7 @@ def test_mmsegs_entry_points_take_a_run(segmentor, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["detector", "segmentor"])
-def test_mmengines_runner_trains_what_a_run_left(kind, request, tmp_path):
+def test_mmengines_runner_trains_the_config_of_a_run(kind, request, tmp_path):
     config = Config.fromfile(saved_config(request.getfixturevalue(kind)))
     config.work_dir = str(tmp_path)
     runner = MMRunner.from_cfg(config)
@@ -459,7 +459,7 @@ def test_mmengines_runner_trains_what_a_run_left(kind, request, tmp_path):
 # Configs of one's own -------------------------------------------------------------------------------------------------
 
 
-def test_a_config_of_ones_own_in_two_lines(scenes, tmp_path, monkeypatch):
+def test_a_users_config_of_two_lines(scenes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(f'_base_ = "hybridzoo::mask-rcnn"\ndata_root = {str(scenes)!r}\n')
     config = Config.fromfile("mine.py")
@@ -481,7 +481,7 @@ def test_another_network_in_a_config_that_mmengine_reads(tmp_path):
             assert read[key].to_dict() == composed[key].to_dict()
 
 
-def test_mmdets_and_mmsegs_entry_points_take_a_config_of_ones_own(scenes, tmp_path):
+def test_mmdets_and_mmsegs_entry_points_accept_a_users_config(scenes, tmp_path):
     from mmdet.apis import inference_detector, init_detector
     from mmseg.apis import inference_model, init_model
 
@@ -506,7 +506,7 @@ def test_mmdets_and_mmsegs_entry_points_take_a_config_of_ones_own(scenes, tmp_pa
 
 
 @pytest.mark.parametrize("recipe", ["mask-rcnn_nat_mini_3x_coco", "upernet_nat_tiny_160k_ade20k", "mask-rcnn", "fpn"])
-def test_a_network_named_after_the_config_was_read_is_built_right(recipe, tmp_path, capsys):
+def test_a_network_set_after_the_config_was_read_is_built_correctly(recipe, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(f'_base_ = "hybridzoo::{recipe}"\n')
     config = Config.fromfile(file)
@@ -520,7 +520,7 @@ def test_a_network_named_after_the_config_was_read_is_built_right(recipe, tmp_pa
             assert model.decode_head(maps).shape == (1, 150, 16, 24)
 
 
-def test_a_strangers_right_widths_stay_as_they_are(capsys):
+def test_correct_widths_in_a_users_config_are_not_changed(capsys):
     prepare(load_config("retinanet"))
     head = dict(type="FCNHead", num_classes=3, channels=8, norm_cfg=dict(type="BN"), align_corners=False)
     backbone = dict(type="PyramidBackbone", name="test_convnext")
@@ -545,7 +545,7 @@ def test_a_published_run_as_a_base(tmp_path):
         load_config(file)
 
 
-def test_a_strangers_config_needs_one_import(tmp_path):
+def test_a_config_of_another_project_needs_one_import(tmp_path):
     file = tmp_path / "stranger.py"
     file.write_text(
         'custom_imports = dict(imports=["hybridzoo.train"])\n'
@@ -577,7 +577,7 @@ print(json.dumps([type(MODELS.build(config.model).backbone).__name__, kept.tolis
     "base",
     ["mmdet::_base_/models/retinanet_r50_fpn.py", "mmseg::_base_/datasets/ade20k.py", "mmdet::retinanet/nothing.py"],
 )
-def test_bases_of_openmmlabs_are_found_where_mmengine_finds_them(base):
+def test_base_configs_of_openmmlab_are_found_like_in_mmengine(base):
     """Without its parsing of a hundred lists of models; what is not there is mmengine's error."""
     if "nothing" in base:
         with pytest.raises(FileNotFoundError, match="nothing"):

@@ -26,7 +26,7 @@ def log(work_dir: Path, stamp: str, epochs, scores=None, per_epoch=2, loss=None)
         backend.add_scalars({**named, "time": 0.1}, step=epoch + 1, file_path="a.json")
 
 
-def test_losses_and_scores_stand_at_their_iteration(tmp_path):
+def test_losses_and_scores_have_their_iteration(tmp_path):
     log(tmp_path, "20260101_000000", range(3))
     curves = read_curves(tmp_path)
     assert [at for at, _ in curves.loss] == [10, 20, 30, 40, 50, 60]
@@ -34,7 +34,7 @@ def test_losses_and_scores_stand_at_their_iteration(tmp_path):
     assert curves.scores["accuracy/top1"] == [(20, 50.0), (40, 51.0), (60, 52.0)]
 
 
-def test_resumed_run_replaces_what_it_ran_again(tmp_path):
+def test_a_resumed_run_replaces_repeated_iterations(tmp_path):
     log(tmp_path, "20260101_000000", range(3), loss=9.0)  # killed in its third epoch, whose checkpoint is missing
     log(tmp_path, "20260101_010000", range(2, 4), scores=lambda epoch: {"accuracy/top1": 90.0 + epoch})
     curves = read_curves(tmp_path)
@@ -43,7 +43,7 @@ def test_resumed_run_replaces_what_it_ran_again(tmp_path):
     assert curves.scores["accuracy/top1"] == [(20, 50.0), (40, 51.0), (60, 92.0), (80, 93.0)]
 
 
-def test_new_run_in_the_same_folder_starts_anew(tmp_path):
+def test_a_new_run_in_the_same_folder_starts_a_new_curve(tmp_path):
     log(tmp_path, "20260101_000000", range(3))
     log(tmp_path, "20260101_010000", range(1))
     assert [at for at, _ in read_curves(tmp_path).loss] == [10, 20]
@@ -93,13 +93,13 @@ def test_run_without_validation_still_shows_its_loss(tmp_path):
     assert draw_curves({"segmentation": tmp_path}, tmp_path / "c.png", TARGETS).exists()
 
 
-def test_results_are_in_per_cent_and_skip_what_was_not_measured():
+def test_results_are_in_percent_and_skip_missing_values():
     found = results("detection", {"coco/bbox_mAP_50": 0.71, "coco/bbox_mAP": 0.5}, 4.0, TARGETS)
     assert found == [Result("detection", "box AP50", 71.0, 60.0, 4.0)]
     assert results("classification", {"accuracy/top1": 98.25}, 3.0, TARGETS)[0].score == 98.25
 
 
-def test_table_says_what_was_reached():
+def test_the_table_shows_the_scores():
     scores = {"accuracy/top1": 98.25, "coco/bbox_mAP_50": 0.512, "coco/segm_mAP_50": 0.4, "mIoU": 75.0}
     lines = [line for task in METRICS for line in results(task, scores, 4.25, TARGETS)]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115

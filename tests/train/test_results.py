@@ -36,7 +36,7 @@ def test_a_class_that_never_occurs_has_no_score():
     assert np.isnan(details.rows[1]["accuracy"])
 
 
-def test_objects_are_matched_once_the_surest_first():
+def test_objects_are_matched_once_by_descending_score():
     true, crowd = np.array([0, 1, 2]), np.array([False, False, True])
     overlaps = np.array(
         [

@@ -191,7 +191,7 @@ def test_wrong_content_is_one_line(folder: Path, configured: Config, kind: str) 
     assert str(folder) in str(caught.value)
 
 
-def test_right_content_goes_on(folder: Path, configured: Config) -> None:
+def test_valid_content_resumes(folder: Path, configured: Config) -> None:
     go_on(folder, configured)
 
 
@@ -215,7 +215,7 @@ STRANGE: tuple[Callable[[], Any], ...] = (
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_change_is_one_line_or_right(
+def test_any_change_is_one_line_or_harmless(
     finished: Path, tmp_path: Path, configured: Config, data: st.DataObject
 ) -> None:
     """Some values of a good checkpoint are taken out or replaced by what does not belong there."""
@@ -273,7 +273,7 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def test_no_reader_of_mmengines_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mmengine_does_not_execute_code_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It falls back to Python's pickle where the safe reader refuses a file; models may ask it for weights."""
     from mmengine.runner import load_checkpoint
 
@@ -284,7 +284,7 @@ def test_no_reader_of_mmengines_runs_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert not Path("exploded").exists()
 
 
-def test_a_copied_folder_leaves_the_original_alone(
+def test_a_copied_folder_does_not_change_the_original(
     folder: Path, make_config: Any, image_folder: Path, tmp_path: Path
 ) -> None:
     best = next(folder.glob("best_*.pth"))
@@ -327,7 +327,7 @@ def test_another_config_is_refused_and_nothing_changes(
     assert run_folder.run_of(folder) == read_checkpoint(folder / "epoch_2.pth")["meta"]["run"]
 
 
-def test_a_test_wants_the_same_classes_too(folder: Path, make_config: Any, image_folder: Path, tmp_path: Path) -> None:
+def test_a_test_needs_the_same_classes(folder: Path, make_config: Any, image_folder: Path, tmp_path: Path) -> None:
     file = folder / "epoch_2.pth"
     score = engine.test(make_config(), file, work_dir=tmp_path / "before", data=image_folder)
 

@@ -29,7 +29,7 @@ def checkpoint(path: Path, iterations: int, run: str = "", **more: Any) -> None:
     torch.save(content, path)
 
 
-def test_the_one_that_came_furthest_is_the_newest(tmp_path: Path) -> None:
+def test_the_checkpoint_with_the_most_iterations_is_the_newest(tmp_path: Path) -> None:
     """Whatever the names, the clocks and what other runs left there say."""
     assert engine.latest_checkpoint(tmp_path) is None
     (tmp_path / run_folder.NAME).write_text('{"run": "mine"}')
@@ -57,7 +57,7 @@ def test_checkpoints_of_several_runs_are_not_mixed(tmp_path: Path, capsys: pytes
     assert "epoch_2.pth: is of another run" in capsys.readouterr().out
 
 
-def test_what_cannot_be_resumed_is_not_started_anew(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_resumed_is_not_restarted(tmp_path: Path) -> None:
     (tmp_path / "epoch_1.pth").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match=r"none of its checkpoints can be resumed; the first: .*epoch_1.pth"):
         resuming.find(tmp_path)
@@ -68,7 +68,7 @@ def test_what_cannot_be_resumed_is_not_started_anew(tmp_path: Path) -> None:
         resuming.find(tmp_path)
 
 
-def test_a_fresh_run_wants_a_fresh_folder(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
+def test_a_new_run_needs_a_new_folder(run_config: Any, image_folder: Path, tmp_path: Path) -> None:
     checkpoint(tmp_path / "epoch_1.pth", 3, "a")
     before = (tmp_path / "epoch_1.pth").read_bytes()
     with pytest.raises(UserError, match=r"holds a run's epoch_1.pth; add --resume .*or choose another --work-dir"):
@@ -82,7 +82,7 @@ def test_a_fresh_run_wants_a_fresh_folder(run_config: Any, image_folder: Path, t
 
 @pytest.mark.parametrize("how", ["alone", "fork"])
 @pytest.mark.forks
-def test_the_second_run_stops_until_the_first_is_dead(
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
     run_config: Any, image_folder: Path, tmp_path: Path, how: str
 ) -> None:
     """Killed, and while a worker that it left behind still lives."""
@@ -119,7 +119,7 @@ def test_the_second_run_stops_until_the_first_is_dead(
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_process_keeps_itself_out(tmp_path: Path) -> None:
+def test_a_process_cannot_start_two_runs_in_a_folder(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run") as place:
         place.claim()
         place.claim()
@@ -135,7 +135,7 @@ def test_a_process_keeps_itself_out(tmp_path: Path) -> None:
     assert run_folder.run_of(tmp_path / "run") == "b"
 
 
-def test_no_run_no_file(tmp_path: Path) -> None:
+def test_a_refused_run_leaves_no_file(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as place:
         place.claim()
     assert not list(tmp_path.iterdir())
@@ -215,7 +215,7 @@ def test_what_stops_a_run_is_one_line(tmp_path: Path, error: Exception, says: st
     assert "\n" not in str(caught.value)
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="mat1"), interruptions.running(tmp_path):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(Terminated), interruptions.running(tmp_path):
@@ -223,7 +223,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_file_that_vanished_is_told(run_config: Any, image_folder: Path, tmp_path: Path, split: str) -> None:
+def test_a_missing_file_is_reported(run_config: Any, image_folder: Path, tmp_path: Path, split: str) -> None:
     """timm would take the next one instead, also in validation."""
     data = Path(shutil.copytree(image_folder, tmp_path / "data"))
     gone = data / split / "green" / "2.png"

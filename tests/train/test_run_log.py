@@ -45,7 +45,7 @@ def _rehearsal(run_config: Any) -> Any:
     return config
 
 
-def test_a_run_ends_where_validation_stays_the_same(
+def test_a_run_stops_if_validation_does_not_improve(
     run_config: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine.train(_rehearsal(run_config), work_dir=tmp_path, data=image_folder, wandb=False)
@@ -56,7 +56,7 @@ def test_a_run_ends_where_validation_stays_the_same(
 
 
 @pytest.mark.parametrize("validated", [True, False], ids=["after validation", "before validation"])
-def test_a_killed_run_counts_on(
+def test_a_killed_run_continues_its_count(
     run_config: Any, image_folder: Path, tmp_path: Path, validated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint is older than its epoch's validation: the count is that of a run that was never interrupted."""

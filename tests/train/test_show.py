@@ -80,7 +80,7 @@ def close(seen, expected):
 
 
 @pytest.mark.parametrize(("kernel", "dilation", "query"), [(3, 1, (4, 6)), (5, 2, (0, 14)), (3, (2, 3), (9, 0))])
-def test_a_neighborhood_is_the_references(kernel, dilation, query):
+def test_a_neighborhood_agrees_with_the_reference(kernel, dilation, query):
     attention = layers.NeighborhoodAttention2d(DIM, HEADS, kernel, dilation)
     seen, x = see(attention, query=query)
     q, k, _ = projected(attention, x)
@@ -95,7 +95,7 @@ def test_a_neighborhood_is_the_references(kernel, dilation, query):
     assert (seen.weights[0] != 0).sum() == kernel**2
 
 
-def test_padding_of_a_small_map_takes_the_rest_of_the_weight():
+def test_padding_of_a_small_map_has_the_rest_of_the_weight():
     seen, _ = see(layers.NeighborhoodAttention2d(DIM, HEADS, 7, padding="bias"), (5, 9), (2, 2))
     assert seen.beyond.min() > 0.01
     np.testing.assert_allclose(seen.weights.sum((1, 2)) + seen.beyond, 1, atol=1e-12)
@@ -148,7 +148,7 @@ def test_relu_linear_weights_are_products_over_their_sum():
     close(seen, products / products.sum((1, 2), keepdim=True))
 
 
-def test_rank_augmented_weights_are_the_papers():
+def test_rank_augmented_weights_agree_with_the_paper():
     attention = layers.RankAugmentedAttention(DIM, HEADS)
     seen, x = see(attention)
     q, k = (nn.functional.elu(part.flatten(1, 2)) + 1 for part in projected(attention, x, 4, "qkvg")[:2])
@@ -169,7 +169,7 @@ def test_dynamic_kernels_see_their_windows():
         np.testing.assert_allclose(seen.weights.sum((1, 2)), 1, atol=1e-12)
 
 
-def test_moved_points_have_the_softmax_of_their_scores():
+def test_sampled_points_have_the_softmax_of_their_scores():
     attention = layers.DeformableAttention(DIM, HEADS, groups=2, table_size=7, stride=3)
     seen, x = see(attention)
     from hybridzoo.layers.sampling import sample_map
@@ -273,7 +273,7 @@ def test_timms_own_networks(name):
         assert count == {"window": 49, "shifted window": 49}
 
 
-def test_looking_changes_nothing_in_the_network():
+def test_measuring_attention_does_not_change_the_network():
     model = timm.create_model("dinat_mini", **few_blocks("dinat_mini")).eval()
     image = torch.randn(1, 3, 64, 64)
     before = model(image)
@@ -300,11 +300,11 @@ def test_layers_are_chosen_by_stage_block_and_sort():
     ("query", "expected"),
     [(None, (0.5, 0.5)), ("0.25,0.5", (0.25, 0.5)), ("0,0", (0.0025, 0.005)), ("199,99", (0.9975, 0.995))],
 )
-def test_a_query_is_a_pixel_or_a_share(query, expected):
+def test_a_query_is_a_pixel_or_a_fraction(query, expected):
     assert point_in(query, (0, 0, 200, 100)) == pytest.approx(expected)
 
 
-def test_a_query_of_a_cropped_picture_is_one_of_the_whole():
+def test_a_query_is_a_position_in_the_whole_picture():
     assert point_in("100,50", (50, 0, 150, 100)) == pytest.approx((0.505, 0.505))
     assert point_in("0.5,0.5", (50, 0, 150, 100)) == pytest.approx((0.5, 0.5))
 

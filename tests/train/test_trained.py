@@ -113,7 +113,7 @@ def changed(file: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 @EACH
-def test_a_checkpoint_alone_and_elsewhere_is_enough(task, run, data, call, tmp_path):
+def test_a_checkpoint_works_without_its_run_folder(task, run, data, call, tmp_path):
     """Moved to another folder and under another name, it gives the score that its training ended with."""
     trained_to = results.read(run)
     alone = tmp_path / "elsewhere" / "weights.pth"
@@ -138,7 +138,7 @@ def test_a_checkpoint_alone_and_elsewhere_is_enough(task, run, data, call, tmp_p
 
 
 @EACH
-def test_a_runs_folder_stands_for_its_final_weights_and_gets_the_results(task, run, data, call):
+def test_a_run_folder_gives_its_final_weights_and_receives_the_results(task, run, data, call):
     for name in (results.NAME, "confusion_matrix.png"):
         assert (run / name).is_file(), "training leaves its own"
         (run / name).unlink()
@@ -168,7 +168,7 @@ def test_a_runs_folder_stands_for_its_final_weights_and_gets_the_results(task, r
 
 
 @EACH
-def test_a_folder_for_the_hub_stands_in_the_place_of_its_run(task, run, data, call, tmp_path):
+def test_a_hub_folder_can_be_used_like_a_run(task, run, data, call, tmp_path):
     """The same scores and predictions; the card has the scores, and nothing says where this machine keeps its data."""
     trained_to = results.read(run)
     code, out, err = call("hub", "export", run, "--out", "model", "--license", "mit")
@@ -233,7 +233,7 @@ def test_a_config_may_be_named_but_not_contradict(task, run, data, call):
         engine.build_for_inference(load_config(recipe), run / "final.pth")
 
 
-def test_words_that_mean_nothing_or_two_things(call, tmp_path, monkeypatch):
+def test_unknown_and_ambiguous_arguments(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("finetune").mkdir()
     Path("photo.png").touch()
@@ -333,7 +333,7 @@ def test_a_hostile_setup_is_refused_in_one_line(trained_once, tmp_path, monkeypa
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_setup_of_another_network_than_the_weights_costs_neither_time_nor_memory(trained_once, tmp_path):
+def test_a_setup_that_does_not_fit_the_weights_is_refused_quickly(trained_once, tmp_path):
     run, _ = trained_once("classification")
     good = torch.load(run / "final.pth", weights_only=True)
     for change, why in [
@@ -453,7 +453,7 @@ def test_other_classes_are_an_error_with_both_lists_and_missing_ones_are_explain
 
 
 @EACH
-def test_augmented_answers_differ_and_have_the_same_form(task, run, data, call):
+def test_augmented_predictions_differ_and_have_the_same_form(task, run, data, call):
     code, _, err = call("test", run, "--tta", "--work-dir", "augmented")
     assert code == 0, err
     plain, augmented = results.read(run), results.read(Path("augmented"))
@@ -566,7 +566,7 @@ def test_predictions_are_written_for_other_programs(task, run, data, call):
 
 
 @pytest.mark.parametrize("task", ["classification"])
-def test_one_bad_picture_does_not_lose_the_rest(task, run, data, call, monkeypatch):
+def test_one_bad_picture_does_not_stop_the_others(task, run, data, call, monkeypatch):
     """Named, left out, exit code 1; several sources at once, and bounded memory."""
     Path("photos").mkdir()
     for number in range(5):

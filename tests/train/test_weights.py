@@ -246,7 +246,7 @@ def test_the_command_line_names_bad_weights_before_it_makes_a_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["text.pth"]
 
 
-def test_a_misfit_names_the_file(model: nn.Module, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_name_the_file(model: nn.Module, tmp_path: Path) -> None:
     from hybridzoo.train.backbone import PyramidBackbone
 
     torch.save(model.state_dict(), tmp_path / "other.pth")
@@ -373,7 +373,7 @@ def test_output_norms_have_the_epsilon_of_the_network() -> None:
     assert eps("dinat_mini", out_norm_eps=1e-3) == {1e-3}
 
 
-def test_a_detector_of_another_kind_gives_its_backbone(tmp_path: Path, capsys: Any) -> None:
+def test_the_backbone_of_another_kind_of_detector_is_loaded(tmp_path: Path, capsys: Any) -> None:
     from hybridzoo.train.backbone import PyramidBackbone
     from hybridzoo.train.weights import start_from
 
