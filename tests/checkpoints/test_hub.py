@@ -115,7 +115,7 @@ def test_a_busy_hub_is_retried_and_a_cut_download_resumed(hub: Server) -> None:
     ("answer", "says"),
     [
         (Answer(status=404, body=b"\x80\xff"), "404 .*there is no such file"),
-        (Answer(status=403), "403 .*does not give it"),
+        (Answer(status=403), "403 .*access is forbidden"),
         (Answer(status=401), "401 .*a login is needed"),
         (Answer(body=b"<html>" + bytes(len(CONTENT) - 6)), "a web page"),
         (Answer(body=saved({"model": OTHER}), headers={"X-Linked-Etag": SHA}), "has SHA-256 .*, expected"),

@@ -249,7 +249,7 @@ DAMAGED = {
     "huge_head.safetensors": (lambda *found: struct.pack("<Q", 1 << 60) + found[2][8:], "cannot be read"),
     "longer.safetensors": (lambda *found: found[2] + b"more", "it is 4 bytes longer than its list of tensors says"),
     "pointer.pth": (lambda *_: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
-    "noise.pth": (lambda *_: bytes(range(1, 256)) * 9, "no file of weights: it begins with 01 02 03 04"),
+    "noise.pth": (lambda *_: bytes(range(1, 256)) * 9, "not a file of weights: it begins with 01 02 03 04"),
     "refused.pth": (lambda *_: b'{"error": "denied"}\n', r"""it is JSON, not weights: '\{"error": "denied"\}'"""),
     "busy.pth": (
         lambda *_: "Überlastet,\nbitte warten".encode(),

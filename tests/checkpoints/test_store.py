@@ -80,7 +80,7 @@ def test_a_file_must_have_the_hash_of_its_card(server: Server, home: Path, monke
     ("fault", "says"),
     [
         (Answer(status=404), "404 .*there is no such file"),
-        (Answer(status=403), "403 .*does not give it"),
+        (Answer(status=403), "403 .*access is forbidden"),
         (Answer(status=503), "answers 503"),
         (Answer(status=0), "the connection was cut"),
         (Answer(cut=100), r"cut after 100 of \d"),
