@@ -375,7 +375,7 @@ def test_the_query_is_marked_where_it_is(photo):
         (["biformer_tini", "photo.png"], "did you mean biformer_tiny"),
         (["nat_mini", "nowhere.png"], "PICTURE nowhere.png: no such file"),
         (["nat_mini", "photo.png", "--query", "12"], "--query 12: give X,Y"),
-        (["nat_mini", "photo.png", "--query", "60,10"], "--query 60,10: lies outside"),
+        (["nat_mini", "photo.png", "--query", "60,10"], "--query 60,10: is outside"),
         (["nat_mini", "photo.png", "--stage", "5"], "--stage 5: has no attention; stages with attention: 1, 2, 3, 4"),
         (["nat_mini", "photo.png", "--stage", "1", "--block", "4"], "--block 4: has no attention; blocks with"),
         (["nat_mini", "photo.png", "--head", "3"], "--head 3: the layers have heads 1 to 2"),
