@@ -1,33 +1,41 @@
-"""The tables in docs/speed.md, docs/export.md and under `benchmarks/`, made from `benchmarks/results/` and
-docs/exports.json, docs/int8.json.
+"""The tables in docs/speed.md, docs/bench.md, docs/export.md and under `benchmarks/`, made from `benchmarks/results/`
+and docs/exports.json, docs/int8.json.
 
     python -m benchmarks.tables
 
 Writes each table between its two marks, `<!-- bench: NAME -->` and `<!-- /bench -->`, and keeps the text around it.
+Draws docs/bench.png too, if its data have changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, PngImagePlugin
+
+from hybridzoo.checkpoints.catalogue import find
+from hybridzoo.train.bench import plot
 from hybridzoo.train.bench import rows as results
 from hybridzoo.train.bench.rows import Row
-from hybridzoo.train.bench.tables import markdown, number, shape
+from hybridzoo.train.bench.tables import lines, markdown, number, shape, spread
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 FILES = [
     ROOT / "docs" / "speed.md",
+    ROOT / "docs" / "bench.md",
     ROOT / "docs" / "export.md",
     HERE / "networks_cpu.md",
     HERE / "operators_cpu.md",
     HERE / "input_pipeline_cpu.md",
 ]
+PLOT = ROOT / "docs" / "bench.png"
 EXPORTS = ROOT / "docs" / "exports.json"
 INT8 = ROOT / "docs" / "int8.json"
 MARKED = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- /bench -->)", re.S)
@@ -84,6 +92,46 @@ def networks_in_full() -> str:
         cells += [_quartiles(row), number(row["cpu_us"] / 1e3) if "cpu_us" in row else ""]
         body.append([*cells, f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""])
     return f"{method(rows)}\n\n{markdown(head, body, 3)}"
+
+
+def bench_rows() -> list[Row]:
+    """For docs/bench.md: the smallest network of each family that has rows, as created, as `bench models` has them."""
+    rows = [row for row in read("networks_cpu") if row["form"] == "ours"]
+    smallest: dict[str, str] = {}
+    for name in sorted({row["op"] for row in rows}, key=lambda name: -find(name).params):
+        smallest[find(name).family] = name
+    found = []
+    for row in rows:
+        known = find(row["op"])
+        if row["op"] == smallest[known.family]:
+            facts = dict(params=known.params, macs=round(known.gmacs * 1e9), top1=known.top1)
+            found.append(row | facts | dict(form="as created", mode="eager"))
+    return found
+
+
+def bench_models() -> str:
+    rows = bench_rows()
+    body = []
+    for line in sorted(lines(rows), key=lambda line: -line["images_per_s"]):
+        cells = [f"`{line['network']}`", f"{line['params'] / 1e6:.1f} M", f"{line['macs'] / 1e9:.2f}"]
+        cells += [spread(line, key) for key in ("images_per_s", "latency_ms", "train_images_per_s")]
+        body.append([*cells, "-" if line["top1"] is None else f"{line['top1']:.1f}"])
+    head = ["network", "params", "GMACs", "images/s", "ms, one image", "train images/s", "top-1"]
+    return f"Batch {rows[0]['batch']}. {method(rows)}\n\n{markdown(head, body)}"
+
+
+def digest() -> str:
+    """Identifies the data of docs/bench.png, which has it in its metadata."""
+    return hashlib.sha256(json.dumps(lines(bench_rows()), sort_keys=True).encode()).hexdigest()
+
+
+def draw_bench() -> None:
+    """Draw docs/bench.png as `bench models --plot` does, in few colors; the data's digest goes into the metadata."""
+    plot.draw(lines(bench_rows()), PLOT)
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text("data", digest())
+    picture = Image.open(PLOT).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    picture.save(PLOT, optimize=True, pnginfo=metadata)
 
 
 def operator(op: str) -> Callable[[], str]:
@@ -172,6 +220,7 @@ def _sides(cell: dict[str, Any] | None) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "networks": networks,
     "networks in full": networks_in_full,
+    "bench models": bench_models,
     "na2d": operator("na2d"),
     "routed": operator("routed"),
     "operators": operators("operators_cpu"),
@@ -191,6 +240,9 @@ def main() -> None:
     for file in FILES:
         file.write_text(text(file))
         print(file.relative_to(ROOT))
+    if not PLOT.exists() or Image.open(PLOT).info.get("data") != digest():
+        draw_bench()
+        print(PLOT.relative_to(ROOT))
 
 
 def _by_way(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:

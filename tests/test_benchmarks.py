@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import few_blocks
+from PIL import Image
 
 from hybridzoo.train.bench import rows
 
@@ -81,7 +82,7 @@ def tables():
 
 
 @pytest.mark.parametrize(
-    "name", ["speed.md", "networks_cpu.md", "operators_cpu.md", "input_pipeline_cpu.md", "export.md"]
+    "name", ["speed.md", "bench.md", "networks_cpu.md", "operators_cpu.md", "input_pipeline_cpu.md", "export.md"]
 )
 def test_committed_tables_agree_with_their_data(tables, name):
     (file,) = [file for file in tables.FILES if file.name == name]
@@ -95,6 +96,12 @@ def test_every_table_is_in_a_document_and_every_file_of_results_is_used(tables):
     for file in (ROOT / "benchmarks" / "results").glob("*.json"):
         assert file.stem in source, f"{file.name}: no table is made of it"
         assert rows.read(file)
+
+
+def test_the_picture_of_bench_is_drawn_from_the_committed_data(tables):
+    picture = Image.open(tables.PLOT)
+    assert picture.info["data"] == tables.digest(), "run: python -m benchmarks.tables"
+    assert tables.PLOT.stat().st_size < 150_000
 
 
 def test_tables_follow_their_data(tables, tmp_path, monkeypatch):
