@@ -136,29 +136,28 @@ class AgentAttention(nn.Module):
 
         `(heads, agents, tokens)` and `(heads, tokens, agents)`.
         """
-        aggregation = self._table(size, self.an_bias, self.ah_bias, self.aw_bias)
-        broadcast = self._table(size, self.na_bias, self.ha_bias, self.wa_bias)
-        if self.class_token:
-            aggregation = torch.cat([self._regridded(self.ac_bias[..., None]), aggregation], dim=2)
-            broadcast = torch.cat([self._regridded(self.ca_bias[..., None]), broadcast], dim=2)
-        return aggregation, broadcast.transpose(1, 2)
-
-    def _table(self, size: tuple[int, int], block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """The sum of three tables, each resized to the map, `(heads, agents, tokens)`."""
-        # Resize over the agents first (the order does not matter): the tables stay small until they get the map's size.
-        block, rows, columns = (self._regridded(table.flatten(2)) for table in (block, rows, columns))
+        # Both directions side by side: one resize for two tables. Over the agents first (the order does not matter), so
+        # that the tables stay small until they get the map's size.
+        block = self._regridded(torch.stack((self.an_bias, self.na_bias)).flatten(3)).unflatten(3, (COARSE, COARSE))
+        rows = self._regridded(torch.stack((self.ah_bias, self.ha_bias)))[..., None]
+        columns = self._regridded(torch.stack((self.aw_bias, self.wa_bias)))[..., None, :]
         # Rows and columns resize each along their own axis: both have length 1 along the other. What is added before
         # the columns are resized, whose weights sum to one, is the same after it.
-        table = resize_map(block.unflatten(2, (COARSE, COARSE)), (size[0], COARSE))
-        table = resize_map(table + resize_map(rows[..., None], (size[0], 1)), size)
-        return (table + resize_map(columns[:, :, None], (1, size[1]))).flatten(2)
+        table = resize_map(block, (size[0], COARSE))
+        table = resize_map(table + resize_map(rows, (size[0], 1)), size)
+        table = (table + resize_map(columns, (1, size[1]))).flatten(3)
+        if self.class_token:
+            own = self._regridded(torch.stack((self.ac_bias, self.ca_bias))[..., None])
+            table = torch.cat([own, table], dim=3)
+        aggregation, broadcast = table.unbind(0)
+        return aggregation, broadcast.transpose(1, 2)
 
     def _regridded(self, table: Tensor) -> Tensor:
-        """`(heads, agents, entries)` from the trained grid of agents to the current one."""
+        """`(..., agents, entries)` from the trained grid of agents to the current one."""
         if self.grid == self.agents:
             return table
-        agents = table.transpose(1, 2).unflatten(2, self.agents)
-        return resize_map(agents, self.grid).flatten(2).transpose(1, 2)
+        agents = table.transpose(-2, -1).unflatten(-1, self.agents)
+        return resize_map(agents, self.grid).flatten(-2).transpose(-2, -1)
 
 
 def agent_attention(

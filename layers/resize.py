@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridzoo.kernels import arguments
 from hybridzoo.layers.open_sizes import surely
 from hybridzoo.layers.precision import without_autocast
 
@@ -42,11 +43,11 @@ def adaptive_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     `ceil((i + 1) * n / g)`, so cells overlap where `g` does not divide `n` and repeat where it exceeds `n`.
     """
     _, height, width, dim = x.shape
-    if not surely(height == size[0]):
-        x = (_bins(height, size[0], x) @ x.flatten(2)).unflatten(2, (width, dim))
-    if not surely(width == size[1]):
-        x = _bins(width, size[1], x) @ x
-    return x
+    if surely(height == size[0]) and surely(width == size[1]):
+        return x
+    rows = _bins(height, size[0], x)
+    columns = rows if surely(height == width) and surely(size[0] == size[1]) else _bins(width, size[1], x)
+    return columns @ (rows @ x.flatten(2)).unflatten(2, (width, dim))
 
 
 def _linear(old: int, new: int, like: Tensor) -> Tensor:
@@ -56,8 +57,13 @@ def _linear(old: int, new: int, like: Tensor) -> Tensor:
 
 
 def _bins(old: int, new: int, like: Tensor) -> Tensor:
-    """Matrix `(new, old)` of adaptive average pooling."""
-    cell = torch.arange(new, device=like.device)[:, None]
-    start, stop = cell * old // new, ((cell + 1) * old + new - 1) // new
-    token = torch.arange(old, device=like.device)
-    return ((token >= start) & (token < stop)).to(like.dtype) / (stop - start).to(like.dtype)
+    """Matrix `(new, old)` of adaptive average pooling: its result for the identity."""
+    if not (torch.compiler.is_compiling() or arguments.exporting()):
+        identity = torch.eye(old, dtype=like.dtype, device=like.device)
+        return F.adaptive_avg_pool1d(identity[None], new)[0].T
+    # Compilers make one kernel of the definition, for all sizes; ONNX has no such pooling. A cell averages the tokens
+    # that it overlaps. On an axis of length `old * new`, tokens begin at multiples of `new`, cells at those of `old`.
+    token, cell = torch.arange(old, device=like.device) * new, torch.arange(new, device=like.device) * old
+    ahead = token - cell[:, None]
+    overlaps = ((ahead > -new) & (ahead < old)).to(like.dtype)
+    return overlaps / overlaps.sum(1, keepdim=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import goldens
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.functional import interpolate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridzoo.checkpoints import convert
 from hybridzoo.layers import AgentAttention
@@ -124,11 +128,71 @@ def test_autocast_rounds_no_table():
         torch.testing.assert_close(resize_map(x, (14, 9)), expected)
 
 
-@pytest.mark.parametrize(("old", "new"), [((56, 14), (3, 9)), ((5, 7), (7, 7)), ((1, 2), (3, 4)), ((6, 6), (3, 2))])
-def test_pooling_is_adaptive_average_pooling(old, new):
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "for compilers"])
+@pytest.mark.parametrize(
+    ("old", "new"), [((56, 14), (3, 9)), ((5, 7), (7, 7)), ((1, 2), (3, 4)), ((6, 6), (3, 2)), ((8, 8), (3, 3))]
+)
+def test_pooling_is_adaptive_average_pooling(monkeypatch, old, new, compiles):
     x = torch.randn(2, *old, 4, dtype=torch.double)
     expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), new).permute(0, 2, 3, 1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiles)
     torch.testing.assert_close(adaptive_pool(x, new), expected)
+
+
+@torch.library.custom_op("test_agent_attention::fused", mutates_args=())
+def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Stands for PyTorch's fused attention on a GPU, one operator in each direction; a CPU has none with a gradient."""
+    return query.new_zeros(query.shape)
+
+
+@torch.library.custom_op("test_agent_attention::fused_backward", mutates_args=())
+def fused_backward(grad: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.zeros_like(x) for x in inputs]
+
+
+fused.register_autograd(
+    lambda ctx, grad: tuple(fused_backward(grad, ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+class Launched(TorchDispatchMode):
+    """Counts operators that compute something; views and fresh memory launch no kernel on a GPU."""
+
+    NOTHING = ("_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += not (operator.is_view or operator.overloadpacket.__name__ in self.NOTHING)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("side", "agents", "class_token"),
+    [(14, 7, True), (14, 9, True), (56, 3, False), (28, 4, False), (14, 7, False), (7, 7, False)],
+)
+def test_a_layer_launches_no_more_than_its_plain_form(monkeypatch, side, agents, class_token, trains):
+    """At the published sizes, also where cells of pooling differ (56 / 3)."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    attend = lambda q, k, v, bias, *rest, **options: fused(q, k, v, bias.expand(len(q), -1, -1, -1))  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    plain = importlib.import_module("benchmarks.plain.hosts").PlainAgent
+    layer = AgentAttention(16, 2, agents, side, class_token=class_token)
+    x = torch.randn(1, side * side + class_token, 16, requires_grad=trains)
+    counts = []
+    for form in (layer, plain(layer)):
+        layer.zero_grad()
+        with torch.set_grad_enabled(trains), Launched() as launched:
+            out = form(x, (side, side))
+            if trains:
+                out.sum().backward()
+        counts.append(launched.count)
+    ours, theirs = counts
+    assert 10 < ours <= theirs
 
 
 @pytest.mark.parametrize(
