@@ -130,23 +130,29 @@ def _packed(shape: Shape, batch: int, where: dict[str, Any]) -> tuple[Tensor, Te
 
 
 def _na2d(shape: Shape, batch: int, where: dict[str, Any], impl: str, flex: bool) -> Case:
-    from hybridzoo.kernels import na2d
+    from hybridzoo.kernels import na2d_packed
 
     packed, grad = _packed(shape, batch, where)
     kernel, dilation = shape.get("kernel", NA2D_KERNEL), shape["dilation"]
     rpb = torch.randn(shape["heads"], 2 * kernel - 1, 2 * kernel - 1, **where).requires_grad_()
     map_size, device = (shape["height"], shape["width"]), where["device"]
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
-        return na2d(q, k, v, kernel, dilation, rpb=rpb, impl=impl)
+    def ours(qkv: Tensor, rpb: Tensor) -> Tensor:  # what the layer calls
+        return na2d_packed(qkv, kernel, dilation, rpb=rpb, impl=impl)
 
-    given = map_size, kernel, dilation, device
+    def unpacked(make: Callable[..., Function]) -> Callable[[], Function]:
+        def made() -> Function:
+            form = make(map_size, kernel, dilation, device)
+            return lambda qkv, rpb: form(*qkv.unbind(3), rpb)
+
+        return made
+
     square = shape["heads"] * (map_size[0] * map_size[1]) ** 2 * grad.element_size()
-    found = {"ours": Form(lambda: ours), "gather": Form(lambda: forms.na2d_gather(*given), True, 4 * 49 * grad.nbytes)}
-    found["dense"] = Form(lambda: forms.na2d_dense(*given), True, 4 * square)
+    found = {"ours": Form(lambda: ours), "gather": Form(unpacked(forms.na2d_gather), True, 4 * 49 * grad.nbytes)}
+    found["dense"] = Form(unpacked(forms.na2d_dense), True, 4 * square)
     if flex:
-        found["flex"] = Form(lambda: forms.na2d_flex(*given))
-    return Case("na2d", shape, [packed, rpb], lambda f: f(*packed.unbind(3), rpb), grad, found)
+        found["flex"] = Form(unpacked(forms.na2d_flex))
+    return Case("na2d", shape, [packed, rpb], lambda f: f(packed, rpb), grad, found)
 
 
 def _routed(shape: Shape, batch: int, where: dict[str, Any], impl: str, flex: bool) -> Case:
