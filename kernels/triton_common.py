@@ -75,10 +75,16 @@ class Launch(NamedTuple):
         recipe = self.recipe
         alike = tuple([(t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in self.tensors])
         compiled = recipe.compiled.get(alike)
-        if compiled is not None and torch.version.hip is None:  # AMD's code also depends on the size of the memory
-            compiled[(recipe.programs, 1, 1)](*self.tensors, *recipe.arguments.values())
-        else:  # the interpreter returns nothing
-            recipe.compiled[alike] = recipe.kernel[(recipe.programs,)](*self.arguments.values(), **recipe.options)
+        if compiled is not None:
+            try:
+                compiled[(recipe.programs, 1, 1)](*self.tensors, *recipe.arguments.values())
+                return
+            except (AttributeError, TypeError):  # a version of Triton whose compiled kernels are called otherwise
+                recipe.compiled[alike] = None
+        found = recipe.kernel[(recipe.programs,)](*self.arguments.values(), **recipe.options)
+        # The interpreter returns nothing. AMD's code also depends on the size of the memory.
+        if alike not in recipe.compiled and torch.version.hip is None:
+            recipe.compiled[alike] = found
 
 
 def unsupported(query: Tensor, widths: tuple[int, int] = (16, 128)) -> str | None:
