@@ -189,11 +189,39 @@ def test_forms_are_compared_by_direction_and_with_the_target():
     assert found["both"]["sdpa, same mask and bias"] == "too large"
 
 
+def test_layer_norms_are_found_among_a_profile_s_kernels():
+    networks, report = (importlib.import_module(f"benchmarks.gpu.{name}") for name in ("networks", "report"))
+    names = [
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float>",
+        "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float, float>",
+        "triton_per_fused_add_native_layer_norm_7",
+    ]
+    assert all(networks.NORMS.search(name) for name in names)
+    assert not networks.NORMS.search("void at::native::batch_norm_collect_statistics_channels_last_kernel")
+    row = dict(op="n", way="inference", mode="compiled, profiler", kernels=5, kernel_us=1500.0)
+    head, body = report.profiles([row | dict(attention_share=0.1, norm_share=0.25), row | dict(mode="profiler")])
+    assert len(head) == len(body[0])
+    assert body == [
+        ["n", "inference", "compiled", "5", "1.5", "10%", "25%"],
+        ["n", "inference", "eager", "5", "1.5", "", ""],
+    ]
+
+
+def test_compiled_targets_are_the_first_wave():
+    networks, rows = (importlib.import_module(f"benchmarks.gpu.{name}") for name in ("networks", "rows"))
+    store = rows.Store.__new__(rows.Store)
+    store.folder, store.common = Path("no such folder"), dict(device="none")
+    tasks = [task.name for task in networks.compiled_tasks(False, store)]
+    assert len(tasks) == len(set(tasks)) == 2 * len(networks.FIRST + networks.TIMM + networks.OTHERS)
+    wave = [f"compiled/{name}, training" for name in networks.FIRST] + ["compiled/agent_swin_tiny, inference"]
+    assert tasks[: networks.WAVE] == wave
+
+
 def test_dense_forms_are_bounded():
     cases = importlib.import_module("benchmarks.gpu.cases")
     for op, shape in cases.walk(False):
         sizes = [cases.written(op, shape, form, "both", 128) for form in cases.FORMS[op]]
-        assert (max(sizes) > cases.MOST_WRITTEN) == (op == "na2d" and shape["side"] == 56)
+        assert (max(sizes) > cases.MOST_WRITTEN) == ((op, shape["side"]) in (("na2d", 56), ("routed", 128)))
 
 
 def test_a_run_is_kept_with_what_was_kept_before(tmp_path):

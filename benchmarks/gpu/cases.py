@@ -1,8 +1,8 @@
 """The operators at the paper's shapes: inputs, the forms that compute the same, and the least that must be done.
 
 Batch 128, bfloat16, 224 pixels: DiNAT-T's four stages with their dilations (head_dim 32, kernel 7, with a bias),
-BiFormer-S's (head_dim 32, 7 x 7 regions) and the windows of OverLoCK-T's two (head_dim 16, both biases), and the one of
-OverLoCK-XT whose head_dim is 14. A dry run takes a small map and one image, in float32.
+BiFormer-S's (head_dim 32, 7 x 7 regions; one of 8 x 8 at 512 pixels), the windows of OverLoCK-T's two (head_dim 16,
+both biases), and the one of OverLoCK-XT whose head_dim is 14. A dry run takes a small map and one image, in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 HEAD_DIM = 32
 NA2D = [(56, 2, 1), (56, 2, 8), (28, 4, 1), (28, 4, 4), (14, 8, 1), (14, 8, 2), (7, 16, 1)]  # side, heads, dilation
 ROUTED = [(56, 2, 1), (28, 4, 4), (14, 8, 16), (7, 16, 49)]  # side, heads, regions attended to
+# BiFormer-S's first stage in a segmentation network at 512 pixels: regions of 256 tokens
+LARGE = dict(side=128, heads=2, topk=1, regions=8)
 MIX2D = [
     (14, 8, 16, 13),
     (14, 8, 16, 5),
@@ -56,11 +58,12 @@ class Case(NamedTuple):
 
 
 def shapes(op: str, dry: bool) -> list[dict[str, int]]:
-    return [dict(zip(AXES[op], numbers, strict=True)) for numbers in (DRY if dry else SHAPES)[op]]
+    found = [dict(zip(AXES[op], numbers, strict=True)) for numbers in (DRY if dry else SHAPES)[op]]
+    return [*found, LARGE] if op == "routed" and not dry else found
 
 
 def label(op: str, shape: dict[str, int]) -> str:
-    rest = ", ".join(f"{name.replace('topk', 'top')} {shape[name]}" for name in AXES[op][2:])
+    rest = ", ".join(f"{name.replace('topk', 'top')} {shape[name]}" for name in list(shape)[2:])
     return f"{op} {shape['side']}x{shape['side']}, {shape['heads']} heads, {rest}"
 
 
@@ -75,8 +78,7 @@ def work(op: str, shape: dict[str, int], batch: int, itemsize: int, dry: bool) -
     one = batch * tokens * heads * head_dim * itemsize
     key = one
     if op == "routed":
-        regions = (2 if dry else 7) ** 2
-        pairs = tokens * shape["topk"] * tokens // regions
+        pairs = tokens * shape["topk"] * tokens // _regions(shape, dry) ** 2
     else:
         kernel, dilation = shape.get("kernel", 3 if dry else 7), shape.get("dilation", 1)
         members = [math.ceil((side - r) / dilation) for r in range(min(dilation, side))]
@@ -139,7 +141,7 @@ def _routed(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> C
     from hybridzoo.kernels.routed.grid import Grid
     from hybridzoo.train.bench import forms, routed_forms
 
-    regions = 2 if dry else 7
+    regions = _regions(shape, dry)
     grid = Grid.of(grad, regions, regions)
     scale = (shape["heads"] * HEAD_DIM) ** -0.5
     routes = torch.rand(len(grad), grid.regions, grid.regions, device=grad.device).topk(shape["topk"]).indices
@@ -161,6 +163,11 @@ def _routed(shape: dict[str, int], packed: Tensor, grad: Tensor, dry: bool) -> C
         found["sdpa, same mask"] = lambda: dense(seen[:, None, region[:, None], region[None]])
         found["flex"] = lambda: routed_forms.flex(seen, region, scale, size)
     return Case("routed", shape, [packed], lambda f: f(*packed.unbind(3)), grad, found)
+
+
+def _regions(shape: dict[str, int], dry: bool) -> int:
+    """Rows, and columns, of the grid of regions."""
+    return 2 if dry else shape.get("regions", 7)
 
 
 def _mix2d(shape: dict[str, int], batch: int, where: dict[str, Any]) -> Case:

@@ -28,10 +28,10 @@ PARTS = {
     "correctness": Part(85, correctness.tasks, False),
     "operators": Part(50, operators.tasks, True),
     "flex": Part(70, operators.flex_tasks, True),
-    "compile": Part(100, tuning.compile_tasks, False),
-    "tuning": Part(80, tuning.tasks, True, tuning.write_table),
+    "compile": Part(80, tuning.compile_tasks, False),
+    "tuning": Part(60, tuning.tasks, True, tuning.write_table),
     "tuned": Part(20, operators.tuned_tasks, True),
     "networks": Part(60, networks.tasks, True, wave=9),
-    "compiled": Part(130, networks.compiled_tasks, True, wave=8),
+    "compiled": Part(200, networks.compiled_tasks, True, wave=networks.WAVE),
     "training": Part(30, training.tasks, False),
 }

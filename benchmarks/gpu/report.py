@@ -11,7 +11,7 @@ from benchmarks.gpu.rows import Row, ceilings, newest, read
 
 Table = tuple[list[str], list[list[str]]]
 OURS = ("ours", "auto")
-SHOWN = ("Not measured", "Failures", "A training step of every family", "Tuning", "Networks", "Correctness")
+SHOWN = ("Not measured", "Failures", "A training step of every family", "Tuning", "Profiles", "Networks", "Correctness")
 SHOWN += ("Operators", "Ceilings")
 WAYS = ("forward", "backward", "both")
 OTHERS = ("auto", "gather", "torch", "sdpa, same mask and bias", "sdpa, same mask", "sdpa, all tokens", "flex")
@@ -19,6 +19,9 @@ OPERATORS = (
     "Microseconds, median, cold cache; backward is both less forward. Floor: the time for the bytes and products at "
     "the ceilings. Others: how many times as long as ours they take; `sdpa, all tokens` computes something else, "
     "attention without routes."
+)
+PROFILES = (
+    "One step, by the profiler. A compiler's kernel that computes more than attention or a layer norm counts wholly."
 )
 # What is aimed at: shares of the floor at the first two stages, and times of other forms: (form, sides, times).
 SHARES = {"na2d": {"forward": 0.5, "backward": 0.35}, "routed": {"forward": 0.5, "backward": 0.3}}
@@ -61,6 +64,7 @@ def sections(rows: list[Row]) -> Iterable[tuple[str, str, Table]]:
     yield "Operators, tuned", "Microseconds, median and quartiles, of ours.", tuned(latest)
     yield "Tuning", "What was best, and the pass's microseconds with it and with the default.", tuning(latest)
     yield "Networks", "Images a second; beside the plain form's of the same weights.", networks(latest)
+    yield "Profiles", PROFILES, profiles(latest)
     yield "A training step of every family", "float32 weights, bfloat16 autocast.", training(latest)
     yield "Failures", "What failed, and what repeats it.", failures(latest)
     yield "Not measured", "Cut off by its box of time.", cuts(latest)
@@ -176,7 +180,7 @@ def tuning(rows: list[Row]) -> Table:
 
 def networks(rows: list[Row]) -> Table:
     found = [r for r in rows if r["part"] in ("networks", "compiled") and "images_per_s" in r]
-    profiled = {(r["op"], r["way"]): r for r in rows if "attention_share" in r}
+    profiled = {(r["op"], r["way"]): r for r in rows if "attention_share" in r and "compiled" not in r["mode"]}
     modes = list(dict.fromkeys(r["mode"] for r in found))
     speeds = {(r["op"], r["way"], r["mode"]): r["images_per_s"] for r in found}
     body = []
@@ -190,6 +194,16 @@ def networks(rows: list[Row]) -> Table:
         memory = next((str(r["peak_mib"]) for r in same if "peak_mib" in r), "")
         body.append([name, way, str(same[0]["batch"]), *cells, share, memory])
     return ["network", "way", "batch", *modes, "attention", "peak MiB"], body
+
+
+def profiles(rows: list[Row]) -> Table:
+    body = []
+    for r in rows:
+        if "kernels" in r:
+            cells = [f"{r[n]:.0%}" if n in r else "" for n in ("attention_share", "norm_share")]
+            mode = r["mode"].removesuffix("profiler").rstrip(", ") or "eager"
+            body.append([r["op"], r["way"], mode, str(r["kernels"]), f"{r['kernel_us'] / 1e3:.1f}", *cells])
+    return ["network", "way", "", "kernels", "ms", "attention", "layer norm"], body
 
 
 def training(rows: list[Row]) -> Table:
