@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 FOLDER = Path(__file__).parent / "golden"
 TOLERANCE = 1e-9  # of the compared tensor's standard deviation
@@ -25,6 +28,28 @@ TOLERANCE = 1e-9  # of the compared tensor's standard deviation
 def names(family: str, *, numeric: bool) -> list[str]:
     """Fixtures of a family: all manifests, or only those with numbers."""
     return sorted(p.stem for p in (FOLDER / family).glob("*.npz" if numeric else "*.json"))
+
+
+def structures(family: str, *sizes: str) -> list:
+    """Fixtures with numbers; `sizes`, which differ from another one in their sizes only, in exhaustive runs."""
+    found = names(family, numeric=True)
+    assert {*sizes} < {*found}
+    return [pytest.param(name, marks=pytest.mark.exhaustive) if name in sizes else name for name in found]
+
+
+class _Undrawn(TorchFunctionMode):
+    """Random numbers are not drawn: what lies in memory stays."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if re.fullmatch(r"(\w+_)?(uniform|normal)_|erfinv_", getattr(function, "__name__", "")):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
+def network(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """What `build` makes of the arguments, in float64, for evaluation. Its weights are to be loaded: it has none."""
+    with _Undrawn():
+        return build(*args, **kwargs).double().eval()
 
 
 def manifest(family: str, name: str) -> dict[str, Any]:
@@ -36,19 +61,25 @@ def numbers(family: str, name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
+_drawn: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # for the last state: often the next has the same ones
+
+
 def published_state(family: str, name: str) -> dict[str, Tensor]:
     """The published state dict, names and shapes, with the recipe's deterministic float64 values."""
+    global _drawn
     meta = manifest(family, name)
-    state = {}
+    state, drawn = {}, {}
     for key, shape, dtype in meta["state_dict"]:
         if not dtype.startswith("float"):
             state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
             continue
-        value = _fill_value(key, tuple(shape))
+        place = key, tuple(shape)
+        value = drawn[place] = _drawn[place] if place in _drawn else _fill_value(*place)
         for pattern, factor in meta.get("post_fill", ()):
             if re.search(pattern, key):
                 value = value * factor
-        state[key] = torch.from_numpy(np.asarray(value))
+        state[key] = torch.tensor(value)
+    _drawn = drawn if sum(value.size for value in drawn.values()) < 4e7 else {}
     return state
 
 

@@ -37,8 +37,6 @@ LEADERS = _leaders()
 # One of each family; and those that are built of different blocks, the hosts of linear attention included.
 FAMILIES = list({model_entrypoint(name).__module__: name for name in reversed(LEADERS)}.values())
 OTHERS = ("dat_plus_tiny", "efficientvit_mit_l1", "vitrpb_small")
-# Of which kernels are operators of ours, or places are read by `grid_sample`; and one of PyTorch's plain operators.
-OPERATORS = ("biformer_stl", "dat_plain_tiny", "dinat_mini", "overlock_xtiny", "efficientvit_msra_m0")
 BLOCKS = {*FAMILIES, *(name for name in LEADERS if name.startswith("agent_")), *OTHERS}
 
 

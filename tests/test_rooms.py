@@ -46,13 +46,17 @@ def test_every_room_has_files():
 
 
 IMPORTS = """
-import importlib, os, pkgutil
-import mmengine.hooks, mmengine.runner, mmengine.visualization, timm, torchvision
+import gc, importlib, os, pkgutil, sys
+import mmengine.hooks, mmengine.runner, mmengine.visualization, timm, torchvision, typer
 import hybridzoo
+
+gc.freeze()
 
 for room in ("kernels", "layers", "checkpoints", "backbones", "train"):
     folder = os.path.dirname(importlib.util.find_spec(f"hybridzoo.{room}").origin)
     for module in pkgutil.walk_packages([folder], f"hybridzoo.{room}."):
+        if module.name in sys.modules:  # `import hybridzoo` itself imports it
+            continue
         child = os.fork()
         if not child:
             try:

@@ -41,7 +41,7 @@ def test_published_state_dict_loads_strictly(fixture):
 
 @pytest.mark.parametrize("fixture", goldens.names("agent", numeric=True))
 def test_equals_the_published_network(fixture):
-    model = model_of(fixture).double().eval()
+    model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("agent", fixture), fixture))
     data = goldens.numbers("agent", fixture)
     image = goldens.image(goldens.manifest("agent", fixture)["input_shape"])

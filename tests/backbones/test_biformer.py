@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hybridzoo
 from hybridzoo.checkpoints import cards, convert
 
-FIXTURES = goldens.names("biformer", numeric=True)
+FIXTURES = goldens.structures("biformer", "biformer_small")
 MANIFESTS = goldens.names("biformer", numeric=False)
 
 
@@ -38,7 +38,7 @@ def test_published_state_dict_loads_strictly(fixture):
 
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_equals_the_published_network(fixture):
-    model = model_of(fixture).double().eval()
+    model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("biformer", fixture), model.default_cfg["architecture"]))
     data = goldens.numbers("biformer", fixture)
     image = goldens.image(goldens.manifest("biformer", fixture)["input_shape"])

@@ -52,7 +52,7 @@ def test_published_state_dict_loads_strictly_and_converts_back(fixture):
 
 @pytest.mark.parametrize("fixture", [name for name in goldens.names("dat", numeric=True) if "_det_" not in name])
 def test_equals_the_published_network(fixture):
-    model = timm.create_model(name_of(fixture)).double().eval()
+    model = goldens.network(timm.create_model, name_of(fixture))
     state = goldens.published_state("dat", fixture)
     model.load_state_dict(convert(state, name_of(fixture)))
     data = goldens.numbers("dat", fixture)
@@ -76,7 +76,7 @@ def test_equals_the_published_detectors_backbone():
     """`backbone.` with a norm for every output map and without the classifier; what is outside keeps its names."""
     backbone = pytest.importorskip("hybridzoo.train.backbone")
     fixture = "dat_pp_tiny_det_160x256"
-    ours = backbone.PyramidBackbone(name="dat_plus_tiny", out_norm="LN").double().eval()
+    ours = goldens.network(backbone.PyramidBackbone, name="dat_plus_tiny", out_norm="LN")
     theirs = {f"backbone.{key}": value for key, value in goldens.published_state("dat", fixture).items()}
     converted = convert(theirs | {"neck.conv.weight": torch.ones(1)}, "dat_plus_tiny")
     assert converted.pop("neck.conv.weight") == 1

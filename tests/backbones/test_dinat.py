@@ -16,7 +16,7 @@ import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.backbones.dinat_dilations import DILATIONS, dilations_for
 from hybridzoo.checkpoints import cards, convert
 
-FIXTURES = goldens.names("dinat", numeric=True)
+FIXTURES = goldens.structures("dinat", "dinat_tiny")
 MANIFESTS = goldens.names("dinat", numeric=False)
 TAGGED = {  # variants of the authors that are tags here
     "dinat_large": "dinat_large.in22k_ft_in1k_224",
@@ -65,7 +65,7 @@ def test_published_state_dict_loads_strictly(fixture):
 
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_equals_the_published_network(fixture):
-    model = timm.create_model(name_of(fixture)).double().eval()
+    model = goldens.network(timm.create_model, name_of(fixture))
     model.load_state_dict(convert(goldens.published_state("dinat", fixture), name_of(fixture)))
     data = goldens.numbers("dinat", fixture)
     image = goldens.image(goldens.manifest("dinat", fixture)["input_shape"])

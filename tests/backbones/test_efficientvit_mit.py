@@ -19,9 +19,8 @@ from hybridzoo.layers.linear_attention import EPS
 
 FAMILY = "efficientvit_mit"
 MANIFESTS = goldens.names(FAMILY, numeric=False)
-FIXTURES = goldens.names(FAMILY, numeric=True)
-CLASSIFIERS = [f for f in FIXTURES if "_seg_" not in f]
-SEGMENTATION = [f for f in FIXTURES if "_seg_" in f]
+SEGMENTATION = [f for f in goldens.names(FAMILY, numeric=True) if "_seg_" in f]
+CLASSIFIERS = [f for f in goldens.structures(FAMILY, "efficientvit_b1") if f not in SEGMENTATION]
 
 
 def name_of(fixture: str) -> str:
@@ -36,7 +35,7 @@ def model_of(fixture: str) -> torch.nn.Module:
 
 def published(fixture: str) -> torch.nn.Module:
     """The model with a fixture's weights, in float64."""
-    model = model_of(fixture).double().eval()
+    model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state(FAMILY, fixture), name_of(fixture)))
     return model
 

@@ -16,7 +16,7 @@ import hybridzoo  # noqa: F401
 from hybridzoo.checkpoints import cards, convert
 
 FAMILY = "efficientvit_msra"
-FIXTURES = goldens.names(FAMILY, numeric=True)
+FIXTURES = goldens.structures(FAMILY, "efficientvit_m4", "efficientvit_m4_damped")
 MANIFESTS = goldens.names(FAMILY, numeric=False)
 DETECTOR = "efficientvit_m4_det_512x640"
 
@@ -27,7 +27,7 @@ def name_of(fixture: str) -> str:
 
 def published(fixture: str, **kwargs) -> torch.nn.Module:
     """The model with a fixture's weights, in float64."""
-    model = timm.create_model(name_of(fixture), **kwargs).double().eval()
+    model = goldens.network(timm.create_model, name_of(fixture), **kwargs)
     model.load_state_dict(convert(goldens.published_state(FAMILY, fixture), name_of(fixture)))
     return model
 

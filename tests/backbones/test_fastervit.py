@@ -16,7 +16,7 @@ from hybridzoo.backbones import fastervit
 from hybridzoo.checkpoints import cards, convert
 
 BROKEN = "faster_vit_0_any_res_224x448"  # two rows of four windows
-FIXTURES = [n for n in goldens.names("fastervit", numeric=True) if n != BROKEN]
+FIXTURES = [n for n in goldens.structures("fastervit", "faster_vit_1_224") if n != BROKEN]
 MANIFESTS = [n for n in goldens.names("fastervit", numeric=False) if n != BROKEN]
 SHALLOW = dict(depths=(1, 1, 2, 1), dim=16, num_heads=(2, 4), num_classes=7)
 
@@ -51,7 +51,7 @@ def test_published_state_dict_loads_strictly(fixture):
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_equals_the_published_network(fixture):
     """`any_res_256x320`: padded to a square grid of windows, the padding attended to."""
-    model = timm.create_model(name_of(fixture)).double().eval()
+    model = goldens.network(timm.create_model, name_of(fixture))
     model.load_state_dict(convert(goldens.published_state("fastervit", fixture), name_of(fixture)))
     data = goldens.numbers("fastervit", fixture)
     maps, logits = maps_and_logits(model, fixture)

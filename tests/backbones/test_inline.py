@@ -45,7 +45,7 @@ def test_a_file_without_a_local_kernel_is_refused():
 
 @pytest.mark.parametrize("fixture", goldens.names("inline", numeric=True))
 def test_equals_the_published_network(fixture):
-    model = model_of(fixture).double().eval()
+    model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("inline", fixture), fixture))
     data = goldens.numbers("inline", fixture)
     image = goldens.image(goldens.manifest("inline", fixture)["input_shape"])

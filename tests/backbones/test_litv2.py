@@ -52,7 +52,7 @@ def test_published_state_dict_loads_strictly(fixture):
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_equals_the_published_network(fixture):
     """`seg_217x330`: padded to multiples of 4 pixels and of HiLo's windows, every map normalised."""
-    model = network(fixture).double().eval()
+    model = goldens.network(network, fixture)
     state = convert(goldens.published_state("litv2", fixture), name_of(fixture))
     norms = {key: state.pop(key) for key in list(state) if key.startswith("out_norms.")}
     loaded = model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()}, strict=not norms)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.checkpoints import cards, convert
 
-FIXTURES = goldens.names("maxvit", numeric=True)
+FIXTURES = goldens.structures("maxvit", "maxvit_small_tf_224", "maxvit_tiny_tf_384")
 MANIFESTS = goldens.names("maxvit", numeric=False)
 SHALLOW = dict(depths=(1, 1, 1, 1), num_classes=7)
 
@@ -43,7 +43,7 @@ def test_published_state_dict_loads_strictly(fixture):
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_equals_the_published_network(fixture):
     """`224x448`: windows stay, their number grows. `imgsize256x320`: timm's windows of 8 x 10 with resampled tables."""
-    model = model_of(fixture).double().eval()
+    model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("maxvit", fixture), "maxvit_tiny"))
     data = goldens.numbers("maxvit", fixture)
     with torch.no_grad():

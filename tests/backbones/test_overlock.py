@@ -16,11 +16,7 @@ from hybridzoo.checkpoints.keymaps import publish
 from hybridzoo.checkpoints.pretrained import Weights
 from hybridzoo.layers import DilatedReparamConv
 
-SLOW = ("overlock_t", "overlock_xt_200x264")  # what others show too, of another size
-FIXTURES = [
-    pytest.param(name, marks=pytest.mark.exhaustive) if name in SLOW else name
-    for name in goldens.names("overlock", numeric=True)
-]
+FIXTURES = goldens.structures("overlock", "overlock_t", "overlock_xt_200x264")
 MANIFESTS = goldens.names("overlock", numeric=False)
 SIZES = {"xt": "xtiny", "t": "tiny", "s": "small", "b": "base"}
 SHALLOW = dict(depths=(1, 1, 1, 1), focus_depths=(2, 1), num_classes=7)
@@ -64,7 +60,7 @@ def test_published_state_dict_loads_strictly(fixture):
 
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_equals_the_published_network(fixture):
-    model = model_of(fixture).double().eval()
+    model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("overlock", fixture), name_of(fixture)))
     data = goldens.numbers("overlock", fixture)
     image = goldens.image(goldens.manifest("overlock", fixture)["input_shape"])

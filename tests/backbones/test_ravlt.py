@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridzoo.checkpoints import cards, convert
 from hybridzoo.layers import GatedAttention, RankAugmentedAttention
 
-FIXTURES = goldens.names("ravlt", numeric=True)
+FIXTURES = goldens.structures("ravlt", "ravlt_b_96x160")
 MANIFESTS = goldens.names("ravlt", numeric=False)
 SIZES = dict(t="tiny", s="small", b="base", l="large")
 
@@ -48,7 +48,7 @@ def test_published_state_dict_loads_strictly(fixture):
 
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_equals_the_published_network(fixture):
-    model = network(fixture).double().eval()
+    model = goldens.network(network, fixture)
     state = convert(goldens.published_state("ravlt", fixture), name_of(fixture))
     norms = {key: state.pop(key) for key in list(state) if key.startswith("out_norms.")}
     model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})

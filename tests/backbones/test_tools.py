@@ -1,4 +1,4 @@
-"""Every structure is plain to other people's tools: tracers, hooks, quantizers, adapters, transforms, counters.
+"""Every family is plain to other people's tools: tracers, hooks, quantizers, adapters, transforms, counters.
 
 What timm's own test-suite asks of every network is here and in the neighbours: `forward`, `backward`, `default_cfgs`,
 `forward_features` and `forward_intermediates` (features, too) in `test_contract`, pretrained weights in
@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from networks import BLOCKS, image, leaders_of, shallow
+from networks import FAMILIES, image, leaders_of, shallow
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-pytestmark = pytest.mark.parametrize("name", leaders_of(BLOCKS))
+pytestmark = pytest.mark.parametrize("name", leaders_of(FAMILIES))
 
 
 def test_fx_traces_it_forward_and_backward(name):
@@ -155,7 +155,7 @@ def test_counters_see_every_layer(name):
     assert layers <= counter.get_total_flops() < 3 * layers
 
 
-@pytest.mark.parametrize("structured", [False, True])
+@pytest.mark.parametrize("structured", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_pruned_layers_are_used_after_an_evaluation(name, structured):
     """PyTorch's pruning puts a masked tensor in the place of a parameter, and computes it before every call."""
     model, pruned = shallow(name), shallow(name)
