@@ -21,7 +21,7 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
-from hybridzoo.train import bad_batch, provenance, trained
+from hybridzoo.train import bad_batch, provenance, setup_check, trained
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.seeding import seed_all
 from hybridzoo.train.sharding import local
@@ -136,7 +136,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if runner.cfg.get("val_fraction"):
             meta["val_fraction"] = dict(runner.cfg.val_fraction)
         meta["run"], meta["started"] = getattr(runner, "run", ""), getattr(runner, "started", False)
-        meta[trained.KEY] = trained.describe(runner.cfg)
+        meta[setup_check.KEY] = trained.describe(runner.cfg)
         meta[provenance.KEY] = provenance.describe(runner)
         hub = checkpoint["message_hub"]
         # The smoothed curves start again after a resume: their buffers are objects, and scalars.json has the values.

@@ -1,7 +1,7 @@
 """The folder's `config.json` and weights, and names on the hub.
 
 JSON has neither tuples nor infinity, which configs contain: `{"()": [...]}` is a tuple, `{"float": "inf"}` a number.
-Files are not trusted: `trained.check` checks their content before anything is built from it.
+Files are not trusted: `setup_check` checks their content before anything is built from it.
 """
 
 from __future__ import annotations
