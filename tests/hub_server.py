@@ -6,20 +6,25 @@ import base64
 import hashlib
 import json
 import re
+import time
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from local_server import LocalServer, QuietHandler
 
 TOKEN = "hf_right"
+XET_TOKEN = "for_xet"
 COMMIT = "d" * 40
 
 
 class Hub(LocalServer):
     """Repositories in memory.
 
+    Large files come through LFS, or through Xet: then a file's content here is its SHA-256, because the blocks that Xet
+    sends are not put together again.
+
     Attributes:
-        files: repository -> name -> content, as the last commit left it.
+        files: repository -> name -> content after the last commit.
         private: repository -> whether it was made so.
         faults: part of a path -> status that every request to it gets; 0 closes the connection.
     """
@@ -29,6 +34,8 @@ class Hub(LocalServer):
         self.private: dict[str, bool] = {}
         self.faults: dict[str, int] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256, as LFS keeps them
+        self.xorbs: dict[str, bytes] = {}  # by hash: blocks of content that came through Xet
+        self.shards: list[bytes] = []  # Xet's lists of the blocks of each file
         self.commits = 0
         super().__init__(_handler(self))
 
@@ -53,7 +60,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if fault == 0:
                 self.close_connection = True
                 return True
-            writes = self.command == "POST" and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+            token = XET_TOKEN if self.path.startswith(("/v1/", "/v2/")) else TOKEN
+            writes = self.command == "POST" and self.headers.get("Authorization") != f"Bearer {token}"
             if fault is not None or writes:
                 self.body()
                 self.say({"error": "not today"}, fault or 401)
@@ -66,6 +74,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def post(self) -> None:
             body = self.body()
+            if self.path.startswith("/v1/xorbs/"):
+                hub.xorbs[self.path.rpartition("/")[2]] = body
+                return self.say({"was_inserted": True})
+            if self.path == "/v1/shards":
+                hub.shards.append(body)
+                return self.say({"result": 1})
             if self.path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}"
@@ -93,7 +107,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 if line["key"] == "file":
                     hub.files[found[1]][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
-                    hub.files[found[1]][value["path"]] = hub.large[value["oid"]]
+                    known = hub.large.get(value["oid"])
+                    hub.files[found[1]][value["path"]] = value["oid"].encode() if known is None else known
             hub.commits += 1
             return self.say({"commitUrl": f"{hub.url}/{found[1]}/commit/{COMMIT}", "commitOid": COMMIT})
 
@@ -112,6 +127,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.get()
 
         def get(self) -> None:
+            if "/xet-write-token/" in self.path:
+                expires = int(time.time()) + 3600
+                return self.say({"accessToken": XET_TOKEN, "exp": expires, "casUrl": hub.url})
             found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
             if found is None or found[1] not in hub.files:
                 return self.say({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,43 @@ def test_push_exports_a_run_and_can_be_repeated(hub: Hub, call: Call, run: Path)
     assert b"license: mit" in hub.files["me/animals"]["README.md"]
     assert b"# me/animals" in hub.files["me/animals"]["README.md"]
     assert [path.name for path in run.iterdir()] == ["final.pth"]
+
+
+@pytest.fixture
+def xet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol that huggingface_hub prefers for large files; other tests use LFS, its other protocol."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+
+
+def test_large_files_go_through_xet(hub: Hub, xet: None, call: Call, model: Path) -> None:
+    code, out, err = call("hub", "push", model, "--repo-id", "me/animals")
+    assert (code, out.strip()) == (0, f"{hub.url}/me/animals"), err
+    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert hub.files["me/animals"]["model.safetensors"] == digest.encode()
+    assert not hub.large
+    assert hub.shards
+    assert sum(map(len, hub.xorbs.values())) > 0.5 * (model / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "says"),
+    [
+        ("xet-write-token", 401, "401, it needs a login"),
+        ("xet-write-token", 403, "403, this login is not allowed"),
+        ("xet-write-token", 404, "404, there is no such repository"),
+        ("/v1/xorbs", 413, "413, it does not accept files of this size"),
+        ("/v2/shards", 200, "Invalid response"),
+    ],
+)
+def test_errors_of_xet_are_one_line(
+    hub: Hub, xet: None, call: Call, model: Path, place: str, status: int, says: str
+) -> None:
+    hub.faults[place] = status
+    code, out, err = call("hub", "push", model, "--repo-id", "me/animals")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"error: me/animals: cannot upload to 127\S+: .*{says}.*\n", err), err
+    assert not hub.commits
 
 
 FAULTS = [

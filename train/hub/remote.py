@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,18 +127,21 @@ def _told(repository: str, doing: str) -> Iterator[None]:
         reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"no connection to {host}"
         raise UserError(f"{repository}: is not in the cache, and {reason}") from error
     except HfHubHTTPError as error:
-        raise UserError(f"{repository}: cannot {doing} {host}: {_answer(error)}") from error
+        answer = _answer(error.response.status_code, error.server_message)
+        raise UserError(f"{repository}: cannot {doing} {host}: {answer}") from error
     except (HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # a local file
-        raise UserError(f"{repository}: cannot {doing} {host}: no connection ({_line(error)})") from error
-    except (ValueError, LookupError) as error:  # an invalid answer, or a card that the hub refuses
+        status = re.search(r"HTTP status \w+ error \((\d{3})", str(error))  # hf_xet has only this text
+        answer = _answer(int(status[1])) if status else f"no connection ({_line(error)})"
+        raise UserError(f"{repository}: cannot {doing} {host}: {answer}") from error
+    except (ValueError, LookupError, RuntimeError) as error:  # an invalid answer, or a card that the hub refuses
         raise UserError(f"{repository}: cannot {doing} {host}: {_line(error)}") from error
 
 
-def _answer(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    said = f" ({printable(' '.join(error.server_message.split()))[:200]})" if error.server_message else ""
+def _answer(status: int, message: str | None = None) -> str:
+    """What an HTTP status means, with the server's own message."""
+    said = f" ({printable(' '.join(message.split()))[:200]})" if message else ""
     meaning = {
         401: f"it needs a login{said}; {_LOGIN}",
         403: f"this login is not allowed to do this{said}; {_LOGIN}",
