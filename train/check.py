@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hybridzoo.train import coco, draw, layouts
+from hybridzoo.train import draw, layouts, outlines
 from hybridzoo.train.data import yolo
 from hybridzoo.train.data.segmentation import class_ids
 from hybridzoo.train.errors import UserError
@@ -144,6 +144,6 @@ def _drawn(report: Report, image: Image.Image, label: Any) -> Image.Image:
     boxes[:, 2:] += boxes[:, :2]
     masks = None
     if label and all("segmentation" in entry for entry in label):
-        masks = np.stack([coco.mask_of(entry["segmentation"], image.size) for entry in label])
+        masks = np.stack([outlines.mask(entry["segmentation"], image.size) for entry in label])
     names: Sequence[str] = report.classes
     return draw.draw_boxes(image, boxes, [names.index(entry["class"]) for entry in label], None, masks, names)

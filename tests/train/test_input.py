@@ -15,7 +15,7 @@ from input_cases import CASES, Case
 from PIL import Image
 
 from hybridzoo.__main__ import main
-from hybridzoo.train import check, coco, layouts
+from hybridzoo.train import check, coco, layouts, outlines
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.layouts import How
 
@@ -92,8 +92,8 @@ def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
         inside = random.random((17, 23)) < random.random()
         packed = mask_api.encode(np.asfortranarray(inside.astype(np.uint8)))
         outline = {"size": [17, 23], "counts": packed["counts"].decode()}
-        assert np.array_equal(coco.mask_of(outline, (23, 17)), inside)
-        assert coco.outline_area(outline) == inside.sum()
+        assert np.array_equal(outlines.mask(outline, (23, 17)), inside)
+        assert outlines.area(outline) == inside.sum()
 
 
 def test_classes_are_matched_by_name(tmp_path):
@@ -274,7 +274,7 @@ def check_usable(fixed, masks):
         assert 0 < entry["area"] < float("inf")
         assert entry["iscrowd"] in (0, 1)
         if masks:
-            assert coco.mask_of(entry["segmentation"], (96, 80)).any() or entry["iscrowd"]
+            assert outlines.mask(entry["segmentation"], (96, 80)).any() or entry["iscrowd"]
 
 
 @settings(max_examples=60, deadline=None)

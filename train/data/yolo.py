@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from hybridzoo.train import coco
+from hybridzoo.train import coco, outlines
 from hybridzoo.train.data.report import SPLIT_NAMES, Layout, Place
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import SUFFIXES, ImageError, find_images, is_hidden, shown_size
@@ -261,7 +261,7 @@ def _object(values: list[str], size: tuple[int, int], classes: int, where: str, 
     entry: dict[str, Any] = {"category_id": label, "bbox": list(box.ltwh), "area": box.area}
     if len(shares) >= 6:
         outline = [share * size[index % 2] for index, share in enumerate(shares)]
-        entry.update(segmentation=[outline], area=coco.outline_area([outline]))
+        entry.update(segmentation=[outline], area=outlines.area([outline]))
     return entry
 
 
