@@ -1,7 +1,7 @@
 """What the tests of all Triton kernels share: where they compute, and what counts as right.
 
-The interpreter must be chosen before Triton is imported, which another test of the process may have done, so a process
-of its own runs a file again with it (`run_interpreted`). On a GPU the same tests run as they are, in bfloat16 as well.
+The interpreter must be chosen before Triton is imported, which another test of the process may have done, so processes
+of their own run the files again with it (`run_interpreted`). On a GPU the tests run as they are, in bfloat16 as well.
 """
 
 from __future__ import annotations
@@ -23,12 +23,6 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 computes = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; runs under the interpreter")
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-
-
-def parts(count: int) -> pytest.MarkDecorator:
-    """A file's `test_under_the_interpreter` in so many parts, which the suite's workers share."""
-    numbers = [pytest.param((i, count), marks=pytest.mark.alone, id=f"part {i + 1} of {count}") for i in range(count)]
-    return pytest.mark.parametrize("part", numbers)
 
 
 Function = Callable[..., Tensor]
@@ -64,15 +58,15 @@ def assert_as_good(ours: Function, definition: Function, tensors: Sequence[Tenso
         assert (f.cpu().double() - e).abs().max() <= allowed
 
 
-def run_interpreted(request: pytest.FixtureRequest, at_least: int, part: tuple[int, int] = (0, 1)) -> None:
-    """Every test of the calling file that computes, in a process where Triton interprets its kernels on the CPU.
+def run_interpreted(request: pytest.FixtureRequest, files: list[Path], at_least: int, part: tuple[int, int]) -> None:
+    """Every test of these files that computes, in a process where Triton interprets its kernels on the CPU.
 
-    `part` is a number and a count: the tests of the file are dealt out to so many calls, each of which has `at_least`.
+    `part` is a number and a count: the tests are dealt out to so many calls, each of which has `at_least`.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
     environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     options = ["-m", request.config.option.markexpr, "--part", "{}/{}".format(*part), "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-q", *options, str(request.path)]
+    command = [sys.executable, "-m", "pytest", "-q", *options, *map(str, files)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)

@@ -7,7 +7,7 @@ import torch
 import triton_builds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_tests import DEVICE, INTERPRETED, assert_as_good, computes, not_interpreted, results, run_interpreted
+from triton_tests import DEVICE, INTERPRETED, assert_as_good, computes, results
 
 from hybridzoo.kernels import dynamic_depthwise_conv2d, tuning
 from hybridzoo.kernels.depthwise import operators, reference, torch_impl
@@ -213,13 +213,6 @@ def test_gradients_are_the_same_bits_every_time():
     grad = torch.randn_like(tensors[0])
     first, second = (results(by_triton, tensors, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@not_interpreted
-@pytest.mark.alone
-def test_under_the_interpreter(request):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    run_interpreted(request, at_least=9)
 
 
 @plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_builds
-from triton_tests import DEVICE, INTERPRETED, assert_as_good, compiles, computes, not_interpreted, run_interpreted
+from triton_tests import DEVICE, INTERPRETED, assert_as_good, compiles, computes
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -111,12 +111,6 @@ def test_operators_are_well_formed():
     out, lse = mix_operators.neighborhood_mix2d(*tensors, *where)
     args = (torch.randn_like(out), *tensors, out, lse, *where)
     torch.library.opcheck(mix_operators.neighborhood_mix2d_backward, args)
-
-
-@not_interpreted
-@pytest.mark.alone
-def test_under_the_interpreter(request):
-    run_interpreted(request, at_least=len(CASES) + 6)
 
 
 def launches(side, heads, width, kernel, dtype, tables=True):
