@@ -335,6 +335,14 @@ def test_export_prints_the_path_and_the_licence(make: Make, call: Call, tmp_path
     assert not (tmp_path / "free").exists()
 
 
+def test_without_out_the_folder_lies_in_the_run(make: Make, call: Call) -> None:
+    run = make()
+    assert call("export", run)[:2] == (0, f"{run / 'hub'}\n")
+    assert sorted(file.name for file in (run / "hub").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "--force" in call("export", run)[2]
+    assert call("export", run, "--force")[0] == 0
+
+
 def test_existing_files_are_kept_without_force(make: Make, call: Call, tmp_path: Path) -> None:
     run, out = make(), tmp_path / "model"
     out.mkdir()
@@ -354,7 +362,6 @@ def test_existing_files_are_kept_without_force(make: Make, call: Call, tmp_path:
     ("argv", "says"),
     [
         (["nowhere", "--out", "x"], "nowhere: no such file or run folder"),
-        (["run"], "--out"),
         (["run", "--out", "run"], "is the folder of the weights themselves"),
         (["run", "--out", "run/final.pth"], "is a file"),
         (["run", "--out", "run/final.pth/x"], "cannot be written"),

@@ -43,7 +43,7 @@ class Exported:
 
 def export(
     run_or_file: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     title: str | None = None,
     licence: str | None = None,
@@ -57,7 +57,7 @@ def export(
 
     Args:
         run_or_file: a run's folder, or a checkpoint that contains its config.
-        out: the folder to write.
+        out: the folder to write; default `hub` beside the checkpoint.
         title: title of the model card; default the run's name.
         licence: the hub's identifier, e.g. `mit`; default the one that follows from the weights that the run started
             from.
@@ -68,7 +68,7 @@ def export(
             a folder that exists or cannot be written.
     """
     path = trained.find(run_or_file)
-    target = _place(Path(out).expanduser(), path, force)
+    target = _place(path.parent / "hub" if out is None else Path(out).expanduser(), path, force)
     setup = trained.read(path)
     if setup is None:
         raise UserError(

@@ -32,7 +32,9 @@ def hub(context: typer.Context) -> None:
 @app.command(epilog=examples("hub export runs/digits --out digits_model"))
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN_OR_FILE", help="A run's folder, or a checkpoint of it.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The folder to write; default: hub, in the run's folder.")
+    ] = None,
     title: Title = None,
     license_: License = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the files in an existing folder.")] = False,
