@@ -131,6 +131,20 @@ def test_a_familys_page_agrees_with_the_cards(name):
     assert "<svg" in text or text.count('class="hz-chain"') == 2
 
 
+@pytest.mark.parametrize("name", families.families())
+def test_a_familys_page_has_every_section(name):
+    """A figure, tables of variants, weights with parity, and speed, the licence, recipes, and the citation."""
+    sections = dict(part.split("\n", 1) for part in families.page(name).split("\n## ")[1:])
+    assert 'class="hz-chain"' in sections["The block"]
+    assert sections["Models"].count("\n| `") >= 1
+    weights = sections["Published weights"]
+    assert "**Licence.**" in weights
+    assert "parity" in weights or weights.lstrip().startswith("No weights were published.")
+    assert re.search(r"\n\| `\w+` \| inference \| ", sections["Speed"])
+    assert "recipe" in sections["Published recipes"]
+    assert "```bibtex\n@" in sections["Papers and citation"]
+
+
 def test_a_familys_page_shows_recorded_speed():
     rows = json.loads((ROOT / "benchmarks" / "results" / "networks_cpu.json").read_text())
     wanted = dict(op="maxvit_tiny", form="fused", way="inference")
