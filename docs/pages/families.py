@@ -65,7 +65,7 @@ def page(name: str) -> str:
         _use(models[0], known),
         "## The block\n",
         chain(family["block"]),
-        "Coloured steps are added to what goes into them.\n",
+        "Coloured steps have a residual connection: their output is added to their input.\n",
         PICTURES[family["picture"]](),
         f"*{family['caption'].strip()}*\n",
         "## Models\n",
