@@ -3,9 +3,9 @@
 python docs/attention.py [RUN_OR_NAME ...]
 
 Names have random weights; their query is on scikit-image's cat (by S. van der Walt, CC0). A run is the folder of a
-classifier of the embedded digits. Its picture gets the name of its network; the query is on a validation image, a 3. The
-runs of docs/show.md come from `python benchmarks/one_line.py digits --epochs 1 --only NAME --out FILE`, in its folder
-work_dirs/one_line/digits.
+classifier of the embedded digits. Its picture gets the name of its network; the query is on a validation image, a 3.
+The runs of docs/show.md come from `python benchmarks/one_line.py digits --epochs 1 --only NAME --out FILE`, in its
+folder work_dirs/one_line/digits.
 """
 
 from __future__ import annotations
