@@ -1,4 +1,4 @@
-"""Small data folders as people have them, cut from photographs that come with scikit-image and scikit-learn."""
+"""Small data folders in common layouts, made from photographs inside scikit-image and scikit-learn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def photograph(name: str) -> Image.Image:
 
 
 def crop(name: str, seed: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:
-    """A piece of a photograph, `size` wide and high."""
+    """A part of a photograph with the given width and height."""
     image = photograph(name)
     random = np.random.default_rng(seed)
     x, y = (int(random.integers(0, whole - part + 1)) for whole, part in zip(image.size, size, strict=True))
@@ -37,7 +37,7 @@ def save_png(image: Image.Image, path: Path, _: int) -> None:
 
 
 def save_sideways(image: Image.Image, path: Path, _: int) -> None:
-    """Stored turned to the left, with EXIF's "turn to the right"."""
+    """Store a picture rotated to the left, with the EXIF orientation that rotates it back."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image.transpose(Image.Transpose.ROTATE_90).save(path.with_suffix(".png"), exif=exif)
@@ -49,7 +49,7 @@ def classification(
     save: Callable[[Image.Image, Path, int], None] = save_png,
     counts: tuple[int, int] = (4, 2),
 ) -> Path:
-    """`root/{train,val}/<folders>`, of which the first shows a cat, the second a cup."""
+    """`root/{train,val}/<folders>`: the first folder has pictures of a cat, the second of a cup."""
     for split, count in zip(("train", "val"), counts, strict=True):
         for name, folder in zip(NAMES, folders, strict=False):
             (root / split / folder).mkdir(parents=True)
@@ -64,7 +64,7 @@ def detection(
     split: str | None = "train",
     **encoding: Any,
 ) -> Path:
-    """Two objects an image, of categories 1 "cat" and 2 "cup".
+    """Two objects in each image, of categories 1 "cat" and 2 "cup".
 
     Args:
         change: edits the annotations of `split`, or of both, in place.
@@ -97,7 +97,7 @@ def segmentation(
     classes: bytes = b"background\ncat\n",
     inner: str = "",
 ) -> Path:
-    """A square of class 1 in a background of 0."""
+    """A square of class 1 on a background of class 0."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "classes.txt").write_bytes(classes)
     for split, count in (("train", 4), ("val", 2)):
@@ -112,7 +112,7 @@ def segmentation(
 
 
 def published_coco(root: Path, change: Callable[[dict[str, Any]], Any] = lambda coco: None) -> Path:
-    """As `detection`, in the layout in which COCO is published."""
+    """Like `detection`, in the layout of the published COCO."""
     detection(root, change)
     for split in ("train", "val"):
         (root / "images" / split).rename(root / f"{split}2017")
@@ -122,7 +122,7 @@ def published_coco(root: Path, change: Callable[[dict[str, Any]], Any] = lambda 
 
 
 def published_ade20k(root: Path) -> Path:
-    """As `segmentation`, in the layout in which ADE20K is published: 0 is no class, 1 a wall, 2 a building."""
+    """Like `segmentation`, in the layout of the published ADE20K: 0 is no class, 1 a wall, 2 a building."""
     segmentation(root, lambda ids, path: Image.fromarray(ids * 2 + (np.arange(96) > 8)).save(path.with_suffix(".png")))
     (root / "classes.txt").unlink()
     (root / "annotations").mkdir()
@@ -137,7 +137,7 @@ def published_ade20k(root: Path) -> Path:
 
 
 def yolo(root: Path, style: str = "ultralytics", masks: bool = False) -> Path:
-    """As `detection`, in YOLO's layout: "ultralytics", "roboflow" (train/images, valid/...), or "bare" (no YAML)."""
+    """Like `detection`, in YOLO's layout: "ultralytics", "roboflow" (train/images, valid/...), or "bare" (no YAML)."""
     detection(root / "coco")
     words = {"train": "train", "val": "valid" if style == "roboflow" else "val"}
     for split, word in words.items():
@@ -170,7 +170,7 @@ def yolo(root: Path, style: str = "ultralytics", masks: bool = False) -> Path:
 
 
 def voc(root: Path, style: str = "published") -> Path:
-    """As `detection`, in Pascal VOC's layout: "published" (ImageSets), or "beside" (XML files beside the pictures)."""
+    """Like `detection`, in Pascal VOC's layout: "published" (ImageSets), or "beside" (XML beside the pictures)."""
     detection(root / "coco")
     for split, word in (("train", "train"), ("val", "val" if style == "published" else "valid")):
         content = json.loads((root / "coco" / "annotations" / f"{split}.json").read_text())
@@ -203,7 +203,7 @@ def voc(root: Path, style: str = "published") -> Path:
 
 
 def cityscapes(root: Path, kind: str = "labelIds") -> Path:
-    """A road (7) before the sky (23), a car (26) on it, a border of ids that do not count; two towns."""
+    """A road (7) below the sky (23), a car (26) on the road, a border of ignored ids; two towns."""
     values = {7: 0, 23: 10, 26: 13, 3: 255} if kind == "labelTrainIds" else {7: 7, 23: 23, 26: 26, 3: 3}
     ids = np.full((80, 96), values[23], np.uint8)
     ids[40:], ids[50:60, 30:70], ids[:, :8] = values[7], values[26], values[3]

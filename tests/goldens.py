@@ -1,4 +1,4 @@
-"""Numeric fixtures: what the published implementations compute, and the recipe that fills their weights.
+"""Golden outputs: results of the published implementations, and the rule that generates their weights.
 
 A fixture depends only on the names and shapes of the *published* state dict, so an implementation that can load a
 published checkpoint can be compared with it without ever having one. `golden/<family>/<variant>.json` lists the state
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 FOLDER = Path(__file__).parent / "golden"
-TOLERANCE = 1e-9  # of the compared tensor's standard deviation
+TOLERANCE = 1e-9  # relative to the compared tensor's standard deviation
 
 
 def names(family: str, *, numeric: bool) -> list[str]:
-    """Fixtures of a family: all manifests, or only those with numbers."""
+    """Fixtures of a family: all of them, or only those with recorded outputs."""
     return sorted(p.stem for p in (FOLDER / family).glob("*.npz" if numeric else "*.json"))
 
 
@@ -65,7 +65,7 @@ _drawn: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # for the last state
 
 
 def published_state(family: str, name: str) -> dict[str, Tensor]:
-    """The published state dict, names and shapes, with the recipe's deterministic float64 values."""
+    """The published state dict: names and shapes, with deterministic float64 values."""
     global _drawn
     meta = manifest(family, name)
     state, drawn = {}, {}
@@ -89,7 +89,7 @@ def image(shape: list[int]) -> Tensor:
 
 
 def sample(feature: Tensor) -> Tensor:
-    """The up to 256 values of an NCHW map that fixtures record."""
+    """The values of an NCHW map that fixtures record, at most 256."""
     flat = feature.contiguous().flatten()
     index = np.sort(np.random.RandomState(1).choice(flat.numel(), size=min(256, flat.numel()), replace=False))
     return flat[torch.from_numpy(index)]

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that misbehaves as told, one script entry per request."""
+"""A real HTTP server on this machine that makes errors on purpose, one script entry per request."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from local_server import LocalServer, QuietHandler
 
 @dataclasses.dataclass
 class Answer:
-    """How to answer one request; what is not said is done as a good server does it.
+    """How to answer one request; the defaults are those of a correct server.
 
     Attributes:
-        status: 0 closes the connection before any answer; None is 200, or 206 where a range is asked for.
-        cut: after so many bytes of the body the connection is closed.
-        stall: seconds of silence before the body.
-        pace: seconds of silence after each 64 KiB of the body.
-        body: another file than the one served.
-        headers: these too; an empty value leaves a header out.
+        status: 0 closes the connection without a response; None is 200, or 206 if a range is requested.
+        cut: close the connection after this number of bytes of the body.
+        stall: pause before the body, in seconds.
+        pace: pause after each 64 KiB of the body, in seconds.
+        body: send this instead of the file.
+        headers: additional headers; an empty value removes a header.
     """
 
     status: int | None = None
@@ -35,7 +35,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked, and how many bytes of body went out for it."""
+    """A request, and the number of bytes of the body that were sent."""
 
     method: str
     path: str
@@ -47,10 +47,10 @@ class Server(LocalServer):
     """Serves `files` (path -> bytes), first following `script`, and remembers every request.
 
     Attributes:
-        ranges: answer requests for ranges.
-        etags: send an ETag, the SHA-256 of the file as the Hugging Face hub does.
-        hub: send what huggingface_hub wants of a hub.
-        always: the answer where the script is at its end.
+        ranges: support range requests.
+        etags: send an ETag, which is the SHA-256 of the file as on the Hugging Face hub.
+        hub: send the headers that huggingface_hub needs.
+        always: the answer after the end of the script.
     """
 
     def __init__(self, **files: bytes) -> None:
@@ -66,7 +66,7 @@ class Server(LocalServer):
 
     @property
     def requests(self) -> list[Request]:
-        """All so far, once their answers are out."""
+        """All requests so far, after their responses were sent."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._under_way == 0, timeout=30)
             return list(self._done)
@@ -75,7 +75,7 @@ class Server(LocalServer):
         return [request for request in self.requests if request.method == "GET"]
 
     def sent(self) -> int:
-        """Bytes of bodies that went out."""
+        """The number of bytes of bodies that were sent."""
         return sum(request.sent for request in self.requests)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -97,7 +97,7 @@ class Server(LocalServer):
                 try:
                     sent = self.write(answer)
                 except OSError:
-                    pass  # the client left
+                    pass  # the client closed the connection
                 finally:
                     self.close_connection = True
                     with server._changed:

@@ -1,4 +1,4 @@
-"""A hub on this machine that speaks as much of the Hugging Face hub's language as an upload and a download need."""
+"""A hub on this machine with the part of the Hugging Face hub's API that uploads and downloads need."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Hub(LocalServer):
 
     Attributes:
         files: repository -> name -> content after the last commit.
-        private: repository -> whether it was made so.
-        faults: part of a path -> status that every request to it gets; 0 closes the connection.
+        private: repository -> whether it was created as private.
+        faults: part of a path -> status of the response to every request with it; 0 closes the connection.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the HTTP servers of the tests share: a free port of this machine, a thread, no log."""
+"""Shared by the HTTP servers of the tests: a free port of this machine, a thread, no log."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class QuietHandler(BaseHTTPRequestHandler):
 
 
 class LocalServer:
-    """Listens from its construction on; answers inside `running`.
+    """Listens as soon as it is created; answers inside `running`.
 
     Attributes:
-        url: where, without a slash at the end.
+        url: address, without a slash at the end.
     """
 
     def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:

@@ -27,9 +27,9 @@ def _picture(name: str) -> NDArray[np.uint8]:
 
 
 def _tiles(height: int, width: int, side: int, count: int) -> dict[str, list[tuple[int, int]]]:
-    """Top left corners: of training tiles in the left of a picture, of validation tiles right of them.
+    """Top left corners of training tiles (left part of a picture) and of validation tiles (right part).
 
-    The border is at two thirds of the width, or further left where a tile needs more than a third.
+    The border is at two thirds of the width, or further left if a tile needs more than a third.
 
     Raises:
         ValueError: two tiles of this side do not fit next to each other.
@@ -50,7 +50,7 @@ def _tiles(height: int, width: int, side: int, count: int) -> dict[str, list[tup
 
 
 def image_folder(root: Path, *, side: int = 96, count: int = 12) -> Path:
-    """`root/{train,val}/<class>/*.jpg`: `count` tiles of `side` pixels a class to train, half as many to validate."""
+    """`root/{train,val}/<class>/*.jpg`: per class `count` tiles of `side` pixels for training, half for validation."""
     for label, name in PICTURES.items():
         picture = _picture(name)
         for split, corners in _tiles(*picture.shape[:2], side, count).items():
@@ -76,7 +76,7 @@ def _coins() -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
 
 
 def scenes(root: Path, *, side: int = 128, count: int = 12) -> Path:
-    """A scenes folder with images, COCO boxes and masks, and class masks; `count` tiles to train, half to validate."""
+    """A scenes folder: images, COCO boxes and masks, class masks; `count` tiles for training, half for validation."""
     picture, coins = _coins()
     numbers = [int(number) for number in np.unique(coins) if number]
     areas = {number: int((coins == number).sum()) for number in numbers}
@@ -115,7 +115,7 @@ def scenes(root: Path, *, side: int = 128, count: int = 12) -> Path:
 
 
 def _whole(part: NDArray[np.int32], areas: dict[int, int]) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-    """The coins of which a tile shows more than a third."""
+    """The coins that are visible in a tile by more than a third."""
     for number, area in areas.items():
         mask = part == number
         if mask.sum() > area / 3:
@@ -128,7 +128,7 @@ def _box(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def _run_length(mask: NDArray[np.bool_]) -> dict[str, object]:
-    """COCO's uncompressed run lengths: of zeros and ones in turn, column by column."""
+    """COCO's uncompressed run lengths: alternating zeros and ones, column by column."""
     flat = mask.ravel(order="F").astype(np.int8)
     changes = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *changes, len(flat)]).tolist()

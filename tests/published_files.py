@@ -1,4 +1,4 @@
-"""A small published file of one card, and what tests of the store do with cards and models."""
+"""A small published file of one card, and helpers for tests of the store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybridzoo.checkpoints import catalogue, store
 from hybridzoo.checkpoints.catalogue import Card
 
 NAME = "efficientvit_msra_m0.r224_in1k_authors"
-CARD = store.find(NAME)  # its address ends in a name of its own, which timm's cache keeps
+CARD = store.find(NAME)  # its address ends with a unique file name, which timm's cache keeps
 
 
 def saved(content: Any) -> bytes:
@@ -27,7 +27,7 @@ def saved(content: Any) -> bytes:
     return file.getvalue()
 
 
-# State dicts of the authors' names and shapes.
+# State dicts with the authors' names and shapes.
 STATE = {
     key: value.float() if value.is_floating_point() else value
     for key, value in goldens.published_state("efficientvit_msra", "efficientvit_m0").items()
@@ -39,7 +39,7 @@ PUBLISHED_FIRST_CONV = "patch_embed.0.c.weight"
 
 
 def with_card(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Card:
-    """The card, changed, in place of the published one."""
+    """Replace the published card by a changed one."""
     card = dataclasses.replace(CARD, **changes)
     every = tuple(card if other.name == CARD.name else other for other in catalogue._all_cards())
     monkeypatch.setattr(catalogue, "_all_cards", lambda: every)

@@ -1,4 +1,4 @@
-"""The comparisons' plain networks are the same networks, and every committed table is what its data makes."""
+"""The plain networks of the comparisons give the same results, and every committed table agrees with its data."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_forms_with_different_results_are_not_compared():
 
 def test_every_network_that_is_compared_is_tested():
     compare = importlib.import_module("benchmarks.compare")
-    alone = {"ascan_tiny"}  # nobody else has it, and PyTorch's own layers make it up
+    alone = {"ascan_tiny"}  # no other implementation exists, and it consists of PyTorch's own layers
     timms = {"maxvit_tiny", "efficientvit_msra_m0", "efficientvit_mit_b0"}
     assert set(compare.COMPARISONS) == {*compared, *alone, *timms}
 
@@ -105,7 +105,7 @@ def test_the_picture_of_bench_is_drawn_from_the_committed_data(tables):
 
 
 def test_tables_follow_their_data(tables, tmp_path, monkeypatch):
-    """Memory, quartiles and reasons too, of rows as the verbs write them."""
+    """Also memory, quartiles and reasons, for rows as the commands write them."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     where = dict(device="a CPU", threads=2, torch="2", at="2026-01-02 03:04:05", runs=5)
     row = dict(op="na2d", shape=dict(height=7, width=7, heads=2, dilation=1), batch=2, peak_mib=3.0, **where)

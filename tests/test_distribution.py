@@ -1,4 +1,4 @@
-"""The Dockerfile by the usual rules, and CITATION.cff by its format's."""
+"""The Dockerfile follows the usual rules, and CITATION.cff follows its format."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
 yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,15 @@ def test_every_installation_is_pinned(steps):
     installs = [part for text in of(steps, "RUN") for part in text.split("&&") if "pip install" in part]
     assert len(installs) >= 3
     assert all("--constraint constraints.txt" in part or "--requirement /tmp/torch.txt" in part for part in installs)
+
+
+def test_extras_and_packages_of_the_dockerfile_exist(steps):
+    arguments = dict(text.split("=", 1) for text in of(steps, "ARG"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(arguments["EXTRAS"].split(",")) <= set(extras)
+    fixed = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {"torch", "torchvision", "opencv-python-headless"} <= fixed
+    assert "'^(torch|torchvision)=='" in "".join(of(steps, "RUN"))
 
 
 def test_it_runs_as_an_ordinary_user_who_owns_the_working_folder(steps):

@@ -1,4 +1,4 @@
-"""What the documents say runs: README's Python blocks, docstring examples, and the commands' configs and models."""
+"""The examples in the documents run: Python blocks, docstring examples, and the commands' configs and models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WITH_EXAMPLES = sorted(
 
 
 def _blocks(kind: str) -> list:
-    """The documents' blocks of code in one language, each named by its file and number."""
+    """The documents' code blocks in one language, named by file and number."""
     found = []
     for file in DOCUMENTS:
         for number, block in enumerate(re.findall(rf"```{kind}\n(.*?)```", file.read_text(encoding="utf-8"), re.S), 1):
@@ -95,7 +95,7 @@ LINES = [line.split("#")[0].strip() for (block,) in (p.values for p in _blocks("
 
 @pytest.mark.parametrize("line", sorted({line for line in LINES if re.search(r"\bhybridzoo \w", line)}))
 def test_the_commands_in_the_documents_are_valid(line):
-    """Every verb and option exists, every value is of its kind; nothing is run."""
+    """Every command and option exists, and every value has the right type; nothing is run."""
     from typer.main import get_command
 
     from hybridzoo.train.cli import app, spread_options

@@ -1,4 +1,4 @@
-"""The Python of `docs/with_other_libraries.md` runs, and what a network cannot do is said in its own words."""
+"""The Python examples of `docs/with_other_libraries.md` run, and unsupported arguments raise a clear error."""
 
 from __future__ import annotations
 

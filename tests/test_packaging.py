@@ -1,4 +1,4 @@
-"""The built wheel holds every room, and importing the package stays light."""
+"""The wheel contains every package, and the import of hybridzoo is fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile Triton kernels for GPUs that are not there, and read what the compiled code takes.
+"""Compile Triton kernels for GPUs that are not present, and read the resources that the compiled code needs.
 
 The arguments are those of a launch, tensors on any device (`meta` is enough): they are specialised as Triton would
 specialise them at run time, so that what is compiled here is what a user's GPU would run.
@@ -40,7 +40,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Build:
-    """What one block, or one thread, of a compiled kernel takes."""
+    """The resources of one block, or of one thread, of a compiled kernel."""
 
     shared: int  # bytes per block
     registers: int  # per thread
@@ -49,7 +49,7 @@ class Build:
 
 
 def require_compiler(capability: int) -> None:
-    """Skip the calling test, with the reason, where nothing can be compiled for this chip."""
+    """Skip the calling test, with a reason, if kernels cannot be compiled for this GPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
     for tool in ("ptxas-blackwell" if capability >= 100 else "ptxas", "cuobjdump"):
         if _tool(tool) is None:
@@ -72,7 +72,7 @@ def assert_builds(capability: int, launches: Iterable[Any]) -> None:
 def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: Any) -> Build:
     """Compile `kernel` (a `triton.jit` function) for `capability` (80, 90, 100); `options` as in a launch.
 
-    Raises RuntimeError when the compiled code does not say what it takes.
+    Raises RuntimeError if the compiled code does not list its resources.
     """
     import triton
     from triton.backends.compiler import GPUTarget

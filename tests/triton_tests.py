@@ -1,4 +1,4 @@
-"""What the tests of all Triton kernels share: where they compute, and what counts as right.
+"""Shared by the tests of all Triton kernels: the device, and the tolerances.
 
 The interpreter must be chosen before Triton is imported, which another test of the process may have done, so processes
 of their own run the files again with it (`run_interpreted`). On a GPU the tests run as they are, in bfloat16 as well.

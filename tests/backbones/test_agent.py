@@ -1,4 +1,4 @@
-"""Agent attention's networks equal the published ones, classified or dense, and spend what their cards say."""
+"""The networks with agent attention equal the published ones, and their cost is that on the cards."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_equals_the_published_network(fixture):
 
 
 def gmacs(model: torch.nn.Module, *shape: int) -> float:
-    """Of matrix products and convolutions, for one image."""
+    """GMACs of matrix products and convolutions, for one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, *shape))
     return counter.get_total_flops() / 2e9
@@ -63,7 +63,7 @@ def gmacs(model: torch.nn.Module, *shape: int) -> float:
 
 @pytest.mark.parametrize("card", costs_of(cards("agent*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card, monkeypatch):
-    """Counted as published: pooling and the tables' resizing (products here) for nothing."""
+    """Counted as published: without pooling and without the resizing of tables (matrix products here)."""
     monkeypatch.setattr(layer, "resize_map", lambda x, size: x.new_empty(*x.shape[:-2], *size))
     monkeypatch.setattr(layer, "adaptive_pool", lambda x, size: x.new_empty(x.shape[0], *size, x.shape[3]))
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""AsCAN's reconstruction: the sizes it was made for, every open choice, and no claim beyond."""
+"""The reconstruction of AsCAN: its sizes, every choice that the paper leaves open, and no further claims."""
 
 from __future__ import annotations
 

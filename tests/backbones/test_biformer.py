@@ -1,4 +1,4 @@
-"""BiFormer equals the published networks and spends what its card says."""
+"""BiFormer equals the published networks, and its cost is that on the card."""
 
 from __future__ import annotations
 

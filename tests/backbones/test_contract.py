@@ -1,4 +1,4 @@
-"""What every registered model does, whatever its family: timm's contract, any size, gradients, compile, export."""
+"""Tests for every registered model of every family: timm's contract, any size, gradients, compile, export."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shared():
 
 @pytest.fixture(scope="module")
 def meta():
-    """A model of one block a stage without numbers, for what its names and shapes say."""
+    """A model with one block per stage on the meta device, for tests of names and shapes."""
 
     @functools.lru_cache(maxsize=1)  # tests are ordered by model
     def get(name: str) -> torch.nn.Module:
@@ -125,7 +125,7 @@ def test_the_card_lists_the_feature_maps(meta, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_card_has_the_number_of_parameters(name):
-    """Every tag's: some bring arguments of their own."""
+    """For every tag, because some set arguments."""
     with torch.device("meta"):
         for card in {str(card.model_args): card for card in cards(name) if card.model == name}.values():
             assert sum(p.numel() for p in timm.create_model(card.name).parameters()) == card.params, card.name
@@ -247,7 +247,7 @@ def test_compiles_as_one_graph_forward_and_backward(name):
 
 @pytest.mark.parametrize("name", mostly(sorted(BLOCKS - {"biformer_stl", "overlock_xtiny"}), FAMILIES))
 def test_other_blocks_compile_as_one_graph(name):
-    """The forward pass; backward, plain operators are PyTorch's matter."""
+    """Only the forward pass; the gradients of plain operators are PyTorch's."""
     torch._dynamo.reset()
     model = shallow(name)
     with torch.no_grad():

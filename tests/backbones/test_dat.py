@@ -1,4 +1,4 @@
-"""DAT, DAT+ and DAT++ equal the published networks, take any size, and cost what their cards say."""
+"""DAT, DAT+ and DAT++ equal the published networks, accept any size, and have the cost on their cards."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_only_position_tables_have_no_weight_decay():
 
 
 def test_places_to_draw():
-    """Where the keys of an image are read, for whoever wants to see it: by a hook on the layer that asks for them."""
+    """A hook on the layer gets the places where the keys of an image are sampled."""
     model = timm.create_model("dat_plus_tiny", **SMALL).eval()
     attn = model.stages[1].blocks[1].attn
     seen = []

@@ -1,4 +1,4 @@
-"""NAT, DiNAT, DiNAT_s and the isotropic nets equal the published ones, tag by tag, and cost what their cards say."""
+"""NAT, DiNAT, DiNAT_s and the isotropic nets equal the published ones for each tag, with the cost on their cards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InLine attention's networks equal the published ones and spend what the cards say."""
+"""The networks with InLine attention equal the published ones, and their cost is that on the cards."""
 
 from __future__ import annotations
 

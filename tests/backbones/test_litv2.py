@@ -1,4 +1,4 @@
-"""LITv2 against recorded outputs of the published networks, and its own rules."""
+"""LITv2 equals recorded outputs of the published networks; tests of its own arguments."""
 
 from __future__ import annotations
 

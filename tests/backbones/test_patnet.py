@@ -1,4 +1,4 @@
-"""PATNet and PartialNet equal the published code, spend what their cards say, and fold exactly."""
+"""PATNet and PartialNet equal the published code, have the cost on their cards, and fold exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RAVLT against recorded outputs of the published networks, and its own rules."""
+"""RAVLT equals recorded outputs of the published networks; tests of its own arguments."""
 
 from __future__ import annotations
 

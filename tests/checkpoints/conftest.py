@@ -36,7 +36,7 @@ def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Speaks as the hub does; has a file under `CARD`'s address there."""
+    """A server with the hub's API, which has a file at the address of `CARD`."""
     with Server().running() as running:
         running.hub = True
         running.files["/timm/test/resolve/main/pytorch_model.bin"] = CONTENT

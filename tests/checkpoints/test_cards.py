@@ -1,4 +1,4 @@
-"""What the cards state is complete, of one form and true of the registered models.
+"""The cards are complete, have one form, and agree with the registered models.
 
 Parameters, multiply-accumulates, classes and the published state dicts of every card's network are counted family by
 family, in tests/backbones.

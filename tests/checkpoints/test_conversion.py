@@ -1,4 +1,4 @@
-"""Weights survive every way between the authors' layout, timm's and ours, bit for bit; what does not fit is refused."""
+"""Conversions between the authors' layout, timm's and ours keep every bit; weights that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_provenance(tmp_path: Path) -> None:
 
 
 def test_existing_files_are_replaced_only_with_force(network: torch.nn.Module, tmp_path: Path) -> None:
-    """And the source never, be it by its name, another's, or that of the note."""
+    """The source is never replaced, not even through another name or as the note."""
     source, out = tmp_path / "w.pth", tmp_path / "out.safetensors"
     torch.save(network.state_dict(), source)
     before = source.read_bytes()

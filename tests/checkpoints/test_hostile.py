@@ -1,4 +1,4 @@
-"""Files made to mislead: every one is refused in one line, before anything of the size it claims is allocated."""
+"""Hostile files: each is refused in one line, before memory of the size that it claims is allocated."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_attributes_in_a_file_hide_nothing() -> None:
 
 
 def test_nothing_is_allocated_before_it_is_checked() -> None:
-    """A terabyte is claimed; the memory in use stays."""
+    """The file claims a terabyte; the used memory does not grow."""
     torch.save({**STATE, "w": torch.zeros(1).expand(1 << 40)}, "evil.pth")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused("evil.pth", "of which the file holds fewer")
@@ -316,7 +316,7 @@ def test_any_damage_is_one_line_or_harmless(tmp_path: Path, data: st.DataObject)
 
 
 def test_save_file_still_works() -> None:
-    """The lists above are refused for what they say, not for how they were made."""
+    """The lists above are refused because of their content, not because of the helper that wrote them."""
     save_file(STATE, "good.safetensors")
     assert torch.equal(read_state_dict("good.safetensors")["b"], STATE["b"])
     Path("made.safetensors").write_bytes(safetensors({"w": entry(0, 8)}))

@@ -1,4 +1,4 @@
-"""Each stand-in for an operator of mmcv's compiled extension against its definition, by way of mmcv's own functions."""
+"""Each replacement of an operator of mmcv's compiled extension equals its definition, called through mmcv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that strangers chose, on a terminal."""
+"""Names from files and folders are printed safely on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prediction: the numbers are those that the test loop sees, files are treated with care, tables and pictures agree."""
+"""Prediction: same numbers as the test loop, no file is overwritten, tables and pictures agree."""
 
 import shutil
 from io import StringIO

@@ -1,4 +1,4 @@
-"""What the tasks' data pipelines give of a picture is what prediction sees, whoever wrote the config."""
+"""The data pipelines of all tasks read pictures like `predict`, also with configs of other projects."""
 
 import shutil
 from pathlib import Path

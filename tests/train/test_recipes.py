@@ -1,4 +1,4 @@
-"""Any network with any recipe by one line: what follows from the network, the data and the machine."""
+"""Any network with any recipe in one line: values that follow from the network, the data and the machine."""
 
 from __future__ import annotations
 

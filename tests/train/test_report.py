@@ -1,4 +1,4 @@
-"""Curves and the table, from logs that mmengine itself wrote."""
+"""The curves and the table, from logs that mmengine wrote."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Counting class by class, what `results.json` holds, its pictures, and the words of the command line."""
+"""Scores of each class, the content of `results.json`, its pictures, and the arguments of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run goes on only from its own checkpoint, whole and unchanged; nothing that a file says is done."""
+"""A run resumes only from its own complete, unchanged checkpoint; nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def finished(make_config: Any, image_folder: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def configured(make_config: Any, image_folder: Path) -> Config:
-    """As the engine has it after looking at the data."""
+    """The config as in the engine after the check of the data."""
     config = make_config("train_cfg.max_epochs=3")
     classification.configure(config, image_folder)
     return config
@@ -196,7 +196,7 @@ def test_valid_content_resumes(folder: Path, configured: Config) -> None:
 
 
 def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where all values of nested dictionaries and lists are, containers too."""
+    """The paths of all values in nested dictionaries and lists, including containers."""
     found = [path] if path else []
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:

@@ -1,4 +1,4 @@
-"""Whose folder it is: one run at a time, no mixture of runs, the checkpoint that came furthest."""
+"""Run folders: one run at a time, no mixture of runs, and the choice of the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def checkpoint(path: Path, iterations: int, run: str = "", **more: Any) -> None:
 
 
 def test_the_checkpoint_with_the_most_iterations_is_the_newest(tmp_path: Path) -> None:
-    """Whatever the names, the clocks and what other runs left there say."""
+    """Independent of file names, times and files of other runs."""
     assert engine.latest_checkpoint(tmp_path) is None
     (tmp_path / run_folder.NAME).write_text('{"run": "mine"}')
     for name, iterations, run in (("epoch_2", 6, "mine"), ("epoch_1", 3, "mine"), ("epoch_30", 90, "older")):
@@ -85,7 +85,7 @@ def test_a_new_run_needs_a_new_folder(run_config: Any, image_folder: Path, tmp_p
 def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
     run_config: Any, image_folder: Path, tmp_path: Path, how: str
 ) -> None:
-    """Killed, and while a worker that it left behind still lives."""
+    """Also if the first run was killed, but one of its workers is still alive."""
     work, log = tmp_path / "work", tmp_path / "log"
     work.mkdir()
     half = work / ".epoch_1.pth.1.tmp"
@@ -145,7 +145,7 @@ def test_a_refused_run_leaves_no_file(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(
     run_config: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """Not by rights, which root has anyway."""
+    """Not tested through permissions, because root may write everywhere."""
     opened = os.open
 
     def refuse(path: Any, flags: int, *args: Any, **options: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a person sees of a run, its trackers, and the end that comes early."""
+"""The output of a run, its trackers, and early stopping."""
 
 import importlib.util
 import itertools
