@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from hybridzoo.backbones import maxvit
 from hybridzoo.kernels import bi_level_route
 from hybridzoo.kernels.neighborhood.reference import axis_table
 from hybridzoo.layers.rotary import rotate
-from hybridzoo.train import cli
+from hybridzoo.train import cli, trained
 from hybridzoo.train.show import picture
 from hybridzoo.train.show.attentions import find_layers
 from hybridzoo.train.show.probe import look
-from hybridzoo.train.show.showing import choose, point_in
+from hybridzoo.train.show.showing import choose, find_network, point_in
 
 DIM, HEADS = 32, 2
 EVERY_KIND = {
@@ -403,6 +404,8 @@ def test_a_run_knows_its_network(capsys, photo, image_folder, run_config):
     assert code == 0, err
     assert out.count("global, the whole map; sees all") == 4
     assert "drawn: attention/run.png" in out
+    assert find_network("run", None, None).side == trained.read(Path("run/final.pth"))["input"]["input_size"] != 224
+    assert find_network("run", None, 96).side == 96
 
 
 def test_the_examples_of_the_help_run(capsys, photo):

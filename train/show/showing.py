@@ -54,7 +54,14 @@ def find_network(name_or_run: str, weights: str | None, img_size: int | None) ->
     whole = build_for_inference(None, checkpoint, "cpu")
     model: Any = next(m for m in whole.modules() if hasattr(m, "pretrained_cfg") and hasattr(m, "forward_features"))
     name = model.pretrained_cfg["architecture"]
-    return Network(model, name, str(checkpoint), img_size or _side(model))
+    return Network(model, name, str(checkpoint), img_size or _trained_side(checkpoint) or _side(model))
+
+
+def _trained_side(checkpoint: Path) -> int | None:
+    """The side of a classifier's test images in pixels; None for other tasks."""
+    setup = trained.read(checkpoint)
+    size = setup["input"].get("input_size") if setup is not None and setup["task"] == "classification" else None
+    return size if size is None or isinstance(size, int) else min(size[-2:])
 
 
 def _named(name: str, weights: str | None, img_size: int | None) -> Network:
@@ -164,7 +171,7 @@ def show(
         stage, block, head: numbers from 1; default: every stage, the last block of each type, the mean of all heads.
         weights: name of published weights, a file, or "none" for random weights; default: the published weights of the
             network.
-        img_size: the shorter side of the picture for the network, in pixels.
+        img_size: the shorter side of the picture for the network, in pixels; default see docs/show.md.
         data: a JSON file to write the weights to.
 
     Returns:
