@@ -21,15 +21,30 @@ def at_the_root(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
 
 
-def command(*arguments, check=True):
+def python(*arguments):
+    """What Python prints that ends well."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
     environment |= dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert not check or run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return run
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
+
+
+CALLS = """
+import contextlib, io, json, sys
+from benchmarks.gpu.__main__ import main
+for line in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(line)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+def calls(*lines):
+    """Exit code, output and errors of some command lines, one after the other in one process for the interpreter."""
+    given = json.dumps([[str(word) for word in line] for line in lines])
+    return [json.loads(line) for line in python("-c", CALLS, given).splitlines()]
 
 
 def rows_of(folder):
@@ -37,8 +52,8 @@ def rows_of(folder):
 
 
 def test_the_whole_command(tmp_path):
-    """Every part, without a GPU; then again, when nothing is left to do; then the report."""
-    said = command("--minutes", 9, "--workers", 0, "--out", tmp_path).stdout
+    """Every part, without a GPU; then again, when nothing is left to do; then the report, and a task by its name."""
+    said = python("-m", "benchmarks.gpu", "--minutes", "9", "--workers", "0", "--out", str(tmp_path))
     rows = rows_of(tmp_path)
     assert not [row for row in rows if "error" in row or "cut" in row]
     parts = importlib.import_module("benchmarks.gpu.parts").PARTS
@@ -57,21 +72,22 @@ def test_the_whole_command(tmp_path):
     assert {row["key"][0] for row in rows if row["part"] == "tuning" and "key" in row} == tuned
     assert "== Operators (15)" in said
 
-    command("--minutes", 1, "--workers", 0, "--out", tmp_path, "--parts", "ceilings", "correctness", "networks")
+    again, reported, one, unknown = calls(
+        ["--minutes", 1, "--workers", 0, "--out", tmp_path, "--parts", "ceilings", "correctness", "networks", "--dry"],
+        ["report", tmp_path],
+        ["one", "correctness/depthwise (1, 4, 5, 24, True) float32", "--dry", "--out", tmp_path / "one"],
+        ["one", "correctness/no such", "--dry", "--out", tmp_path / "one"],
+    )
+    assert again[0] == reported[0] == one[0] == 0, (again, reported, one)
     assert len(rows_of(tmp_path)) == len(rows)
+    assert "of what is allowed" in one[1]
+    assert unknown[0] == 2
+    assert "no task is called 'correctness/no such'" in unknown[2]
 
-    command("report", tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert all(f"## {title}" in text for title in ("Ceilings", "Correctness", "Operators", "Networks"))
     assert "Failures" not in text
     assert (tmp_path / "floors.png").stat().st_size > 1000
-
-
-def test_a_task_is_repeated_by_its_name(tmp_path):
-    assert "of what is allowed" in command("one", "correctness/depthwise (1, 4, 5, 24, True) float32", "--dry").stdout
-    unknown = command("one", "correctness/no such", "--dry", check=False)
-    assert unknown.returncode == 2
-    assert "no task is called 'correctness/no such'" in unknown.stderr
 
 
 # ------------------------------------------------------------------- the runner, with tasks that need nothing of ours
