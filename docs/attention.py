@@ -33,7 +33,7 @@ def main(networks: list[str]) -> None:
         Image.fromarray(data.chelsea()).save(cat)
         for network in networks:
             is_run = Path(network).exists()
-            drawn = Path(temporary, "seen.jpg")
+            drawn = Path(temporary, "seen.png")
             if is_run and not three.exists():
                 digits = sorted(digits_root("classification").joinpath("val", "3").iterdir())
                 shutil.copy(digits[2], three)
@@ -41,7 +41,7 @@ def main(networks: list[str]) -> None:
             seen = showing.show(network, photo, drawn, query=query, weights=weights, img_size=size)
             name = showing.find_network(network, weights, size).name
             folder.mkdir(exist_ok=True)
-            drawn.replace(folder / f"{name}.jpg")
+            Image.open(drawn).convert("RGB").save(folder / f"{name}.jpg", quality=70, optimize=True)
             print(f"{name}: {len(seen)} layers, {(folder / f'{name}.jpg').stat().st_size // 1000} kB")
 
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from photographs import image_folder
+
+import hybridzoo  # noqa: F401  registers the models
+from hybridzoo.checkpoints import cards
 
 PAGE = (Path(__file__).parents[1] / "docs" / "with_other_libraries.md").read_text()
 SECTIONS = {
@@ -50,11 +54,17 @@ def test_timms_loader_reads_a_folder_for_a_network(tmp_path: Path) -> None:
 
 
 def test_networks_do_not_support_an_output_stride() -> None:
-    import hybridzoo  # noqa: F401
-
     timm.create_model("efficientvit_msra_m0", output_stride=32)
     with pytest.raises(ValueError, match=r"output_stride=16: biformer_tiny has no form with fewer strides"):
         timm.create_model("biformer_tiny", output_stride=16, features_only=True)
+
+
+@pytest.mark.parametrize("name", sorted({card.family: card.model for card in reversed(cards())}.values()))
+def test_networks_accept_the_arguments_of_timms_training_script(name: str) -> None:
+    given = dict(in_chans=3, num_classes=4, drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=None, global_pool=None)
+    given |= dict(bn_momentum=None, bn_eps=None, scriptable=False, checkpoint_path="", pretrained=False)
+    with torch.device("meta"):
+        assert timm.create_model(name, **given).num_classes == 4
 
 
 def test_the_line_for_timms_scripts_registers_the_networks(tmp_path: Path) -> None:
