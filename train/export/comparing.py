@@ -1,4 +1,4 @@
-"""Whether a file or a graph computes what PyTorch computes."""
+"""Compares a file or a graph with PyTorch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from torch import Tensor
 
 from hybridzoo.train.export.sources import Reader, Source
 
-TOLERANCE = 1e-3  # largest difference from PyTorch, of the standard deviation of an output
+TOLERANCE = 1e-3  # largest difference from PyTorch, relative to the standard deviation of an output
 
 
 class Mismatch(Exception):
-    """Something else than PyTorch computes; the text says what and where."""
+    """The result differs from PyTorch; the text says which output and where."""
 
 
 def compare(source: Source, run: Reader, size: tuple[int, int, int], tolerance: float = TOLERANCE) -> float:
-    """Largest difference of a file from the network at an image of (height, width, batch), see `TOLERANCE`.
+    """The largest difference between a file and the network at an image of (height, width, batch), see `TOLERANCE`.
 
     Raises:
         Mismatch: it is larger than the tolerance, or the outputs have other shapes.
@@ -33,6 +33,6 @@ def compare(source: Source, run: Reader, size: tuple[int, int, int], tolerance: 
 
 
 def difference(wanted: Tensor, found: Tensor) -> float:
-    """Largest difference of an output from the wanted one, in units of its standard deviation."""
+    """The largest difference between an output and the expected one, in units of its standard deviation."""
     scale = float(wanted.std(correction=0)) or float(wanted.abs().max()) or 1.0
     return float((found - wanted).abs().max()) / scale

@@ -1,4 +1,4 @@
-"""Export: record, write, compare with PyTorch at several sizes and batches, and only then put the file in its place."""
+"""Exports a network: record, write, compare with PyTorch at several sizes and batches, and only then keep the file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hybridzoo.train.export.sources import Source
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
         path: the file.
-        files: all files that belong to it, `path` among them.
-        sizes: the images it takes.
-        error: largest difference from PyTorch in the comparison, of an output's standard deviation.
-        why: why the file does not take every size; empty where it does or was not asked to.
+        files: all files that belong to it, including `path`.
+        sizes: the images that it accepts.
+        error: largest difference from PyTorch in the comparison, relative to an output's standard deviation.
+        why: why the file does not accept every size; empty if it does, or if it was not requested.
     """
 
     path: Path
@@ -39,19 +39,19 @@ class Exported:
 def export(
     source: Source, to: str, out: Path, *, dynamic: bool = True, force: bool = False, tolerance: float = TOLERANCE
 ) -> Exported:
-    """Write a network as a file that computes what it computes.
+    """Write a network as a file that computes the same.
 
     Args:
-        source: of `sources`.
+        source: from `sources`.
         to: a key of `FORMATS`.
-        out: the file; its folder is made when missing.
-        dynamic: take any height and width where the network's arithmetic allows, else those of `source.size` only.
-        force: replace what is there.
+        out: the file; a missing folder is created.
+        dynamic: accept any height and width if the network allows it, otherwise only `source.size`.
+        force: replace an existing file.
         tolerance: see `TOLERANCE`.
 
     Raises:
-        UserError: something is there already, the folder cannot be written, the format cannot express the network, or
-            what was written computes something else. No file is left then.
+        UserError: the file exists already, the folder cannot be written, the format does not support the network, or
+            the file computes something else. Then no file is written.
     """
     form = FORMATS[to]
     if out.is_dir() or (out.exists() and not force):
@@ -65,11 +65,11 @@ def export(
                 break
             except UserError:
                 raise
-            except Exception as problem:  # whatever the exporters raise of what they cannot express
+            except Exception as problem:  # exporters raise many types of exceptions
                 why, failure = reason(problem), problem
         else:
             raise UserError(f"{form.title}: {source.metadata['model']} cannot be exported ({why})") from failure
-        files = sorted(folder.iterdir(), key=lambda file: file == path)  # the one that is asked for is the last
+        files = sorted(folder.iterdir(), key=lambda file: file == path)  # the last file is the requested one
         for file in files:
             os.replace(file, out.parent / file.name)
     return Exported(out, tuple(out.parent / file.name for file in files), sizes, error, why)
@@ -78,7 +78,7 @@ def export(
 def _attempt(
     form: Format, source: Source, path: Path, wide: bool, why: str, tolerance: float
 ) -> tuple[Sizes, float, str]:
-    """Record, write and compare once, with sizes open or not."""
+    """Record, write and compare once, with dynamic or fixed sizes."""
     recorded, sizes, narrower = form.record(source, wide)
     form.write(recorded, path, {**source.metadata, "sizes": sizes.as_data()})
     run, at = form.open(path), tries(source.size)
@@ -89,7 +89,7 @@ def _attempt(
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """A folder beside the file to write, gone afterwards."""
+    """A temporary folder beside the file to write."""
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True)
@@ -102,10 +102,10 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What an exported file says of itself.
+    """The metadata of an exported file.
 
     Raises:
-        UserError: no file of a known suffix.
+        UserError: the suffix of the file is unknown.
     """
     for form in sorted(FORMATS.values(), key=lambda form: -len(form.suffix)):
         if path.name.endswith(form.suffix):

@@ -1,4 +1,4 @@
-"""Linear layers in eight bits, by torchao: about a quarter of their size, for some accuracy."""
+"""Linear layers in int8, by torchao: about a quarter of their size, at a small loss of accuracy."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from hybridzoo.train.export.comparing import TOLERANCE, difference
 from hybridzoo.train.export.sources import Source
 
 WAYS = ("weights", "dynamic")
-CARRY = ("onnx", "pt2")  # OpenVINO's and TorchScript's files become no smaller; aoti: not known
+CARRY = ("onnx", "pt2")  # files of OpenVINO and TorchScript do not become smaller; aoti was not tested
 
 
 def check(way: str, to: str) -> None:
-    """Raise UserError where a format's files would not hold int8."""
+    """Raise UserError if a format does not store int8."""
     if to not in CARRY:
         raise UserError(f"--int8 {way}: --to {to} does not keep int8; the formats that do: {', '.join(CARRY)}")
 
 
 def quantize(source: Source, way: str) -> float:
-    """Give the linear layers of a network weights of eight bits, a scale for each output channel, in place.
+    """Quantize the weights of a network's linear layers to int8, with a scale for each output channel, in place.
 
     Args:
-        source: of `sources`; its metadata say `int8` afterwards.
-        way: "weights": products stay in float32. "dynamic": inputs are rounded to eight bits too, with a scale for each
-            token, and products are of whole numbers.
+        source: from `sources`; afterwards its metadata has `int8`.
+        way: "weights": products are computed in float32. "dynamic": inputs are rounded to int8 too, with a scale for
+            each token, and products are computed in integers.
 
     Returns:
-        Largest change of an output at noise of the usual size, of the output's standard deviation.
+        The largest change of an output for a noise image of the usual size, relative to its standard deviation.
 
     Raises:
-        UserError: no linear layer, or torchao cannot do what the network does with a layer's weight.
+        UserError: there is no linear layer, or torchao does not support how the network uses a layer's weight.
     """
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
@@ -45,7 +45,7 @@ def quantize(source: Source, way: str) -> float:
         with torch.no_grad():
             quantize_(source.network, config)
         found = source.run(image)
-    except Exception as error:  # whatever torchao raises of an operator that it has no int8 form of
+    except Exception as error:  # torchao raises many types of exceptions for unsupported operators
         raise UserError(f"--int8 {way}: torchao cannot quantise {name} ({reason(error)})") from error
     source.graphs.clear()
     source.metadata["int8"] = way
@@ -53,10 +53,10 @@ def quantize(source: Source, way: str) -> float:
 
 
 def tolerance(way: str, change: float) -> float:
-    """How far a file may be from the quantised network, see `TOLERANCE`.
+    """The allowed difference between a file and the quantized network, see `TOLERANCE`.
 
-    Rounding of inputs is no smooth function: what another order of sums changes in the last bit may change a whole step
-    of 1/127. In the "dynamic" way, file and network are each about `change` from the float32 network, so twice as far
-    from each other at most.
+    Rounding of inputs is not continuous: a difference in the last bit (another order of sums) may become a whole step
+    of 1/127. With "dynamic", file and network each differ from the float32 network by about `change`, so they differ
+    from each other by at most twice as much.
     """
     return max(TOLERANCE, 2 * change) if way == "dynamic" else TOLERANCE

@@ -1,4 +1,4 @@
-"""What a run trained, as something to export: a classifier, a segmentor, or a detector of one stage."""
+"""Prepares the network of a run for export: a classifier, a segmentor, or a one-stage detector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybridzoo.train.engine import build_for_inference
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.export.sources import Source, describe
 
-SIZE = (512, 512)  # of dense tasks, where a config does not say
+SIZE = (512, 512)  # for detection and segmentation, if a config has no size
 
 
 class Segmentor(nn.Module):
@@ -25,15 +25,15 @@ class Segmentor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         shape = {"img_shape": image.shape[2:], "pad_shape": image.shape[2:]}
-        return self.model.encode_decode(image, [shape])  # heads ask the first image of a batch, which are of one size
+        return self.model.encode_decode(image, [shape])  # one for all images of a batch
 
 
 class SingleStage(nn.Module):
-    """All boxes of an mmdet model with anchors (RetinaNet), before any is left out.
+    """All boxes of an mmdet model with anchors (RetinaNet), before any selection.
 
-    Image (B, 3, H, W) -> boxes (B, N, 4): left, top, right, bottom in pixels of this image, cut at its edges; scores
-    (B, N, classes): 0 to 1, each class for itself. What mmdet's `predict` does after it (the best of them, non-maximum
-    suppression) is the reader's.
+    Image (B, 3, H, W) -> boxes (B, N, 4): left, top, right, bottom in pixels of this image, clipped to it; scores
+    (B, N, classes): 0 to 1, independent for each class. The reader must do what mmdet's `predict` does next: select the
+    best boxes, and non-maximum suppression.
     """
 
     def __init__(self, model: Any) -> None:
@@ -58,7 +58,7 @@ def _by_anchor(level: Tensor, width: int) -> Tensor:
 
 
 def from_run(config: Config, checkpoint: Path) -> Source:
-    """What a checkpoint holds.
+    """The network of a checkpoint.
 
     Args:
         config: of the run, see `hybridzoo.train.trained.load`.
@@ -71,7 +71,7 @@ def from_run(config: Config, checkpoint: Path) -> Source:
 
 
 def from_model(config: Config, model: Any, checkpoint: Path) -> Source:
-    """As `from_run`, of a model that was built already; the checkpoint's name goes into the metadata."""
+    """Like `from_run`, for a model that is already built; the checkpoint's name is added to the metadata."""
     classes = [str(name) for name in model.dataset_meta["classes"]]
     if config.task == "classification":
         return _classifier(config, model, classes, checkpoint)

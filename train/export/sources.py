@@ -1,4 +1,4 @@
-"""What is exported: a network by name, its pyramid, or what a run trained; and what a reader has to know of it."""
+"""The network to export (by name, as a pyramid, or from a run), and the metadata that a reader needs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Source:
     """A network that is ready to be exported.
 
     Attributes:
-        network: in evaluation mode, normalised image (B, channels, H, W) -> a tensor or a tuple of tensors.
-        outputs: their names.
-        size: (height, width) of its usual image in pixels.
-        channels: of the image.
-        metadata: what the file says of itself, JSON's types only; see `docs/export.md`.
-        graphs: what `capture` recorded of it, with sizes open or not, for the next format.
+        network: in evaluation mode, normalized image (B, channels, H, W) -> a tensor or a tuple of tensors.
+        outputs: names of the outputs.
+        size: (height, width) of the usual image in pixels.
+        channels: number of channels of the image.
+        metadata: stored in the file, only types of JSON; see `docs/export.md`.
+        graphs: graphs recorded by `capture`, with dynamic or fixed sizes, to be reused by the next format.
     """
 
     network: nn.Module
@@ -40,7 +40,7 @@ class Source:
     graphs: dict[bool, Any] = field(default_factory=dict, repr=False)
 
     def image(self, height: int, width: int, batch: int) -> Tensor:
-        """Reproducible noise, as much like a normalised image as networks need."""
+        """Reproducible noise with the statistics of a normalized image."""
         generator = torch.Generator().manual_seed(height * width + batch)
         return torch.randn(batch, self.channels, height, width, generator=generator)
 
@@ -75,12 +75,12 @@ def from_name(
 
     Args:
         name: `model` or `model.tag`.
-        weights: a file or published weights; "none" leaves them random; None takes what the name stands for.
-        features: the maps of all levels instead of logits.
+        weights: a file or published weights; "none": random weights; None: the weights of the name.
+        features: return the maps of all levels instead of logits.
         arguments: of the network, for `timm.create_model`.
 
     Raises:
-        UserError: no such name, argument or level, weights that do not fit, or none that can be had here.
+        UserError: an unknown name, argument or level, or weights that do not fit or cannot be downloaded.
     """
     model = networks.create("model", name, dict(arguments or {}))
     origin = _load(model, name, weights)
@@ -88,7 +88,7 @@ def from_name(
 
 
 def _load(model: Any, name: str, weights: str | None) -> str:
-    """Bring weights into a model; what they are, for the metadata."""
+    """Load weights into a model; returns their description for the metadata."""
     if weights == "none":
         return "none: random numbers"
     if weights is not None:
@@ -141,7 +141,7 @@ def describe(
     weights: str,
     **more: Any,
 ) -> dict[str, Any]:
-    """What a file says of itself; `docs/export.md` describes the keys."""
+    """The metadata of a file; `docs/export.md` describes the keys."""
     return {
         "hybridzoo": __version__,
         "task": task,
@@ -161,7 +161,7 @@ def describe(
 
 
 def _licence(name: str) -> str:
-    """Licence of the published weights, as their card or timm states it."""
+    """The licence of the published weights, from their card or timm."""
     arch = name.partition(".")[0]
     cards = checkpoints.cards(arch, task=None)
     own = next((card for card in cards if card.name == name), next((c for c in cards if c.model == arch), None))
@@ -172,7 +172,7 @@ def _licence(name: str) -> str:
 
 
 def _imagenet(model: Any) -> list[str]:
-    """ImageNet's class names, where the network has such classes."""
+    """The class names of ImageNet, if the network has these classes."""
     subset = infer_imagenet_subset(model)
     if subset is None:
         return []
@@ -181,7 +181,7 @@ def _imagenet(model: Any) -> list[str]:
 
 
 def fold(network: nn.Module) -> None:
-    """Fold the norms of networks of ours into their neighbours, in place; the result runs everywhere."""
+    """Fold the norms of our networks into neighboring layers, in place; the result uses only standard operators."""
     if any(isinstance(module, Fusible) for module in network.modules()):
         fuse(network, portable=True)
 
