@@ -18,9 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Fork
 from safetensors.torch import save_file
 
-from hybridzoo.checkpoints.reading import CheckpointError, read_checkpoint, read_state_dict, strip_prefixes
+from hybridzoo.checkpoints.reading import (
+    CheckpointError,
+    UnsafeError,
+    read_checkpoint,
+    read_state_dict,
+    strip_prefixes,
+)
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
 
@@ -181,7 +188,7 @@ ADDRESSES = (
 
 @pytest.mark.parametrize("call", ["collections\nOrderedDict", "collections\nCounter", "torch\nSize"])
 def test_no_address_in_a_file_is_followed(call: str) -> None:
-    """In a process of its own, which would die of it; beside weights that are good."""
+    """In a fork, which would die of it; beside weights that are good."""
     torch.save({"model": STATE}, "good.pth")
     with zipfile.ZipFile("good.pth") as good, zipfile.ZipFile("evil.pth", "w") as bad:
         for entry in good.namelist():
@@ -189,14 +196,16 @@ def test_no_address_in_a_file_is_followed(call: str) -> None:
             if entry.endswith("data.pkl"):
                 content = content[:-1] + b"(" + text("args") + b"c" + call.encode() + b"\n(" + ADDRESSES + b"tRu."
             bad.writestr(entry, content)
-    code = (
-        "from hybridzoo.checkpoints import reading\n"
-        "try: print(list(reading.read_checkpoint('evil.pth')))\n"
-        "except reading.UnsafeError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, "the process was killed"
-    assert "checkpoint evil.pth: cannot be read (it contains Python objects" in done.stdout
+
+    def read() -> None:
+        try:
+            print(list(read_checkpoint("evil.pth")))
+        except UnsafeError as error:
+            print(error)
+
+    fork = Fork(read, Path("log.txt"))
+    assert fork.wait() == 0, "the process was killed"
+    assert "checkpoint evil.pth: cannot be read (it contains Python objects" in fork.printed()
 
 
 def test_compressed_files_are_refused() -> None:
