@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from hybridzoo.kernels import tuning
@@ -17,7 +19,7 @@ TABLE: Table = {
     ("forward", 32, 2): Config(64, 64, 4, 2),
     ("forward", 64, 2): Config(64, 64, 4, 2),
     ("forward", 128, 2): Config(64, 32, 4, 2),
-    ("backward_query", 32, 2): Config(64, 64, 4, 2),
+    ("backward_query", 32, 2): Config(64, 64, 4, 2, 255),
     ("backward_query", 64, 2): Config(64, 32, 4, 2),
     ("backward_query", 128, 2): Config(32, 16, 8, 1),
     ("backward_key", 16, 2): Config(32, 64, 4, 2, 168),
@@ -25,7 +27,7 @@ TABLE: Table = {
     ("backward_key", 64, 2): Config(16, 64, 4, 2, 168),
     ("backward_key", 128, 2): Config(32, 64, 8, 1, 255),
     ("forward", 32, 4): Config(32, 32, 4, 2),
-    ("forward", 64, 4): Config(32, 32, 4, 2),
+    ("forward", 64, 4): Config(32, 32, 4, 2, 255),
     ("forward", 128, 4): Config(16, 16, 8, 3),
     ("backward_query", 32, 4): Config(32, 16, 4, 1),
     ("backward_query", 64, 4): Config(32, 16, 4, 1),
@@ -37,7 +39,7 @@ TABLE: Table = {
     ("backward_single", 32, 2): Config(64, 64, 4, 1),
     ("backward_single", 64, 2): Config(32, 64, 4, 1),
     ("forward_small", 32, 2): Config(64, 32, 4, 3),
-    ("backward_small", 32, 2): Config(256, 32, 8, 1),
+    ("backward_small", 32, 2): Config(256, 32, 8, 1, 255),
 }
 
 
@@ -70,4 +72,12 @@ def candidates(key: Key, default: Config) -> list[Config]:
         found = [Config(256, keys, warps, stages) for stages in (1, 2) for keys, warps in keys_warps]
     else:
         found = tuning.candidates(default)
+        if key.kernel != "backward_key" and key.block_d <= 32 and key.itemsize == 2 and _tokens(key.shape) >= 128:
+            found = [Config(128, 64, 8, 2), Config(128, 64, 8, 3), *found]  # as many registers as 64 queries in 4 warps
     return [config for config in found if config != default]
+
+
+def _tokens(shape: str) -> int:
+    """Of one region, in a key's words for a shape."""
+    found = re.search(r"regions of (\d+)", shape)
+    return int(found[1]) if found else 0

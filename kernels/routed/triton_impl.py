@@ -22,6 +22,7 @@ from hybridzoo.kernels.tuning import Config
 
 SMALLEST_BLOCK = 16  # rows of a product on tensor cores
 USUAL_SIDES = {1, 2, 4, 8, 16}  # sides of regions, in tokens
+APART_COSTS = 1.2  # times as many blocks at most, for blocks of one region each
 INVERSION_BLOCK = 256  # routes read at a time
 # Limits of the registers: tokens, padded head_dim, bytes of a number.
 SMALL_MAX_TOKENS, SMALL_MAX_WIDTH, SINGLE_MAX_TOKENS, SINGLE_MAX_WIDTH, ITEMSIZES = 256, 32, 64, 64, (2,)
@@ -256,9 +257,12 @@ def _tiled(kind: str, call: _Call) -> Recipe:
     tiles = math.ceil(grid.tokens / getattr(config, own))
     # If a region's sides are powers of two (networks at their usual sizes), they become constants of the kernel.
     usual = {grid.height, grid.width} <= USUAL_SIDES
+    # A region is listed by any number of others.
+    listed, block = (grid.regions, config.queries) if own == "keys" else (call.topk, config.keys)
     arguments = _sizes(call) | dict(
         tiles=tiles, QUERIES=config.queries, KEYS=config.keys, TOPK=call.topk if usual else 0,
         REGION_H=grid.height if usual else 0, REGION_W=grid.width if usual else 0,
+        APART=_apart(grid.tokens, listed, block),
     )  # fmt: skip
     programs = call.shape[3] * tiles * grid.regions * call.shape[0]
     return Recipe.of(getattr(triton_kernels, kind), programs, arguments, config)
@@ -270,7 +274,8 @@ def _small(kind: str, call: _Call) -> Recipe:
     all_tokens = max(SMALLEST_BLOCK, triton.next_power_of_2(tokens))
     queries = all_tokens if kind == "backward_small" else min(config.queries, all_tokens)
     tiles = math.ceil(tokens / queries)
-    keys = min(config.keys, all_tokens)
+    filled = kind == "backward_small" and call.fill  # the gradient of the fill takes registers too
+    keys = min(SMALLEST_BLOCK if filled else config.keys, all_tokens)
     while keys > 32 and (grid.tokens - 1 + keys - 1) // grid.tokens > 31:  # a block may overlap 32 regions at most
         keys //= 2
     # A smaller block for the remaining keys, if it saves at least half a block.
@@ -281,6 +286,12 @@ def _small(kind: str, call: _Call) -> Recipe:
         REGIONS=grid.regions, COLUMNS=grid.columns, REGION_H=grid.height, REGION_W=grid.width,
     )  # fmt: skip
     return Recipe.of(getattr(triton_kernels, kind), call.shape[3] * tiles * call.shape[0], arguments, config)
+
+
+def _apart(tokens: int, listed: int, block: int) -> bool:
+    """Whether blocks of one region each are few more than blocks of all listed tokens in a row: positions in them take
+    half the arithmetic."""
+    return listed * math.ceil(tokens / block) <= APART_COSTS * math.ceil(listed * tokens / block)
 
 
 def _fitted(config: Config, members: int, listed: int, own: str, least: int) -> Config:

@@ -39,6 +39,24 @@ arithmetic before. For this reason, region sizes that are powers of two are cons
 block of keys inside one region reads one number of the list. Launches: one forward; three backward (queries, the index,
 keys), two with the single pass, one in the small form.
 
+Positions. Dividing by a region's size costs some twenty instructions, for every key that a thread loads or masks. So
+sizes that are not constants are inverted once for a program (`divide`), and the tokens of large regions are cut into
+blocks region by region, so that the position of the region is a scalar. For 64 x 64 scores, a warp executes 307
+instructions in the forward loop if sizes are constants (8 x 8 regions at 512 pixels), and 595 if not (regions of 13 x
+21 tokens at 800 x 1344; with divisions 1,328); backward 574 (1,631) for queries and 399 (610) for keys. Tiles of 128
+queries in 8 warps take as many registers (110) and instructions per warp (303) as 64 in 4, and read keys half as often;
+backward, 128 keys spill.
+
+Tried with the compiler for sm_90, and left out:
+
+* Tensor descriptors. Regions of 8 x 8 take 780 instructions and 10 barriers; with pointers it is 745 and 5. A
+  descriptor loads only 16 keys of regions of 4 x 4: four loops of some 400 instructions, where 64 keys together take
+  836.
+* All heads of a token in one program. A thread already loads 16 bytes and a warp 8 tokens of 64 bytes: only whole
+  sectors of 32 bytes. The other heads of the token belong to the next programs. Stage 1 reaches 96 % of the bandwidth.
+* One backward pass with more than one route. At stage 2, the parts of the queries' gradients would be 411 MB, 137 us.
+  The second pass reads 103 MB, 34 us.
+
 **Choice of regions** (`region_means`, `choose_regions`): two launches, all in float32. Query and key are read once, 103
 MB and 34 us at stage 1. The products need less than a thousandth of those of the attention.
 
@@ -65,6 +83,12 @@ def place(region, token, columns, region_h, region_w, height, width):
     """Row and column of a region's token, and whether it lies on the map."""
     row = region // columns * region_h + token // region_w
     column = region % columns * region_w + token % region_w
+    return on_map(row, column, height, width)
+
+
+@triton.jit
+def on_map(row, column, height, width):
+    """The position on the map that is nearest to a row and a column, and whether it is they."""
     exists = (row < height) & (column < width)
     # As unsigned numbers, negative ones are large. So no route, valid or not, can cause a read outside of the tensor.
     row, column = tl.minimum(row.to(tl.uint32), height - 1), tl.minimum(column.to(tl.uint32), width - 1)
@@ -112,25 +136,72 @@ def tile_of(tile, region, columns, region_h, region_w, height, width, BLOCK: tl.
 
 
 @triton.jit
-def listed(
-    entries, first, length, columns, region_h, region_w, height, width, BLOCK: tl.constexpr, WHOLE: tl.constexpr
-):
-    """The same for tokens `first ... first + BLOCK - 1` of the listed regions; `entries` is a list of `length` regions.
+def inverse(divisor):
+    """2^32 / divisor, rounded down, for `divide`."""
+    return tl.cast(0xFFFFFFFF, tl.uint32) // tl.cast(divisor, tl.uint32)
 
-    WHOLE: a region has a whole number of blocks.
+
+@triton.jit
+def divide(number, divisor, inverted):
+    """Quotient and remainder of numbers from 0 to 2^31 - 1: five instructions, where a division takes some twenty."""
+    quotient = tl.umulhi(tl.cast(number, tl.uint32), inverted).to(tl.int32)  # or one less
+    rest = number - quotient * divisor
+    less = rest >= divisor
+    return quotient + less.to(tl.int32), tl.where(less, rest - divisor, rest)
+
+
+@triton.jit
+def inverses(columns, region_h, region_w, BLOCK: tl.constexpr, CONSTANT: tl.constexpr, APART: tl.constexpr):
+    """What `listed` divides by, inverted once for a program. The compiler knows better if they are constants."""
+    tokens = region_h * region_w
+    if CONSTANT:
+        found = inverse(columns), 0, 0
+    else:
+        found = inverse(columns), inverse(region_w), inverse(tl.cdiv(tokens, BLOCK) if APART else tokens)
+    return found
+
+
+@triton.jit
+def blocks_of(length, tokens, BLOCK: tl.constexpr, APART: tl.constexpr):
+    """How many blocks the tokens of `length` regions are. APART: each block has tokens of one region only."""
+    return length * tl.cdiv(tokens, BLOCK) if APART else tl.cdiv(length * tokens, BLOCK)
+
+
+@triton.jit
+def listed(
+    entries, block, length, inverted, columns, region_h, region_w, height, width,
+    BLOCK: tl.constexpr, CONSTANT: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """The same for the tokens of a block, of `blocks_of` the listed regions; `entries` is a list of `length` regions.
+
+    CONSTANT: a region's size is a constant of the compiled kernel.
     """
     tokens = region_h * region_w
-    index = first + tl.arange(0, BLOCK)
-    if WHOLE:
-        region = tl.load(entries + first // tokens).to(tl.int32)
-        row, column, exists = place(region, index % tokens, columns, region_h, region_w, height, width)
+    if APART:
+        blocks = tl.cdiv(tokens, BLOCK)
+        if CONSTANT:
+            slot, part = block // blocks, block % blocks
+        else:
+            slot, part = divide(block, blocks, inverted[2])
+        token = part * BLOCK + tl.arange(0, BLOCK)
+        some = token < tokens
+        token = tl.minimum(token, tokens - 1)
     else:
+        index = block * BLOCK + tl.arange(0, BLOCK)
         some = index < length * tokens
         index = tl.minimum(index, length * tokens - 1)
-        region = tl.load(entries + index // tokens).to(tl.int32)
-        row, column, exists = place(region, index % tokens, columns, region_h, region_w, height, width)
-        exists = some & exists
-    return row, column, exists
+        if CONSTANT:
+            slot, token = index // tokens, index % tokens
+        else:
+            slot, token = divide(index, tokens, inverted[2])
+    region = tl.load(entries + slot).to(tl.int32)
+    region_row, region_column = divide(region, columns, inverted[0])
+    if CONSTANT:
+        row, column = token // region_w, token % region_w
+    else:
+        row, column = divide(token, region_w, inverted[1])
+    row, column, exists = on_map(region_row * region_h + row, region_column * region_w + column, height, width)
+    return row, column, some & exists
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,14 +210,13 @@ def forward(
     heads, height, width, regions, columns, region_h, region_w, topk, tiles,
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr, APART: tl.constexpr,
     EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to all tokens of the regions listed for it, KEYS at a time."""
     region_h = REGION_H if REGION_H else region_h  # constants if the kernel is compiled for these sizes
     region_w = REGION_W if REGION_W else region_w
     topk = TOPK if TOPK else topk
-    WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
     ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # no key is masked
     head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
@@ -167,8 +237,11 @@ def forward(
         largest = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    for first in range(0, topk * region_h * region_w, KEYS):
-        key_row, key_column, seen = listed(routes, first, topk, columns, region_h, region_w, height, width, KEYS, WHOLE)
+    inverted = inverses(columns, region_h, region_w, KEYS, REGION_H > 0, APART)
+    for block in range(blocks_of(topk, region_h * region_w, KEYS, APART)):
+        key_row, key_column, seen = listed(
+            routes, block, topk, inverted, columns, region_h, region_w, height, width, KEYS, REGION_H > 0, APART
+        )
         offsets = key_row * stride_h + key_column * stride_w
         k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
@@ -195,14 +268,13 @@ def backward_query(
     heads, height, width, regions, columns, region_h, region_w, topk, tiles,
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr, APART: tl.constexpr,
     EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, its part of the gradient of fill, and `delta = sum(grad * out)` of each query."""
     region_h = REGION_H if REGION_H else region_h
     region_w = REGION_W if REGION_W else region_w
     topk = TOPK if TOPK else topk
-    WHOLE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W % KEYS == 0
     ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # no key is masked
     head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
@@ -228,8 +300,11 @@ def backward_query(
         )
         dq += dq_fill
         store_partial(partial, dfill_key, dfill_value, HEAD_DIM, BLOCK_D)
-    for first in range(0, topk * region_h * region_w, KEYS):
-        key_row, key_column, seen = listed(routes, first, topk, columns, region_h, region_w, height, width, KEYS, WHOLE)
+    inverted = inverses(columns, region_h, region_w, KEYS, REGION_H > 0, APART)
+    for block in range(blocks_of(topk, region_h * region_w, KEYS, APART)):
+        key_row, key_column, seen = listed(
+            routes, block, topk, inverted, columns, region_h, region_w, height, width, KEYS, REGION_H > 0, APART
+        )
         offsets = key_row * stride_h + key_column * stride_w
         k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
@@ -268,7 +343,8 @@ def backward_key(
     heads, height, width, regions, columns, region_h, region_w, topk, tiles,
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, APART: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values: a loop over the queries of the regions that list it, QUERIES at a time.
 
@@ -291,9 +367,10 @@ def backward_key(
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for first in range(0, length * region_h * region_w, QUERIES):
+    inverted = inverses(columns, region_h, region_w, QUERIES, REGION_H > 0, APART)
+    for block in range(blocks_of(length, region_h * region_w, QUERIES, APART)):
         query_row, query_column, seen = listed(
-            listing, first, length, columns, region_h, region_w, height, width, QUERIES, WHOLE
+            listing, block, length, inverted, columns, region_h, region_w, height, width, QUERIES, REGION_H > 0, APART
         )
         pixels = (query_row * width + query_column) * heads + head
         q = load_tokens(query + start, query_row * stride_h + query_column * stride_w, HEAD_DIM, BLOCK_D)
@@ -318,7 +395,8 @@ def backward_single(
     heads, height, width, regions, columns, region_h, region_w, topk,
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    REGION_H: tl.constexpr, REGION_W: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    REGION_H: tl.constexpr, REGION_W: tl.constexpr, APART: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients if every region is routed to only one region, so that one program sees all keys of a query.
 
@@ -340,9 +418,10 @@ def backward_single(
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for first in range(0, length * region_h * region_w, QUERIES):
+    inverted = inverses(columns, region_h, region_w, QUERIES, REGION_H > 0, APART)
+    for block in range(blocks_of(length, region_h * region_w, QUERIES, APART)):
         query_row, query_column, seen = listed(
-            listing, first, length, columns, region_h, region_w, height, width, QUERIES, WHOLE
+            listing, block, length, inverted, columns, region_h, region_w, height, width, QUERIES, REGION_H > 0, APART
         )
         pixels = (query_row * width + query_column) * heads + head
         q = load_tokens(query + start, query_row * stride_h + query_column * stride_w, HEAD_DIM, BLOCK_D)

@@ -22,9 +22,13 @@ from triton_tests import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+import triton.language as tl
+
 from hybridzoo.kernels import routed_attention2d, triton_common
 from hybridzoo.kernels.routed import api, operators, reference, torch_impl, triton_configs, triton_impl
 from hybridzoo.kernels.routed.grid import Grid
+from hybridzoo.kernels.routed.triton_kernels import divide, inverse
 from hybridzoo.kernels.triton_common import Config
 
 CASES = {  # batch, map, heads, head_dim, grid, topk, fill, small form
@@ -221,6 +225,38 @@ def test_routes_out_of_range_read_nothing_outside_the_tensors(number):
         grads = triton_impl.backward(torch.ones_like(out), *inside, routes, None, out, lse, grid, 0.3, False)
         for grad in grads[topk == 1 : 3]:  # in a single pass, queries without a region have no gradient at all
             assert grad.isfinite().all()
+
+
+@triton.jit
+def divide_all(numbers, divisor, quotients, remainders, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    quotient, remainder = divide(tl.load(numbers + index), divisor, inverse(divisor))
+    tl.store(quotients + index, quotient)
+    tl.store(remainders + index, remainder)
+
+
+@computes
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 21, 273, 65536, 99_991, (1 << 31) - 1])
+def test_division_by_a_multiplication_is_exact(divisor):
+    torch.manual_seed(0)
+    near = torch.arange(-2, 3) + divisor * torch.tensor([[1], [2], [3], [((1 << 31) - 3) // divisor]])
+    numbers = torch.cat(
+        [near.flatten(), torch.arange(8), torch.randint(1 << 31, (100,)), torch.tensor([(1 << 31) - 1])]
+    )
+    numbers = numbers.clamp(0, (1 << 31) - 1)[:128]
+    given = torch.cat([numbers, numbers.new_zeros(256 - len(numbers))]).to(DEVICE, torch.int32)
+    quotients, remainders = torch.empty_like(given), torch.empty_like(given)
+    divide_all[(1,)](given, divisor, quotients, remainders, 256)
+    assert torch.equal(quotients, given // divisor)
+    assert torch.equal(remainders, given % divisor)
+
+
+def test_tuning_offers_tall_tiles_where_regions_are_large():
+    default = Config(64, 64, 4, 2)
+    key = triton_configs.Key("routed", "forward", 32, 2, "64 regions of 256, top 1")
+    assert triton_configs.candidates(key, default)[0] == Config(128, 64, 8, 2)
+    for other in (key._replace(kernel="backward_key"), key._replace(shape="49 regions of 64, top 1")):
+        assert Config(128, 64, 8, 2) not in triton_configs.candidates(other, default)[:8]
 
 
 @computes
