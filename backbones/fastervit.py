@@ -26,9 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
+from hybridzoo.kernels.open_sizes import parts
 from hybridzoo.layers import ConvNormAct, CoordinateBias, CoordinateEmbedding, Stage, TransformerBlock
 from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.memory import channels_last
+from hybridzoo.layers.resize import mean_pool
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
 
 _logger = logging.getLogger(__name__)
@@ -96,10 +98,9 @@ class CarrierTokens(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        counts = [side // self.window * CARRIER_SIDE for side in x.shape[2:]]
-        strides = [side // count for side, count in zip(x.shape[2:], counts, strict=True)]
-        kernel = [side - (n - 1) * s for side, n, s in zip(x.shape[2:], counts, strides, strict=True)]
-        return F.avg_pool2d(self.conv(x), kernel, strides).permute(0, 2, 3, 1)
+        stride = self.window // CARRIER_SIDE
+        rows, columns = (side - (side // self.window * CARRIER_SIDE - 1) * stride for side in x.shape[2:])
+        return mean_pool(self.conv(x), (rows, columns), (stride, stride)).permute(0, 2, 3, 1)
 
 
 class AttentionBlock(nn.Module):
@@ -165,7 +166,8 @@ class AttentionStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % self.window[1], 0, -height % self.window[0]))
+        rows, columns = (parts(side, tokens) * tokens for side, tokens in zip(x.shape[2:], self.window, strict=True))
+        x = F.pad(x, (0, columns - width, 0, rows - height))
         ct = None if self.carrier_tokens is None else self.carrier_tokens(x)
         mask = padding_mask(height, width, self.window, device=x.device) if self.mask_padding else None
         if mask is not None and ct is not None:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from hybridzoo import checkpoints
 from hybridzoo.backbones.base import Backbone, build, check_per_stage
+from hybridzoo.kernels.open_sizes import parts, surely
 from hybridzoo.layers import DeformableMerging, DepthwiseMlp, HiLoAttention, Residual, Stage
 from hybridzoo.layers.init import init_linear
 from hybridzoo.layers.memory import channels_last
-from hybridzoo.layers.open_sizes import surely
 
 STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32
@@ -69,7 +69,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        below, right = -x.shape[2] % STRIDES[0], -x.shape[3] % STRIDES[0]
+        below, right = (parts(side, STRIDES[0]) * STRIDES[0] - side for side in x.shape[2:])
         if not (surely(below == 0) and surely(right == 0)):
             x = F.pad(x, (0, right, 0, below))
         return self.norm(self.proj(channels_last(x)).permute(0, 2, 3, 1).contiguous())

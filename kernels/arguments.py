@@ -152,15 +152,6 @@ def open_map(query: Tensor) -> bool:
     return any(isinstance(side, torch.SymInt) for side in query.shape[1:3])
 
 
-def fixed_map(operator: str, query: Tensor) -> None:
-    """Check that an exported map has a fixed height and width: how the operator cuts the map depends on them."""
-    if open_map(query):
-        raise ValueError(
-            f"{operator} cannot be exported with a dynamic height or width: how it cuts the map depends on them;"
-            " only the batch may be dynamic"
-        )
-
-
 def implementation(impl: Any, query: Tensor, limit: str | None = None, *, widths: tuple[int, int] = (16, 128)) -> str:
     """The implementation for a call, `"triton"` or `"torch"`.
 

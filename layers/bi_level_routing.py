@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, bi_level_route, routed_attention2d
+from hybridzoo.kernels.open_sizes import larger, parts, smaller, surely
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.layers.heads import softmax_attention
 
@@ -83,16 +83,16 @@ class BiLevelRoutingAttention(nn.Module):
     def region_grid(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Number of regions (rows, columns) on a map of this size, and tokens per region (height, width)."""
         if self.region_size is not None:
-            wanted = (math.ceil(height / self.region_size), math.ceil(width / self.region_size))
+            wanted = (parts(height, self.region_size), parts(width, self.region_size))
         else:
             assert self.regions is not None
             wanted = self.regions
         sizes, counts = [], []
         for side, count in zip((height, width), wanted, strict=True):
-            size = max(1, side // count) if self.padding == "zeros" else math.ceil(side / count)
+            size = larger(1, side // count) if self.padding == "zeros" else parts(side, count)
             sizes.append(size)
             # Only the "bias" rule keeps regions that are entirely padding.
-            counts.append(count if self.padding == "bias" else math.ceil(side / size))
+            counts.append(count if self.padding == "bias" else parts(side, size))
         return (counts[0], counts[1]), (sizes[0], sizes[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ class BiLevelRoutingAttention(nn.Module):
         grid = Grid(*regions, *size)
         heads = (3, self.num_heads, dim // self.num_heads)
         fill = None  # query, key and value of the padding tokens
-        if any(grid.beyond(x)) and self.padding != "mask":
+        if not grid.ends_with(x) and self.padding != "mask":
             fill = self.qkv(x.new_zeros(1, dim)).view(heads) if self.padding == "bias" else x.new_zeros(heads)
         query, key, value = self.qkv(x).unflatten(-1, heads).unbind(3)
-        if self.topk < grid.regions:
+        if not surely(self.topk >= grid.regions):
             routes = self._route(query, key, grid, fill)
             beyond = None if fill is None else fill[1:]
             out = routed_attention2d(
@@ -119,7 +119,7 @@ class BiLevelRoutingAttention(nn.Module):
         if fill is not None and self.padding == "bias":  # the code base with "zeros" convolves the unpadded map
             # Only as much padding as the convolution reads.
             reach = self.lepe.kernel_size[0] // 2
-            below, right = (min(n, reach) for n in grid.beyond(x))
+            below, right = (smaller(n, reach) for n in grid.beyond(x))
             value = Grid(1, 1, height + below, width + right).extend(value, fill[2])
         local = self.lepe(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :height, :width]
         return self.proj(out.flatten(3) + local)
@@ -130,4 +130,5 @@ class BiLevelRoutingAttention(nn.Module):
 
     def _route(self, query: Tensor, key: Tensor, grid: Grid, fill: Tensor | None) -> Tensor:
         in_means = fill[:2] if fill is not None and self.padding == "bias" else None
-        return bi_level_route(query, key, grid[:2], self.topk, region_size=grid[2:], fill=in_means)
+        topk = smaller(self.topk, grid.regions)
+        return bi_level_route(query, key, grid[:2], topk, region_size=grid[2:], fill=in_means)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from hybridzoo.kernels.open_sizes import is_open, larger, smaller, surely
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.relative_position import gather_bias
 from hybridzoo.layers.windows import from_windows, to_windows
@@ -33,7 +34,7 @@ class AbsoluteOffsetBias(nn.Module):
 
     def forward(self, height: int, width: int) -> Tensor:
         """Bias `(heads, tokens, tokens)` of a map not larger than the window, tokens row by row."""
-        table = self.table.unflatten(1, (self.window, self.window))[:, :height, :width]
+        table = self.table.unflatten(1, (self.window, self.window))
         for axis in (1, 2):  # the same for offsets below zero
             table = torch.cat((table.flip(axis).narrow(axis, 0, table.shape[axis] - 1), table), axis)
         return gather_bias(table, (height, width))
@@ -101,18 +102,31 @@ class CascadedGroupAttention(nn.Module):
         self.bias = AbsoluteOffsetBias(num_heads, window)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, dim, height, width = x.shape
-        window = self.window
-        if height <= window and width <= window:
+        height, width = x.shape[2:]
+        if surely(height <= self.window) and surely(width <= self.window):
             return self._attend(x)
         # With channels last, a window is a strided view of the map; it is copied once on input and once on output.
-        windows = to_windows(x.permute(0, 2, 3, 1), (window, window))
+        windows = to_windows(x.permute(0, 2, 3, 1), (self.window, self.window))
         grid = windows.shape[1:3]
-        out = self._attend(windows.reshape(-1, window, window, dim).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        real = self._real(height, width, x.device) if is_open(height, width) else None
+        out = self._attend(windows.flatten(0, 2).permute(0, 3, 1, 2), real).permute(0, 2, 3, 1)
         return from_windows(out.unflatten(0, (-1, *grid)), height, width).permute(0, 3, 1, 2)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        """One window per image: `(B, dim, h, w)` in and out; copied unless channels are last in memory."""
+    def _real(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Bool `(window, window)`, where the tokens of a window are: on the map if it fits, else everywhere.
+
+        A program with open sizes pads a map that fits to a window, since it cannot decide over the way.
+        """
+        fits = 1 - smaller(1, (larger(height, width) - 1) // self.window)
+        token = torch.arange(self.window, device=device)
+        rows, columns = (token < fits * side + (1 - fits) * self.window for side in (height, width))
+        return rows[:, None] & columns
+
+    def _attend(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """One window per image: `(B, dim, h, w)` in and out; copied unless channels are last in memory.
+
+        `real`: bool `(h, w)`, tokens that there are; others are neither attended to nor convolved.
+        """
         size = x.shape[2:]
         bias = self.bias(*size).to(x.dtype)
         shares = x.chunk(self.num_heads, dim=1)
@@ -120,10 +134,13 @@ class CascadedGroupAttention(nn.Module):
         for head, (to_qkv, depthwise) in enumerate(zip(self.qkvs, self.depthwise, strict=True)):
             share = shares[head] + outs[-1] if head else shares[head]
             query, key, value = to_qkv(share).split((self.key_dim, self.key_dim, self.value_dim), dim=1)
+            query = query if real is None else query * real
             # (B, channels, tokens) each, so that keys are transposed already
             query, key, value = (part.flatten(2) for part in (depthwise(query), key, value))
             query, value = query.transpose(1, 2), value.transpose(1, 2)
             scores = torch.baddbmm(bias[head].expand(x.shape[0], -1, -1), query, key, alpha=self.key_dim**-0.5)
+            if real is not None:
+                scores = scores.masked_fill(~real.flatten(), float("-inf"))
             outs.append((scores.softmax(-1) @ value).transpose(1, 2).unflatten(2, size))
         return self.proj(self.act(torch.cat(outs, dim=1)))
 

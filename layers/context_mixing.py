@@ -7,6 +7,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, neighborhood_mix2d
+from hybridzoo.kernels.open_sizes import is_open, larger, smaller, surely
 from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.resize import adaptive_pool, resize_map
 
@@ -75,7 +76,8 @@ class ContextMixing(nn.Module):
         """`(B, dim, H, W)`, `(B, context_dim, H, W)` and `(B, dim, H, W)` -> `(B, dim, H, W)`."""
         size = (x.shape[2], x.shape[3])
         enlarged = at_least(size, self.kernels[1])
-        if enlarged != size:
+        same = all(surely(new == old) for new, old in zip(enlarged, size, strict=True))
+        if not same:
             x, context, value = (resize_map(t, enlarged) for t in (x, context, value))
         query = self.query(x).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, -1))
         cells = adaptive_pool(context.permute(0, 2, 3, 1), (self.regions, self.regions)).permute(0, 3, 1, 2)
@@ -96,7 +98,7 @@ class ContextMixing(nn.Module):
             )
         ]
         out = torch.stack(mixed, 3).flatten(3)
-        if enlarged != size:
+        if not same:
             out = adaptive_pool(out, size)
         return self.proj(out.permute(0, 3, 1, 2))
 
@@ -107,6 +109,11 @@ class ContextMixing(nn.Module):
 def at_least(size: tuple[int, int], side: int) -> tuple[int, int]:
     """`size` enlarged, about in proportion, until no side is below `side`; rounded as published, in floating point."""
     height, width = size
+    if is_open(*size):
+        least = smaller(height, width)
+        enough = smaller(1, least // side)
+        rows, columns = (enough * n + (1 - enough) * larger(side, torch.sym_int(side / least * n)) for n in size)
+        return rows, columns
     if min(size) >= side:
         return size
     return (side, int(side / height * width)) if height < width else (int(side / width * height), side)

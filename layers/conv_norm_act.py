@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from timm.layers import create_conv2d
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, create_conv2d, register_notrace_module
 from torch import Tensor, nn
+
+from hybridzoo.kernels.open_sizes import larger, parts
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Any  # Callable[[], nn.Module]: timm's layers document a class, but accept any factory
+
+
+@register_notrace_module
+class SameConv2d(Conv2dSame):
+    """timm's convolution that pads as TensorFlow does, with whole numbers only, so that exported files can hold it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = []
+        for side, kernel, stride, step in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            total = larger((parts(side, stride) - 1) * stride + step * (kernel - 1) + 1 - side, 0)
+            around = [total // 2, total - total // 2, *around]
+        return F.conv2d(F.pad(x, around), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class ConvNormAct(nn.Module):
@@ -47,16 +62,14 @@ class ConvNormAct(nn.Module):
         bias: bool | None = None,
     ) -> None:
         super().__init__()
-        self.conv: nn.Conv2d = create_conv2d(
-            in_dim,
-            out_dim,
-            kernel_size,
-            stride=stride,
-            groups=groups,
-            dilation=dilation,
-            padding=dilation * (kernel_size // 2) if padding is None else padding,
-            bias=norm_layer is None if bias is None else bias,
-        )
+        rest: dict[str, Any] = dict(stride=stride, groups=groups, dilation=dilation)
+        rest["bias"] = norm_layer is None if bias is None else bias
+        self.conv: nn.Conv2d
+        if padding == "same" and stride > 1:
+            self.conv = SameConv2d(in_dim, out_dim, kernel_size, **rest)
+        else:
+            around = dilation * (kernel_size // 2) if padding is None else padding
+            self.conv = create_conv2d(in_dim, out_dim, kernel_size, padding=around, **rest)
         self.norm = nn.Identity() if norm_layer is None else norm_layer(out_dim)
         self.act = nn.Identity() if act_layer is None else act_layer()
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from hybridzoo.kernels.open_sizes import larger
 from hybridzoo.layers.relative_position import gather_bias
 
 HIDDEN_DIM = 512
@@ -32,7 +33,7 @@ class CoordinateEmbedding(nn.Module):
     def forward(self, size: tuple[int, int]) -> Tensor:
         """`(rows * columns, dim)`, row by row."""
         exact = torch.promote_types(self.like.dtype, torch.float32)
-        axes = [(torch.arange(n, dtype=exact, device=self.like.device) - n // 2) / max(n // 2, 1) for n in size]
+        axes = [(torch.arange(n, dtype=exact, device=self.like.device) - n // 2) / larger(n // 2, 1) for n in size]
         return self.mlp(_pairs(*axes).to(self.like.dtype)).flatten(0, 1)
 
 
@@ -63,7 +64,7 @@ class CoordinateBias(nn.Module):
         for n in size:
             # Query minus key, descending: a table is ordered by key minus query.
             offset = torch.arange(n - 1, -n, -1, device=self.like.device)
-            scaled = 8 * offset / max(n - 1, 1)  # float32 in a float64 model too, as the published tables are
+            scaled = 8 * offset / larger(n - 1, 1)  # float32 in a float64 model too, as the published tables are
             axes.append(torch.sign(scaled) * torch.log2(scaled.abs() + 1) / 3)  # log2(8) = 3
         table = 16 * torch.sigmoid(self.mlp(_pairs(*axes).to(self.like.dtype)))
         return F.pad(gather_bias(table.permute(2, 0, 1), size), (extra, 0, extra, 0))

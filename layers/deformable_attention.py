@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hybridzoo.kernels import arguments
+from hybridzoo.kernels.open_sizes import is_open, larger, smaller
 from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
 from hybridzoo.layers.init import trunc_normal_
 from hybridzoo.layers.precision import without_autocast
@@ -100,8 +101,8 @@ class DeformableAttention(nn.Module):
         key, value = split_heads(self.key(sampled), self.num_heads), split_heads(self.value(sampled), self.num_heads)
         line = _corners if self.offset_range is None else _centres
         rows, columns = line(height, places), line(width, places)
-        step = max(1, SCORES // (self.num_heads * width * places.shape[2]))
-        if step >= height:
+        step = larger(1, SCORES // (self.num_heads * width * places.shape[2]))
+        if is_open(step) or step >= height:  # how many parts there are cannot be left open
             return self.proj(self._attend(query, key, value, rows, columns, places))
         parts = []
         for part, coordinates in zip(query.split(step, 1), rows.split(step), strict=True):
@@ -186,7 +187,7 @@ class DisplacementBias(nn.Module):
 def _corners(count: int, like: Tensor, shift: float = 0.0) -> Tensor:
     """Coordinates of `count` points from the first token to the last, moved by `shift` steps; 0 for a single one."""
     points = torch.arange(count, dtype=like.dtype, device=like.device)
-    return (points + shift) / (count - 1) * 2 - 1 if count > 1 else torch.zeros_like(points)
+    return ((points + shift) / larger(count - 1, 1) * 2 - 1) * smaller(count - 1, 1)
 
 
 def _centres(count: int, like: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.kernels import arguments, na2d_packed
+from hybridzoo.kernels.open_sizes import larger, smaller, surely
 from hybridzoo.layers.init import trunc_normal_
-from hybridzoo.layers.open_sizes import larger, smaller, surely
 from hybridzoo.layers.relative_position import resize_table
 
 Padding = Literal["bias", "mask"]

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from hybridzoo.kernels.open_sizes import parts, surely
 from hybridzoo.layers.memory import channels_last
-from hybridzoo.layers.open_sizes import surely
 
 
 @register_notrace_module
@@ -21,7 +21,7 @@ class PatchStem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        below, right = -x.shape[2] % self.patch, -x.shape[3] % self.patch
+        below, right = (parts(side, self.patch) * self.patch - side for side in x.shape[2:])
         if not (surely(below == 0) and surely(right == 0)):
             x = F.pad(x, (0, right, 0, below))
         x = self.conv1(channels_last(x))
@@ -43,7 +43,7 @@ class ConvDownsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        below, right = x.shape[1] % 2, x.shape[2] % 2
+        below, right = (parts(side, 2) * 2 - side for side in x.shape[1:3])
         if self.patches and not (surely(below == 0) and surely(right == 0)):
             x = F.pad(x, (0, 0, 0, right, 0, below))
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

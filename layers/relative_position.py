@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from hybridzoo.kernels.open_sizes import is_open, surely
 from hybridzoo.layers.init import trunc_normal_
 
 Resize = Literal["bilinear", "bicubic", "geometric"]
@@ -68,11 +69,11 @@ def gather_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     """
     for axis, side in zip((1, 2), window, strict=True):
         spare = table.shape[axis] - (2 * side - 1)
-        if spare < 0:
+        if surely(spare < 0):
             raise ValueError(
                 f"window {window} is larger than the table's, {tuple((s + 1) // 2 for s in table.shape[1:])}"
             )
-        if isinstance(side, torch.SymInt):  # for a program with open sizes: `unfold` would fix this size
+        if is_open(side):  # for a program with open sizes: `unfold` would fix this size
             offset = torch.arange(side, device=table.device)
             key_minus_query = offset - offset[:, None] + (side - 1 + spare // 2)
             table = table.index_select(axis, key_minus_query.flatten()).unflatten(axis, (side, side))
@@ -91,7 +92,7 @@ def resize_table(table: Tensor, window: tuple[int, int], mode: Resize = "bilinea
     * `"geometric"`: timm's, which keeps short offsets finely resolved; in float32.
     """
     size = (2 * window[0] - 1, 2 * window[1] - 1)
-    if table.shape[1:] == size:
+    if all(surely(old == new) for old, new in zip(table.shape[1:], size, strict=True)):
         return table
     if mode == "geometric":
         return resize_rel_pos_bias_table(table, window, (table.shape[0], *size)).to(table.dtype)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
-from hybridzoo.layers.open_sizes import surely
+from hybridzoo.kernels.open_sizes import is_open, surely
 from hybridzoo.layers.precision import without_autocast
 
 
@@ -50,6 +50,18 @@ def adaptive_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     return columns @ (rows @ x.flatten(2)).unflatten(2, (width, dim))
 
 
+def mean_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """Average pooling of a map `(batch, dim, height, width)` without padding, as `torch.nn.AvgPool2d`.
+
+    Programs with open sizes may have windows that follow from them.
+    """
+    if not is_open(*kernel, *stride):
+        return F.avg_pool2d(x, kernel, stride)
+    (height, width), (rows, columns) = x.shape[2:], kernel
+    x = _means((height - rows) // stride[0] + 1, stride[0], rows, height, x) @ x
+    return x @ _means((width - columns) // stride[1] + 1, stride[1], columns, width, x).t()
+
+
 def _linear(old: int, new: int, like: Tensor) -> Tensor:
     """Matrix `(old, new)` of linear interpolation: its result for the identity."""
     identity = torch.eye(old, dtype=like.dtype, device=like.device)
@@ -67,3 +79,10 @@ def _bins(old: int, new: int, like: Tensor) -> Tensor:
     ahead = token - cell[:, None]
     overlaps = ((ahead > -new) & (ahead < old)).to(like.dtype)
     return overlaps / overlaps.sum(1, keepdim=True)
+
+
+def _means(count: int, stride: int, kernel: int, old: int, like: Tensor) -> Tensor:
+    """Matrix `(count, old)` of means of `kernel` tokens, `stride` apart."""
+    start = torch.arange(count, device=like.device)[:, None] * stride
+    token = torch.arange(old, device=like.device)
+    return ((token >= start) & (token < start + kernel)).to(like.dtype) / kernel

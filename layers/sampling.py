@@ -47,7 +47,7 @@ def sample_differences(table: Tensor, rows: Tensor, columns: Tensor, places: Ten
     down = (rows[:, None] - places[:, :, None, :, 0]) / 2  # (batch, groups, rows, keys)
     along = (columns[:, None] - places[:, :, None, :, 1]) / 2
     down, along = down.flatten(0, 1)[:, :, None], along.flatten(0, 1)[:, None]
-    size = (-1, len(rows), len(columns), -1)
+    size = (-1, rows.shape[0], columns.shape[0], -1)
     # Each coordinate contiguous in memory, for which `grid_sample` is fastest.
     grid = torch.stack((along.expand(size), down.expand(size))).permute(1, 2, 3, 4, 0).flatten(1, 2)
     return F.grid_sample(maps, grid, align_corners=True).unflatten(0, (-1, groups)).flatten(1, 2)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from hybridzoo.kernels.open_sizes import is_open, parts, smaller, surely
 from hybridzoo.layers.relative_position import RelativePositionBias, Resize
-from hybridzoo.layers.windows import attend, fit_window, from_windows, to_windows
+from hybridzoo.layers.windows import attend, fit_window, from_windows, line_windows, to_windows
 
 
 class WindowAttention(nn.Module):
@@ -63,21 +64,37 @@ class ShiftedWindowAttention(WindowAttention):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a map, not windows
         _, height, width, _ = x.shape
         window = fit_window(height, width, (self.window, self.window))
-        shift = [self.shift if n > self.window else 0 for n in (height, width)]
-        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
-        padded = (x.shape[1], x.shape[2])
-        if not any(shift):
+        padded = [parts(n, w) * w for n, w in zip((height, width), window, strict=True)]
+        # In sizes alone, without `if`: the shift, where there are several windows; and how far tokens are attended to,
+        # the map where it is smaller than the window.
+        shift = [self.shift * smaller(1, (n - 1) // self.window) for n in (height, width)]
+        seen = [n + (p - n) * smaller(1, n // self.window) for n, p in zip((height, width), padded, strict=True)]
+        x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
+        seams = [end - s for end, s in zip(seen, shift, strict=True)]
+        if all(surely(seam == p) for seam, p in zip(seams, padded, strict=True)):
             return from_windows(super().forward(to_windows(x, window)), height, width)
-        x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
-        mask = _seam_mask(padded, window, shift, x.device)
+        x = _roll(x, -shift[0], -shift[1])
+        mask = _seam_mask(padded, window, seams, x.device)
         x = from_windows(super().forward(to_windows(x, window), mask), *padded)
-        return torch.roll(x, (shift[0], shift[1]), (1, 2))[:, :height, :width]
+        return _roll(x, shift[0], shift[1])[:, :height, :width]
 
 
-def _seam_mask(size: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:
-    """Which tokens of a window were neighbours before the roll: bool `(windows, tokens, tokens)`."""
+def _roll(x: Tensor, down: int, right: int) -> Tensor:
+    """A map `(batch, height, width, dim)`, moved; what leaves it at one edge enters at the other."""
+    if not is_open(down, right):
+        return torch.roll(x, (down, right), (1, 2))
+    for axis, shift in ((1, down), (2, right)):  # ONNX rolls by constants only
+        token = torch.arange(x.shape[axis], device=x.device) - shift
+        token = torch.where(token < 0, token + x.shape[axis], token)
+        x = x.index_select(axis, torch.where(token < x.shape[axis], token, token - x.shape[axis]))
+    return x
+
+
+def _seam_mask(size: list[int], window: tuple[int, int], seams: list[int], device: torch.device) -> Tensor:
+    """Which tokens of a window lie on the same side of both seams: bool `(windows, tokens, tokens)`."""
     # True for tokens from the other edge; only the last windows have both.
-    wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True)]
-    region = (2 * wrapped[0][:, None] + 1 * wrapped[1])[None, :, :, None]
-    label = to_windows(region, window).flatten(1, 2).flatten(2)[0]
+    rows, columns = (
+        line_windows(torch.arange(n, device=device) >= seam, w) for n, seam, w in zip(size, seams, window, strict=True)
+    )
+    label = (2 * rows[:, None, :, None] + 1 * columns[:, None]).flatten(2).flatten(0, 1)
     return label[:, :, None] == label[:, None]

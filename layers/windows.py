@@ -16,21 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridzoo.kernels.open_sizes import in_order, is_open, parts, surely
 from hybridzoo.layers.heads import merge_heads, softmax_attention, split_heads
-from hybridzoo.layers.open_sizes import surely
 
 
 def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool = False) -> tuple[int, int]:
     """The smallest window that gives the same attention as `window` with masked padding.
 
     A window is never larger than the map. Dilated windows keep their number (hence their dilation) and lose tokens that
-    would be padding in all of them: 15 tokens in windows of at most 7 give three windows of 5.
+    would be padding in all of them: 15 tokens in windows of at most 7 give three windows of 5. In a program that leaves
+    sizes open, the window is `window`, whatever the map.
     """
-    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
-        raise ValueError(
-            "windows that fit the map cannot be exported with a dynamic height or width: how many there are, and how"
-            " large, depends on them; only the batch may be dynamic"
-        )
+    if is_open(height, width):
+        return window
     return _fit(height, window[0], dilated), _fit(width, window[1], dilated)
 
 
@@ -40,12 +38,13 @@ def to_windows(x: Tensor, window: tuple[int, int], dilated: bool = False) -> Ten
     Windows are ordered row by row, and so are the tokens of a window.
     """
     _, height, width, _ = x.shape
-    below, right = -height % window[0], -width % window[1]
+    rows, columns = parts(height, window[0]), parts(width, window[1])
+    below, right = rows * window[0] - height, columns * window[1] - width
     if not (surely(below == 0) and surely(right == 0)):
         x = F.pad(x, (0, 0, 0, right, 0, below))
     if dilated:
-        return x.unflatten(2, (window[1], -1)).unflatten(1, (window[0], -1)).permute(0, 2, 4, 1, 3, 5)
-    return x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).permute(0, 1, 3, 2, 4, 5)
+        return in_order(x.unflatten(2, (window[1], columns)).unflatten(1, (window[0], rows)).permute(0, 2, 4, 1, 3, 5))
+    return in_order(x.unflatten(2, (columns, window[1])).unflatten(1, (rows, window[0])).permute(0, 1, 3, 2, 4, 5))
 
 
 def from_windows(windows: Tensor, height: int, width: int, dilated: bool = False) -> Tensor:
@@ -54,7 +53,11 @@ def from_windows(windows: Tensor, height: int, width: int, dilated: bool = False
     Copies only if the windows do not have the map's memory order.
     """
     x = windows.permute(0, 3, 1, 4, 2, 5) if dilated else windows.permute(0, 1, 3, 2, 4, 5)
-    return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    x = in_order(x).flatten(3, 4).flatten(1, 2)
+    if is_open(height, width):
+        torch._check(height <= x.shape[1])
+        torch._check(width <= x.shape[2])
+    return in_order(x[:, :height, :width])
 
 
 def padding_mask(
@@ -63,8 +66,17 @@ def padding_mask(
     """Which tokens of which window are real: bool `(windows, tokens)`, or `None` if all are."""
     if surely(height % window[0] == 0) and surely(width % window[1] == 0):
         return None
-    real = torch.ones(1, height, width, 1, dtype=torch.bool, device=device)
-    return to_windows(real, window, dilated).flatten(1, 2).flatten(2)[0]
+    rows, columns = (
+        line_windows(torch.arange(parts(n, w) * w, device=device) < n, w, dilated)
+        for n, w in zip((height, width), window, strict=True)
+    )
+    return (rows[:, None, :, None] & columns[:, None]).flatten(2).flatten(0, 1)
+
+
+def line_windows(line: Tensor, window: int, dilated: bool = False) -> Tensor:
+    """What is known of the tokens along an axis, a multiple of the window's side -> `(windows, side of the window)`."""
+    count = line.shape[0] // window
+    return line.unflatten(0, (window, count)).t() if dilated else line.unflatten(0, (count, window))
 
 
 def attend(
@@ -95,5 +107,4 @@ def attend(
 
 
 def _fit(side: int, window: int, dilated: bool) -> int:
-    count = -(-side // window)
-    return -(-side // count) if dilated else min(side, window)
+    return parts(side, parts(side, window)) if dilated else min(side, window)

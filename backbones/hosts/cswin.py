@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.backbones.hosts.pyramid import STRIDES, Pyramid, doubled
+from hybridzoo.kernels.open_sizes import parts
 from hybridzoo.layers import TransformerBlock
 from hybridzoo.layers.memory import channels_last
 from hybridzoo.layers.windows import attend, from_windows, padding_mask, to_windows
@@ -91,7 +92,7 @@ def stripes(x: Tensor, stripe: int | None) -> list[tuple[int, int]]:
 
 def _even(side: int, stripe: int) -> int:
     """Width of the fewest equal stripes of at most `stripe` tokens that cover `side`."""
-    return -(-side // -(-side // stripe))
+    return parts(side, parts(side, stripe))
 
 
 class Stem(nn.Module):

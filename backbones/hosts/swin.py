@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hybridzoo.backbones.hosts.common import ALL, Attention
 from hybridzoo.backbones.hosts.pyramid import STRIDES, Pyramid, doubled
+from hybridzoo.kernels.open_sizes import parts
 from hybridzoo.layers import ShiftedWindowAttention, TransformerBlock
 from hybridzoo.layers.memory import channels_last
 
@@ -43,7 +44,8 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % STRIDES[0], 0, -x.shape[2] % STRIDES[0]))
+        rows, columns = (parts(side, STRIDES[0]) for side in x.shape[2:])
+        x = F.pad(x, (0, columns * STRIDES[0] - x.shape[3], 0, rows * STRIDES[0] - x.shape[2]))
         x = self.proj(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1).contiguous())
 
@@ -57,8 +59,9 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, row, W/2, column, dim)
+        rows, columns = (parts(side, 2) for side in x.shape[1:3])
+        x = F.pad(x, (0, 0, 0, columns * 2 - x.shape[2], 0, rows * 2 - x.shape[1]))
+        x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))  # (B, H/2, row, W/2, column, dim)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 

@@ -23,12 +23,14 @@ class Axis(NamedTuple):
         queries: `(tiles, kernel)`, positions of the queries; places without a token repeat the position of another one.
         keys: `(tiles, 2 * kernel - 1)`, positions of the keys, which may lie beyond the map.
         entries: `(tiles, kernel, 2 * kernel - 1)`, index into rpb; `2 * kernel - 1` for a key that is not seen.
+        places: `(tiles, kernel, 2 * kernel - 1)`, where a key lies in the query's window; 0 for one that is not seen.
         tile, place: `(length,)`, the tile in which a token is a query, and its place in that tile.
     """
 
     queries: Tensor
     keys: Tensor
     entries: Tensor
+    places: Tensor
     tile: Tensor
     place: Tensor
 
@@ -54,6 +56,7 @@ def cut(length: int, kernel: int, dilation: int, extends: bool, device: torch.de
         (group + dilation * query[..., 0]).clamp(max=length - 1).flatten(0, 1),
         (group + dilation * key).flatten(0, 1),
         entries.flatten(0, 1),
+        torch.where(seen, keys - window, 0).flatten(0, 1),
         token % dilation * count + member // kernel,
         member % kernel,
     )
@@ -87,13 +90,48 @@ def forward(
     )
     if rpb is None:
         rpb = query.new_zeros(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
-    bias = _bias(rows, columns, rpb.to(dtype), heads)
+    bias = _bias(rows, columns, rpb.to(dtype)).transpose(0, 1).expand(-1, heads, -1, -1).flatten(0, 1)
     out = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
     out = out.unflatten(1, (-1, heads)).transpose(2, 3).flatten(1, 2)
-    tile = rows.tile[:, None] * columns.queries.shape[0] + columns.tile
-    place = rows.place[:, None] * kernel[1] + columns.place
-    back = (tile * (kernel[0] * kernel[1]) + place).flatten()
-    return out.index_select(1, back).unflatten(1, (height, width)).to(query.dtype)
+    return out.index_select(1, _back(rows, columns)).unflatten(1, (height, width)).to(query.dtype)
+
+
+def mix(
+    query: Tensor,
+    taps: Tensor,
+    value: Tensor,
+    tap_bias: Tensor | None,
+    rpb: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """See `mix.neighborhood_mix2d`."""
+    height, width, heads = query.shape[1:4]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    rows, columns = (
+        cut(length, k, d, False, query.device) for length, k, d in zip((height, width), kernel, dilation, strict=True)
+    )
+    if rpb is None:
+        rpb = query.new_zeros(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    bias = _bias(rows, columns, rpb.to(dtype))
+    tiles, queries, keys = bias.shape[1:]
+    seen = _pairs(rows.keys.clamp(max=height - 1) * width, columns.keys.clamp(max=width - 1))
+    q = _tiles(query.flatten(1, 2).to(dtype), _pairs(rows.queries * width, columns.queries))
+    v = _tiles(value.flatten(1, 2).to(dtype), seen)
+    q, v = (t.unflatten(1, (tiles, heads)).transpose(1, 2) for t in (q, v))
+    scores = (q.flatten(2, 3) @ taps.to(dtype).transpose(2, 3)).mul(scale)  # (batch, heads, tiles * queries, places)
+    if tap_bias is not None:
+        scores = scores + tap_bias.to(dtype)[:, None]
+    # From a window's places to a tile's keys.
+    place = rows.places[:, None, :, None, :, None] * kernel[1] + columns.places[:, None, :, None]
+    place = place.flatten(4).flatten(0, 3)
+    token = torch.arange(tiles * queries, device=query.device)[:, None]
+    index = (token * (kernel[0] * kernel[1]) + place).flatten()
+    scores = scores.flatten(2).index_select(2, index).unflatten(2, (tiles, queries, keys))
+    out = ((scores + bias).softmax(-1) @ v).flatten(2, 3)
+    out = out.index_select(2, _back(rows, columns)).transpose(1, 2)
+    return out.unflatten(1, (height, width)).to(query.dtype)
 
 
 def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
@@ -112,10 +150,16 @@ def _with_token(x: Tensor, token: Tensor) -> Tensor:
     return torch.cat((x.flatten(1, 2), token.to(x.dtype).expand(x.shape[0], 1, -1, -1)), dim=1)
 
 
-def _bias(rows: Axis, columns: Axis, rpb: Tensor, heads: int) -> Tensor:
-    """`(tiles * heads, queries, keys)`, minus infinity if a query does not see a key."""
+def _back(rows: Axis, columns: Axis) -> Tensor:
+    """Where the tokens of a map, row by row, are among the queries of all tiles."""
+    tile = rows.tile[:, None] * columns.queries.shape[0] + columns.tile
+    place = rows.place[:, None] * columns.queries.shape[1] + columns.place
+    return (tile * (rows.queries.shape[1] * columns.queries.shape[1]) + place).flatten()
+
+
+def _bias(rows: Axis, columns: Axis, rpb: Tensor) -> Tensor:
+    """`(heads, tiles, queries, keys)` of rpb's heads, minus infinity if a query does not see a key."""
     table = F.pad(rpb, (0, 1, 0, 1), value=-math.inf)
     row, column = rows.entries[:, None, :, None, :, None], columns.entries[:, None, :, None]
     entries = (row * table.shape[2] + column).flatten(4).flatten(2, 3).flatten(0, 1)
-    bias = table.flatten(1).index_select(1, entries.flatten()).unflatten(1, entries.shape)
-    return bias.transpose(0, 1).expand(-1, heads, -1, -1).flatten(0, 1)
+    return table.flatten(1).index_select(1, entries.flatten()).unflatten(1, entries.shape)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
-from hybridzoo.kernels.neighborhood import mix_operators, mix_torch
+from hybridzoo.kernels.neighborhood import any_size, mix_operators, mix_torch
 from hybridzoo.kernels.neighborhood.api import limit
 from hybridzoo.kernels.neighborhood.given import Mix, Window
 from hybridzoo.kernels.operators_common import full_precision
@@ -40,8 +40,7 @@ def neighborhood_mix2d(
     respect to all five tensors. Gradients are summed in a fixed order, so two runs give the same bits.
 
     Args:
-        query: `(batch, height, width, heads, head_dim)`, any strides, height and width; the batch may be empty. In an
-            exported program, only the batch may be dynamic.
+        query: `(batch, height, width, heads, head_dim)`, any strides, height and width; the batch may be empty.
         taps: `(batch, heads, rows * columns, head_dim)`, a vector for every place of the window, row by row. If a
             dilation group has fewer members than the window, the last places along that axis are not used.
         value: `(batch, height, width, heads, value_dim)`.
@@ -86,8 +85,9 @@ def neighborhood_mix2d(
     window = Window(kernel, steps, arguments.factor("scale", scale, query.shape[4] ** -0.5))
     impl = arguments.implementation(impl, query, limit(window) or _too_wide(value), widths=TRITON_WIDTHS)
     if arguments.exporting():
-        arguments.fixed_map("neighborhood_mix2d", query)
         with full_precision(query):
+            if arguments.open_map(query):
+                return any_size.mix(query, taps, value, tap_bias, rpb, *window)
             return mix_torch.exportable_forward(Mix(query, taps, value, tap_bias, rpb), window)
     return mix_operators.mix(query, taps, value, tap_bias, rpb, *window, impl)[0]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
+from hybridzoo.kernels.open_sizes import surely
 from hybridzoo.kernels.operators_common import full_precision
 from hybridzoo.kernels.routed import operators, torch_impl
 from hybridzoo.kernels.routed.grid import Grid
@@ -59,7 +60,7 @@ def bi_level_route(
     arguments.alike("key", key, query)
     grid = _region_grid(query, regions, region_size, fill)
     count, slots = grid.regions, arguments.whole(topk)
-    if slots is None or slots > count:
+    if slots is None or surely(slots > count):
         raise ValueError(f"topk must be a whole number from 1 to the number of regions, {count}; got {topk!r}")
     scale = arguments.factor("scale", scale, (query.shape[3] * query.shape[4]) ** -0.5)
     if query.is_cuda and count <= operators.ROUTE_MAX_REGIONS and arguments.implementation("auto", query) == "triton":
@@ -134,7 +135,7 @@ def routed_attention2d(
         raise ValueError(f"routes must be int64 region numbers, on {query.device}; got {routes.dtype}, {routes.device}")
     scale = arguments.factor("scale", scale, query.shape[4] ** -0.5)
     impl = _implementation(impl, query, routes, grid)
-    if fill is not None and not any(grid.beyond(query)):
+    if fill is not None and grid.ends_with(query):
         fill = None  # nothing carries it
     if arguments.exporting():
         with full_precision(query):
@@ -163,7 +164,7 @@ def _region_grid(
     if region_size is not None:
         height, width = arguments.pair("region_size", region_size, "height, width")
         grid = grid._replace(height=height, width=width)
-        if min(grid.beyond(query)) < 0:
+        if any(surely(beyond < 0) for beyond in grid.beyond(query)):
             raise ValueError(
                 f"region_size={region_size} must be large enough for {rows} x {columns} regions to cover the map of"
                 f" {query.shape[1]} x {query.shape[2]} tokens"
@@ -173,7 +174,7 @@ def _region_grid(
         return grid
     beyond = grid.beyond(query)
     for axis, out, size, length in (("height", beyond[0], grid.height, 1), ("width", beyond[1], grid.width, 2)):
-        if out >= size:
+        if surely(out >= size):
             raise ValueError(
                 f"regions={regions} leaves a region without tokens on a map of {axis} {query.shape[length]}; use fewer"
             )

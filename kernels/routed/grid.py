@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybridzoo.kernels.open_sizes import parts, surely
+
 
 class Grid(NamedTuple):
     """`rows x columns` regions of `height x width` tokens, numbered row by row; together they cover the map."""
@@ -37,6 +39,10 @@ class Grid(NamedTuple):
         """How many rows (at the bottom) and columns (on the right) the regions extend beyond the map `x`."""
         return self.rows * self.height - x.shape[1], self.columns * self.width - x.shape[2]
 
+    def ends_with(self, x: Tensor) -> bool:
+        """Whether no region reaches beyond the map `x`; False in a program that leaves this open."""
+        return all(surely(beyond == 0) for beyond in self.beyond(x))
+
     def tokens_on(self, x: Tensor) -> Tensor:
         """`(regions,)`: how many tokens of each region lie on the map `x`."""
         rows = (x.shape[1] - self.height * torch.arange(self.rows, device=x.device)).clamp(0, self.height)
@@ -47,13 +53,13 @@ class Grid(NamedTuple):
         """Append copies of the token `fill`, of shape `x.shape[3:]`, to a map until it covers all regions."""
         below, right = self.beyond(x)
         fill = fill.to(x.dtype)
-        if right:
+        if not surely(right == 0):
             x = torch.cat([x, fill.expand(x.shape[0], x.shape[1], right, *fill.shape)], dim=2)
-        if below:
+        if not surely(below == 0):
             x = torch.cat([x, fill.expand(x.shape[0], below, x.shape[2], *fill.shape)], dim=1)
         return x
 
     @classmethod
     def of(cls, x: Tensor, rows: int, columns: int) -> Grid:
         """The grid with the smallest regions, so that as few tokens as possible lie beyond the map."""
-        return cls(rows, columns, math.ceil(x.shape[1] / rows), math.ceil(x.shape[2] / columns))
+        return cls(rows, columns, parts(x.shape[1], rows), parts(x.shape[2], columns))

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridzoo.kernels.open_sizes import surely
 from hybridzoo.kernels.routed.grid import Grid
 
 DENSE_MAX_TOKENS = 1024  # the size of the dense grouping's bias is quadratic in tokens
@@ -45,8 +46,9 @@ def route(query: Tensor, key: Tensor, fill: Tensor | None, grid: Grid, topk: int
 
 
 def prefers_dense(query: Tensor, routes: Tensor) -> bool:
-    """Whether the dense grouping is faster for these shapes."""
-    return query.shape[1] * query.shape[2] <= DENSE_MAX_TOKENS and routes.shape[2] >= DENSE_MIN_SHARE * routes.shape[1]
+    """Whether the dense grouping is faster for these shapes; False in a program that leaves sizes open."""
+    small = surely(query.shape[1] * query.shape[2] <= DENSE_MAX_TOKENS)
+    return small and surely(routes.shape[2] >= DENSE_MIN_SHARE * routes.shape[1])
 
 
 def forward(
@@ -196,9 +198,10 @@ def _heads_first(x: Tensor) -> Tensor:
 
 def _pad(x: Tensor, grid: Grid) -> Tensor:
     """Append zeros to a map until it covers all regions."""
+    if grid.ends_with(x):  # F.pad would copy even if there is nothing to pad.
+        return x
     below, right = grid.beyond(x)
-    # F.pad would copy even if there is nothing to pad.
-    return F.pad(x, (0, 0) * (x.ndim - 3) + (0, right, 0, below)) if below or right else x
+    return F.pad(x, (0, 0) * (x.ndim - 3) + (0, right, 0, below))
 
 
 def _to_regions(x: Tensor, grid: Grid) -> Tensor:
@@ -274,7 +277,7 @@ def _region_of(x: Tensor, grid: Grid) -> Tensor:
 
 def _existence_bias(like: Tensor, routes: Tensor, grid: Grid) -> Tensor | None:
     """`(B * regions, 1, 1, topk * tokens)`: minus infinity for keys beyond the map of `like`. None if it has none."""
-    if not any(grid.beyond(like)):
+    if grid.ends_with(like):
         return None
     inside_h = (torch.arange(grid.rows * grid.height, device=like.device) < like.shape[1]).view(grid.rows, 1, -1, 1)
     inside_w = (torch.arange(grid.columns * grid.width, device=like.device) < like.shape[2]).view(grid.columns, 1, -1)

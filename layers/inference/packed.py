@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, Mlp, pad_same
 from torch import Tensor, nn
 
-from hybridzoo.layers.conv_norm_act import ConvNormAct
+from hybridzoo.layers.conv_norm_act import ConvNormAct, SameConv2d
 from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
 from hybridzoo.layers.inference.fusing import swaps
 
@@ -235,7 +235,11 @@ def _(linear: nn.Linear) -> nn.Module:
 @swaps(ConvNormAct, on_cpu=True)
 def _(block: ConvNormAct) -> nn.Module:
     conv, post = block.conv, post_operation(block.act)
-    plain = type(conv) in (nn.Conv2d, Conv2dSame) and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
+    plain = (
+        type(conv) in (nn.Conv2d, Conv2dSame, SameConv2d)
+        and not isinstance(conv.padding, str)
+        and conv.padding_mode == "zeros"
+    )
     if CONVOLUTION is None or post is None or not plain or not isinstance(block.norm, nn.Identity):
         return block
     if post[0] == "none" and conv.groups == 1:

@@ -1,7 +1,9 @@
 """A graph of a network by `torch.export`, for as many image sizes as the network's own arithmetic allows.
 
-A size that Python decides over (`if`, `min`, a number of windows) becomes a condition of the graph. What a graph
-promises is therefore found by trying it, never assumed: `Sizes` says what was tried and found equal.
+A size that Python decides over (`if`, `min`, a number of windows) may bind the graph to the decision. PyTorch notes
+such decisions as guards, among them many that only concern the order of values in memory, and would refuse images for
+which the graph is right. Here guards are left out, and what a graph promises is found by trying it: `Sizes` says what
+was tried and found equal.
 """
 
 from __future__ import annotations
@@ -102,9 +104,26 @@ def dynamic(source: Source) -> tuple[ExportedProgram, Sizes, str]:
     """
     if True not in source.graphs:
         image = source.image(*tries(source.size).trace)
-        program = _export(source, image, {0: Dim("batch", min=1), 2: Dim.AUTO, 3: Dim.AUTO})
-        source.graphs[True] = program, *settle(source, as_function(program.module()), _limits(program))
+        program = _export(source, image, {0: Dim("batch", min=1), 2: Dim.AUTO(min=STEP), 3: Dim.AUTO(min=STEP)})
+        _widen(source, program)
+        source.graphs[True] = program, *settle(source, _unguarded(program), _limits(program))
     return source.graphs[True]
+
+
+def _unguarded(program: ExportedProgram) -> Reader:
+    return as_function(program.module(check_guards=False))
+
+
+def _widen(source: Source, program: ExportedProgram) -> None:
+    """Let a graph take images of one step, if it computes them rightly: guards raise its least sizes too."""
+    spans = program.range_constraints
+    sides = [side.node.expr for side in _sides(program) if not isinstance(side, int)]
+    before = {side: spans[side] for side in sides}
+    spans.update({side: type(span)(STEP, span.upper) for side, span in before.items()})
+    try:
+        compare(source, _unguarded(program), (STEP, STEP, 1))
+    except Exception:  # a map without tokens, for one
+        spans.update(before)
 
 
 def fixed(source: Source) -> tuple[ExportedProgram, Sizes, str]:
@@ -160,7 +179,10 @@ def as_function(network: Any) -> Reader:
 
 
 def _export(source: Source, image: torch.Tensor, dims: dict[int, Any]) -> ExportedProgram:
-    with torch.no_grad(), quiet():
+    # Without it, the graph is bound to whether there is one window or more. PyTorch's ONNX exporter sets it too, for
+    # the graphs that it records itself.
+    for_all_counts = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with torch.no_grad(), quiet(), for_all_counts:
         program = torch.export.export(source.network, (image,), dynamic_shapes=(dims,) if dims else None)
         # torchao's operators and tensors become PyTorch's, so that readers need no torchao
         return program.run_decompositions() if "int8" in source.metadata else program
@@ -173,9 +195,8 @@ def only(size: tuple[int, int]) -> Sizes:
 
 def _limits(program: ExportedProgram) -> Limits:
     """Least and largest height and width that a graph knows of."""
-    image = next(node for node in program.graph.nodes if node.name == program.graph_signature.user_inputs[0])
     found: list[tuple[int, int | None]] = []
-    for side in image.meta["val"].shape[2:]:
+    for side in _sides(program):
         if isinstance(side, int):
             found.append((side, side))
             continue
@@ -183,6 +204,12 @@ def _limits(program: ExportedProgram) -> Limits:
         finite = span.upper.is_Integer and int(span.upper) < 1 << 20
         found.append((int(span.lower), int(span.upper) if finite else None))
     return found[0], found[1]
+
+
+def _sides(program: ExportedProgram) -> Any:
+    """Height and width of a graph's image, symbolic where they are open."""
+    image = next(node for node in program.graph.nodes if node.name == program.graph_signature.user_inputs[0])
+    return image.meta["val"].shape[2:]
 
 
 @contextmanager
