@@ -240,7 +240,7 @@ def _cascaded(module: layers.CascadedGroupAttention) -> Rows:
 
 def _deformable(module: layers.DeformableAttention) -> Rows:
     width = module.proj.in_features // module.num_heads
-    groups = f"{module.groups} group{'s' if module.groups > 1 else ''} of moved points"
+    groups = f"{module.groups} group{'s' if module.groups > 1 else ''} of sampled points"
     heads = _heads(module.num_heads, width, 0, "value")
     return [dict(heads=heads, sort="deformable", detail=groups, moved=True, fixed=("offset",))]
 

@@ -76,7 +76,7 @@ def caption(seen: Seen, head: int | None) -> str:
     count, shown = int((weights != 0).sum()), float(weights.sum())
     whole = shown + extra + beyond or 1.0
     if seen.places is not None:
-        text = f"{seen.places.shape[1]:,} points a group"
+        text = f"{seen.places.shape[1]:,} points per group"
     else:
         text = f"all {count:,} tokens" if count == weights.size else f"{count:,} of {weights.size:,} tokens"
     parts = {"carrier tokens" if seen.layer.windows else "class token": extra, "padding": beyond}
