@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,20 +17,21 @@ from hybridzoo.train.names import find_config
 CLASSES = ("blue", "green", "red")
 
 
+FORMAT_CODE = yapf_api.FormatCode
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _formatted_once() -> Iterator[None]:
-    """mmengine formats a run's config for every checkpoint, up to a CPU second each; the same text gives the same."""
-    formatted: dict[str, Any] = {}
-
-    def remembered(text: str, **options: Any) -> Any:
-        if text not in formatted:
-            formatted[text] = format_code(text, **options)
-        return formatted[text]
-
-    format_code = yapf_api.FormatCode
+def _unformatted() -> Iterator[None]:
+    """mmengine formats a run's config for every checkpoint, up to a CPU second each; it means the same without."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yapf_api, "FormatCode", remembered)
+        patch.setattr(yapf_api, "FormatCode", lambda text, **options: (text, True))
         yield
+
+
+@pytest.fixture
+def formatted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs are formatted, as users get them."""
+    monkeypatch.setattr(yapf_api, "FormatCode", FORMAT_CODE)
 
 
 @pytest.fixture(scope="session")

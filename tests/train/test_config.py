@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from mmengine import Config
 
 from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
@@ -32,6 +33,16 @@ def test_resolved_configs_of_published_runs_do_not_change() -> None:
     assert len(DIGESTS) == 83
     changed = [name for name, digest in DIGESTS.items() if resolved_digest(name) != digest]
     assert not changed
+
+
+@pytest.mark.usefixtures("formatted")
+def test_a_saved_config_is_formatted_and_says_the_same(tmp_path: Path) -> None:
+    config = load_config("mask-rcnn_biformer_tiny_digits")
+    config.dump(tmp_path / "saved.py")
+    lines = (tmp_path / "saved.py").read_text().splitlines()
+    assert len(lines) > 100
+    assert sum(len(line) < 100 for line in lines) > 0.9 * len(lines)
+    assert Config.fromfile(tmp_path / "saved.py").to_dict() == config.to_dict()
 
 
 def resolved_digest(name: str) -> str:
