@@ -1,6 +1,6 @@
 """Resizing and pooling of maps as products with small matrices: exact, and with the same gradient bits on every run.
 
-PyTorch's own bilinear resize and adaptive pooling add up their CUDA gradients in whatever order threads arrive, and
+PyTorch's own bilinear resize and adaptive pooling sum their CUDA gradients in a random order of threads, and
 ONNX has no adaptive pooling whose cells differ.
 """
 

@@ -15,7 +15,7 @@ class TransformerBlock(nn.Module):
 
     Args:
         dim: channels.
-        attn: module from normed input, and whatever else `forward` is given, to its update.
+        attn: module from the normed input, and all further arguments of `forward`, to its update.
         mlp_ratio: hidden width of the MLP in multiples of `dim`.
         eps: of both layer norms.
         layer_scale: initial value of a learned factor per channel on both updates; 0 or `None` for none.

@@ -25,7 +25,7 @@ def fit_window(height: int, width: int, window: tuple[int, int], dilated: bool =
 
     A window is never larger than the map. Dilated windows keep their number (hence their dilation) and lose tokens that
     would be padding in all of them: 15 tokens in windows of at most 7 give three windows of 5. In a program that leaves
-    sizes open, the window is `window`, whatever the map.
+    sizes open, the window is `window` for every map.
     """
     if is_open(height, width):
         return window

@@ -85,7 +85,7 @@ _BELOW_ONE = {
 _SEEDS = 1 << 32
 _REGISTRIES = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
 
-ANY = "**"  # stands for all other names
+ANY = "**"  # matches all other names
 _OTHERS = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
 Known = dict[str, list[inspect.Parameter]]  # key -> the parameters with this name in each signature
 

@@ -567,7 +567,7 @@ def test_bad_arguments_are_named(change, message):
         (dict(key=[1.0]), "key must be a tensor; got list"),
         (dict(rpb="no"), "rpb must be a tensor; got str"),
         (dict(scale="a"), "scale must be a number, or None for the default; got 'a'"),
-        (dict(scale=torch.ones(())), "scale must be a number, got a tensor: .* Multiply query by it instead"),
+        (dict(scale=torch.ones(())), "scale must be a number, got a tensor, .* Multiply query by the tensor"),
     ],
 )
 def test_arguments_of_a_wrong_type_are_named(change, message):

@@ -34,7 +34,7 @@ class Exported:
 
     Attributes:
         folder: with `model.safetensors`, `config.json` and `README.md`.
-        warning: one line about the licence, for whoever publishes the model; or empty.
+        warning: one line about the licence, for the person who publishes the model; or empty.
     """
 
     folder: Path

@@ -31,7 +31,7 @@ class Licence:
         word: the hub's identifier, for the card's `license`.
         name, link: given if `word` is "other".
         text: Markdown for the card.
-        warning: one line for whoever publishes the model, or empty.
+        warning: one line for the person who publishes the model, or empty.
     """
 
     word: str
