@@ -17,7 +17,7 @@ KINDS = ("forward", "backward_query", "backward_key", "backward_single", "forwar
 TABLE: Table = {
     ("forward", 16, 2): Config(64, 64, 4, 2, 255),
     ("forward", 32, 2): Config(64, 64, 4, 2),
-    ("forward", 64, 2): Config(64, 64, 4, 2),
+    ("forward", 64, 2): Config(64, 64, 4, 2, 255),
     ("forward", 128, 2): Config(64, 32, 4, 2),
     ("backward_query", 32, 2): Config(64, 64, 4, 2, 255),
     ("backward_query", 64, 2): Config(64, 32, 4, 2),
