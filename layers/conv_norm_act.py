@@ -20,7 +20,7 @@ class SameConv2d(Conv2dSame):
     """timm's convolution that pads as TensorFlow does, with whole numbers only, so that exported files can hold it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        around = []
+        around: list[int] = []
         for side, kernel, stride, step in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
             total = larger((parts(side, stride) - 1) * stride + step * (kernel - 1) + 1 - side, 0)
             around = [total // 2, total - total // 2, *around]

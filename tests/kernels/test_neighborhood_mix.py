@@ -232,6 +232,23 @@ def test_compiles_as_one_node_and_exports_into_plain_operators():
     torch.testing.assert_close(program.module()(*more), Mix()(*more))
 
 
+def test_exports_for_any_height_and_width():
+    torch.manual_seed(0)
+
+    class Mix(torch.nn.Module):
+        def forward(self, q, t, v, b, r):
+            return neighborhood_mix2d(q, t, v, 3, 2, tap_bias=b, rpb=r)
+
+    batch, open_side = torch.export.Dim("batch", min=1), torch.export.Dim.AUTO
+    sides = {0: batch, 1: open_side, 2: open_side}
+    given = inputs(2, 12, 19, 2, 4, 6, (3, 3))
+    program = torch.export.export(Mix(), tuple(given), dynamic_shapes=(sides, {0: batch}, sides, None, None))
+    assert not [n for n in program.graph.nodes if "hybridzoo" in str(n.target)]
+    for size in ((5, 12, 19), (1, 31, 9), (2, 4, 40)):
+        other = inputs(*size, 2, 4, 6, (3, 3))
+        torch.testing.assert_close(program.module(check_guards=False)(*other), Mix()(*other))
+
+
 def test_autocast_does_not_change_the_precision():
     leaves = inputs(1, 12, 15, 2, 16, 16, (3, 3))
     expected = neighborhood_mix2d(*leaves[:3], 3, rpb=leaves[4])

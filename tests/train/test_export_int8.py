@@ -14,8 +14,10 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("torchao")
 
 from hybridzoo.__main__ import main
+from hybridzoo.train import engine
+from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
-from hybridzoo.train.export import comparing, exporting, int8, sources
+from hybridzoo.train.export import comparing, exporting, int8, runs, sources
 from hybridzoo.train.export.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +82,27 @@ def test_a_format_that_does_not_keep_int8_is_refused_at_once(capsys, way, to):
     said = capsys.readouterr().err
     assert f"--int8 {way}: --to {to} does not keep int8; the formats that do: onnx, pt2" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("recipe", ["segformer", "retinanet"])
+def test_linear_layers_of_segmentors_and_detectors_become_int8(tmp_path, recipe):
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    from mmengine.registry import MODELS, DefaultScope
+
+    torch.manual_seed(0)
+    config = load_config(recipe, ["model.backbone.depths=(1,1,1,1)"], model="ravlt_tiny")
+    engine.prepare(config, ("model",))
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        model = MODELS.build(config.model)
+    model.eval().dataset_meta = {"classes": ("one", "two")}
+    source = runs.from_model(config, model, Path("final.pth"))
+    source.size = (64, 96)
+    assert int8.quantize(source, "weights") < 0.5
+    done = exporting.export(source, "pt2", tmp_path / "dense.pt2", dynamic=False)
+    assert exporting.read_metadata(done.path)["int8"] == "weights"
+    assert torch.int8 in {value.dtype for value in torch.export.load(done.path).state_dict.values()}
 
 
 def test_a_network_without_linear_layers_is_refused():
