@@ -11,6 +11,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from hybridzoo.backbones.hosts.common import ALL, Attention
@@ -35,6 +36,7 @@ class SwinConfig:
         return doubled(self.dim, self.depths)
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Image, extended by zeros to a multiple of 4 -> `(B, H/4, W/4, dim)`."""
 
@@ -50,6 +52,7 @@ class PatchEmbed(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1).contiguous())
 
 
+@register_notrace_module
 class PatchMerging(nn.Module):
     """`(B, H, W, dim)`, extended by zeros to even sides -> `(B, H/2, W/2, 2 * dim)`."""
 
