@@ -179,9 +179,10 @@ def as_function(network: Any) -> Reader:
 
 
 def _export(source: Source, image: torch.Tensor, dims: dict[int, Any]) -> ExportedProgram:
-    # Without it, the graph is bound to whether there is one window or more. PyTorch's ONNX exporter sets it too, for
-    # the graphs that it records itself.
-    for_all_counts = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    # Without it, a graph with open sizes is bound to whether there is one window or more. PyTorch's ONNX exporter sets
+    # it too, for the graphs that it records itself. With it, torchao's dynamic products are bound to several images.
+    wanted = len(dims) > 1 and source.metadata.get("int8") != "dynamic"
+    for_all_counts = torch.fx.experimental._config.patch(backed_size_oblivious=wanted)  # type: ignore[attr-defined]
     with torch.no_grad(), quiet(), for_all_counts:
         program = torch.export.export(source.network, (image,), dynamic_shapes=(dims,) if dims else None)
         # torchao's operators and tensors become PyTorch's, so that readers need no torchao
