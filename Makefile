@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One more than two cores: tests also wait for disks, servers and processes of their own.
-WORKERS ?= 3
+WORKERS ?= 2
 # In the order of tests/conftest.py, which puts the longest first.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 

@@ -283,7 +283,7 @@ def test_exports_with_a_dynamic_batch_and_onnx_agrees(name):
         torch.testing.assert_close(torch.from_numpy(out), model(image(batch=5)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LEADERS)
+@pytest.mark.parametrize("name", leaders_of(FAMILIES))
 def test_a_fused_network_computes_the_same(name):
     """In float64 by other forms, in float32 by other kernels too, at the size of its tables and at another."""
     model = shallow(name)
