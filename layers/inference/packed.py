@@ -131,8 +131,8 @@ class PackedLinear(_Packed):
 class PackedConv(_Packed):
     """`act(conv(x))`; timm's "same" padding is put around the map before.
 
-    oneDNN's order of the weights depends on the map's size. In the order of another size, a convolution can take twenty
-    times as long, so the weights are packed for the size of the last map.
+    oneDNN's order of the weights depends on the map's shape. In the order of another shape, a convolution can take
+    twenty times as long, so the weights are packed for each of the last two shapes (parts of a batch have two).
     """
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module, post: tuple[str, str]) -> None:
@@ -143,14 +143,17 @@ class PackedConv(_Packed):
         self.pack()
 
     def pack(self) -> None:
-        self.packed: tuple[torch.Size | None, Tensor] = (None, self.weight.detach())
+        self.packed: dict[torch.Size, Tensor] = {}  # packed in the next call
 
     def packed_for(self, x: Tensor) -> Tensor:
-        size, packed = self.packed  # once, because another thread may replace it
-        if PACK_CONVOLUTION is not None and size != x.shape[2:]:
-            geometry = (self.padding, self.stride, self.dilation, self.groups)
-            packed = PACK_CONVOLUTION(self.weight.detach(), *geometry, list(x.shape))
-            self.packed = (x.shape[2:], packed)
+        packed = self.packed.get(x.shape)
+        if packed is None:
+            packed = self.weight.detach()
+            if PACK_CONVOLUTION is not None:
+                geometry = (self.padding, self.stride, self.dilation, self.groups)
+                packed = PACK_CONVOLUTION(packed, *geometry, list(x.shape))
+            # Another dict, because another thread may read this one.
+            self.packed = dict([*self.packed.items(), (x.shape, packed)][-2:])
         return packed
 
     def forward(self, x: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_a_fused_network_can_be_moved_to_another_dtype_and_device(name, device):
 
 
 @pytest.mark.skipif(CONVOLUTION is None, reason="this PyTorch lacks oneDNN's convolution")
-def test_convolutions_are_packed_for_the_size_of_the_map():
+def test_convolutions_are_packed_for_the_shape_of_the_map():
     torch.manual_seed(0)
     block = nn.Sequential(ConvNormAct(16, 32, act_layer=nn.GELU)).eval()
     fused = copy.deepcopy(block)
@@ -196,7 +196,8 @@ def test_convolutions_are_packed_for_the_size_of_the_map():
         x = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(conv(x), block(x), rtol=1e-5, atol=1e-5)
-        assert conv.packed[0] == shape[2:]
+        assert shape in conv.packed
+        assert len(conv.packed) <= 2
 
 
 def kinds(model: nn.Module) -> Counter:
