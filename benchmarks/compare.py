@@ -1,10 +1,11 @@
 """Our networks beside what a user would run otherwise: timm's, or a plain transcription of the paper with our weights.
 
     python -m benchmarks.compare [NAME ...] [--out benchmarks/results/networks_cpu.json] [--batch 8] [--size 224]
-        [--threads 2] [--turns 9] [--seconds 6]
+        [--threads 2] [--turns 100] [--seconds 6] [--compiled]
 
 The smallest network of every family, on a CPU in float32: inference of a batch and of a single image, as created and
-fused, and a training step (forward and backward), with peak memory. A process a network, the calls of all forms
+fused (with --compiled also by torch.compile, ours and the other, which takes minutes a network), and a training step
+(forward and backward), with peak memory. A process a network, the calls of all forms
 interleaved, after a check that forms of the same weights agree. Rows of a network that are there already are replaced.
 """
 
@@ -101,12 +102,22 @@ class Comparison:
         name: of `COMPARISONS`.
         batch, size: images, and their side in pixels.
         turns, seconds: of measuring, for a batch; a third of the seconds for a single image; three turns at least.
+        compiled: also infer by `torch.compile` of ours and of the others.
         arguments: of ours, which tests make shallow.
     """
 
-    def __init__(self, name: str, batch: int, size: int, turns: int, seconds: float, **arguments: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        batch: int,
+        size: int,
+        turns: int,
+        seconds: float,
+        compiled: bool = False,
+        **arguments: Any,
+    ) -> None:
         torch.manual_seed(0)
-        self.name, self.batch, self.turns, self.seconds = name, batch, turns, seconds
+        self.name, self.batch, self.turns, self.seconds, self.compiled = name, batch, turns, seconds, compiled
         ours = timm.create_model(name, **arguments)
         self.models = {"ours": ours} | COMPARISONS[name](ours, name)
         self.images = torch.randn(batch, 3, size, size)
@@ -116,6 +127,8 @@ class Comparison:
             model.eval()
         fused = copy.deepcopy(self.models["ours"]).fuse()  # type: ignore[operator]
         models = self.models | {"fused": fused}
+        if self.compiled:
+            models |= {f"{form}, compiled": _compiled(model) for form, model in self.models.items()}
         self.check(models)
         found = self._way("inference", models, self.images, self.seconds)
         found += self._way("latency", models, self.images[:1], self.seconds / 3)
@@ -127,10 +140,10 @@ class Comparison:
     def check(self, models: Others) -> None:
         """Raise a ValueError where forms of the same weights differ."""
         with torch.no_grad():
-            expected = models["ours"](self.images[:2])
+            expected = models["ours"](self.images)
             for form, model in models.items():
                 if not form.startswith("timm"):
-                    error = ((model(self.images[:2]) - expected).abs().max() / expected.std()).item()
+                    error = ((model(self.images) - expected).abs().max() / expected.std()).item()
                     if not error < 1e-3:
                         raise ValueError(f"{form} differs from ours by {error:.1e} of the logits' deviation")
 
@@ -164,14 +177,19 @@ class Comparison:
         return train if way == "training" else infer
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(copy.deepcopy(model), dynamic=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}; default all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=100, help="most turns of measuring a way")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring a way, at most (three turns at least)")
+    parser.add_argument("--compiled", action="store_true", help="measure torch.compile too")
     parser.add_argument("--out", type=Path, default=OUT, help="JSON file; rows of other networks in it are kept")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in COMPARISONS]:
@@ -180,7 +198,10 @@ def main() -> None:
     found = rows.read(args.out) if args.out.exists() else []
     machine = rows.machine("cpu", args.threads)
     for name in args.names or COMPARISONS:
-        given = dict(name=name, batch=args.batch, size=args.size, turns=args.turns, seconds=args.seconds)
+        given: dict[str, Any] = dict(
+            name=name, batch=args.batch, size=args.size, turns=args.turns, seconds=args.seconds
+        )
+        given["compiled"] = args.compiled
         worker = None
         try:
             worker = Worker("benchmarks.compare:Comparison", args.threads, **given)

@@ -60,6 +60,17 @@ def test_a_comparison_measures_every_form_in_every_way():
     assert all(row["median_us"] > 0 and row["peak_mib"] >= 0 for row in found)
 
 
+def test_compiled_forms_are_measured_on_request(monkeypatch):
+    compare = importlib.import_module("benchmarks.compare")
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)  # the compiler takes minutes
+    made = compare.Comparison("ravlt_tiny", 2, 32, turns=1, seconds=0.0, compiled=True, **few_blocks("ravlt_tiny"))
+    forms = ["ours", "plain", "fused", "ours, compiled", "plain, compiled"]
+    assert [(row["way"], row["form"]) for row in made.measure()] == [
+        *((way, form) for way in ("inference", "latency") for form in forms),
+        *(("training", form) for form in forms[:2]),
+    ]
+
+
 def test_forms_with_different_results_are_not_compared():
     comparison = importlib.import_module("benchmarks.compare").Comparison
     made = comparison("ravlt_tiny", batch=1, size=32, turns=1, seconds=0.0, **few_blocks("ravlt_tiny"))
