@@ -89,10 +89,6 @@ class _Packed(nn.Module):
         """Pack the weights again, after they were moved or copied."""
         raise NotImplementedError
 
-    @property
-    def can_pack(self) -> bool:
-        return self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-
     def takes(self, x: Tensor) -> bool:
         plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad
         return plain and not torch.compiler.is_compiling()
@@ -119,7 +115,8 @@ class PackedLinear(_Packed):
 
     def pack(self) -> None:
         weight = self.weight.detach()
-        self.packed = PACK_LINEAR(weight, None) if PACK_LINEAR is not None and self.can_pack else weight
+        suits = PACK_LINEAR is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.packed = PACK_LINEAR(weight, None) if suits else weight
 
     def forward(self, x: Tensor) -> Tensor:
         small = self.post[0] == "none" and x.numel() * self.weight.shape[0] < SMALL
