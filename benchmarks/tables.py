@@ -83,6 +83,26 @@ def networks() -> str:
     return f"{method(rows)}\n\n{markdown(head, body, 2)}"
 
 
+def compiled() -> str:
+    """For docs/speed.md: CPU time of the other implementation as created, divided by that of compiled forms."""
+    rows = read("networks_cpu")
+    measured = {row["op"] for row in rows if row["form"] == "ours, compiled"}
+    rows = [row for row in rows if row["op"] in measured]
+    body = []
+    for name, ways in _by_way(rows).items():
+        for other_form in _others(ways["inference"]):
+            cells = [f"`{name}`", other_form]
+            for way in ("inference", "latency"):
+                other = _faster(ways[way], other_form)
+                faster = _faster(ways[way], f"{other_form}, compiled")
+                times = [faster, *(ways[way][form]["cpu_us"] for form in ("ours, compiled", "fused"))]
+                cells += ["" if other is None or time is None else f"{other / time:.2f}x" for time in times]
+            body.append(cells)
+    three = ["it, compiled", "ours, compiled", "ours, fused"]
+    head = ["network", "compared with", *three, f"one image: {three[0]}", *three[1:]]
+    return f"{method(rows)}\n\n{markdown(head, body, 2)}"
+
+
 def networks_in_full() -> str:
     rows = read("networks_cpu")
     head = ["network", "form", "way", "batch", "ms", "quartiles", "CPU ms", "peak MiB"]
@@ -219,6 +239,7 @@ def _sides(cell: dict[str, Any] | None) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "networks": networks,
+    "compiled": compiled,
     "networks in full": networks_in_full,
     "bench models": bench_models,
     "na2d": operator("na2d"),
@@ -265,14 +286,18 @@ def _by_shape(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
 
 def _others(forms: Iterable[str]) -> list[str]:
     """What a network is compared with, once for both memory layouts; one empty word where there is nothing."""
-    found = [form.removesuffix(", channels last") for form in forms if form not in ("ours", "fused")]
+    found = [_of(form) for form in forms if form not in ("ours", "fused") and not form.endswith(", compiled")]
     return list(dict.fromkeys(found)) or [""]
 
 
 def _faster(forms: dict[str, Row], other_form: str) -> float | None:
     """Microseconds of the processors by the faster memory layout."""
-    found = [row["cpu_us"] for form, row in forms.items() if form.removesuffix(", channels last") == other_form]
-    return min(found, default=None)
+    return min((row["cpu_us"] for form, row in forms.items() if _of(form) == other_form), default=None)
+
+
+def _of(form: str) -> str:
+    """A form without its memory layout."""
+    return form.replace(", channels last", "")
 
 
 def _quartiles(row: Row) -> str:

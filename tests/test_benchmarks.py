@@ -71,6 +71,27 @@ def test_compiled_forms_are_measured_on_request(monkeypatch):
     ]
 
 
+def test_only_one_memory_layout_is_compiled(monkeypatch):
+    compare = importlib.import_module("benchmarks.compare")
+    made = compare.Comparison("efficientvit_msra_m0", 1, 32, turns=1, seconds=0.0)
+    assert list(made._in_one_layout()) == ["ours", "timm: efficientvit_m0, channels last"]
+
+
+def test_the_compiled_table_compares_with_the_faster_layout_as_created(tables, monkeypatch):
+    times = {"ours": 9, "timm: n": 12, "timm: n, channels last": 10, "fused": 5, "ours, compiled": 4}
+    times |= {"timm: n, channels last, compiled": 8}
+    base = dict(op="a", runs=3, device="cpu", threads=2, torch="2", at="2026-11-27")
+    found = [
+        base | dict(way=way, form=form, cpu_us=time, batch=1)
+        for way in ("inference", "latency")
+        for form, time in times.items()
+    ]
+    found += [base | dict(op="b", way="inference", form="ours", cpu_us=1, batch=1)]  # not compiled: no row
+    monkeypatch.setattr(tables, "read", lambda _: found)
+    *_, row = tables.compiled().splitlines()
+    assert row == "| `a` | timm: n | " + " | ".join(["1.25x", "2.50x", "2.00x"] * 2) + " |"
+
+
 def test_forms_with_different_results_are_not_compared():
     comparison = importlib.import_module("benchmarks.compare").Comparison
     made = comparison("ravlt_tiny", batch=1, size=32, turns=1, seconds=0.0, **few_blocks("ravlt_tiny"))
