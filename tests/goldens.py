@@ -56,6 +56,11 @@ def manifest(family: str, name: str) -> dict[str, Any]:
     return json.loads((FOLDER / family / f"{name}.json").read_text())
 
 
+def published_shapes(family: str, name: str) -> dict[str, Tensor]:
+    """The published state dict without its values."""
+    return {key: torch.empty(shape, device="meta") for key, shape, _ in manifest(family, name)["state_dict"]}
+
+
 def numbers(family: str, name: str) -> dict[str, Tensor]:
     with np.load(FOLDER / family / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file.files}
@@ -100,6 +105,23 @@ def assert_close(actual: Tensor, expected: Tensor, *, std: float | None = None) 
     scale = expected.double().std().item() if std is None else std
     error = (actual.detach().double() - expected).abs().max().item() / scale
     assert error < TOLERANCE, f"error {error:.1e} of the standard deviation"
+
+
+def assert_maps(maps: list[Tensor], data: dict[str, Tensor]) -> None:
+    """Every stage's map has the recorded shape and values."""
+    assert len(maps) == sum(re.fullmatch(r"stage\d_sample", key) is not None for key in data)
+    for i, feature in enumerate(maps):
+        assert feature.shape == tuple(data[f"stage{i}_shape"])
+        assert_close(sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+
+
+def assert_outputs(model: nn.Module, family: str, name: str) -> None:
+    """A classifier's logits and maps are the recorded ones."""
+    data = numbers(family, name)
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(image(manifest(family, name)["input_shape"]))
+        assert_close(model.forward_head(final), data["logits"])
+    assert_maps(maps, data)
 
 
 def _fill_value(key: str, shape: tuple[int, ...]) -> np.ndarray:

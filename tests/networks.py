@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 from timm.models import model_entrypoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import hybridzoo  # noqa: F401  (registers the models)
+from hybridzoo.checkpoints import Card
 
 MODELS = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("hybridzoo.")]
 
@@ -95,6 +97,27 @@ def costs_of(cards) -> list:
     for card in cards:
         first.setdefault(card.model, card)
     return mostly(list(cards), [first[name] for name in LEADERS if name in first])
+
+
+def gmacs(model: torch.nn.Module, *shape: int) -> float:
+    """A network's GMACs on the meta device, for one image `(3, H, W)` or one of so many pixels a side."""
+    size = shape if len(shape) == 3 else (3, *shape, *shape)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, *size))
+    return counter.get_total_flops() / 2e9
+
+
+def assert_cost(card: Card, uncounted: float = 0.0, **tolerance: float) -> torch.nn.Module:
+    """A card's network, on the meta device, has its parameters and its GMACs, by PyTorch's counter of operators.
+
+    `uncounted`: GMACs that the card leaves out.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(card.name)
+    assert sum(p.numel() for p in model.parameters()) == card.params
+    assert model.num_classes == card.num_classes
+    assert gmacs(model, *card.input_size) - uncounted == pytest.approx(card.gmacs, **tolerance)
+    return model
 
 
 def mostly(names, usual) -> list:

@@ -9,8 +9,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of, one_block_a_stage
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of, gmacs, one_block_a_stage
 
 import hybridzoo.layers.agent_attention as layer
 from hybridzoo.checkpoints import cards, convert
@@ -30,8 +29,7 @@ def test_published_state_dict_loads_strictly(fixture):
     meta = goldens.manifest("agent", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
-        state = {key: torch.empty(shape) for key, shape, _ in meta["state_dict"]}
-        converted = convert(state, fixture)
+    converted = convert(goldens.published_shapes("agent", fixture), fixture)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert sum(p.numel() for p in model.parameters()) == meta["params"]
     again = convert(converted, fixture)
@@ -43,22 +41,7 @@ def test_published_state_dict_loads_strictly(fixture):
 def test_equals_the_published_network(fixture):
     model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("agent", fixture), fixture))
-    data = goldens.numbers("agent", fixture)
-    image = goldens.image(goldens.manifest("agent", fixture)["input_shape"])
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(image)
-        goldens.assert_close(model.forward_head(final), data["logits"])
-    assert len(maps) == 4
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
-
-
-def gmacs(model: torch.nn.Module, *shape: int) -> float:
-    """GMACs of matrix products and convolutions, for one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, *shape))
-    return counter.get_total_flops() / 2e9
+    goldens.assert_outputs(model, "agent", fixture)
 
 
 @pytest.mark.parametrize("card", costs_of(cards("agent*")), ids=lambda card: card.name)
@@ -66,10 +49,7 @@ def test_cards_state_the_models_size_and_cost(card, monkeypatch):
     """Counted as published: without pooling and without the resizing of tables (matrix products here)."""
     monkeypatch.setattr(layer, "resize_map", lambda x, size: x.new_empty(*x.shape[:-2], *size))
     monkeypatch.setattr(layer, "adaptive_pool", lambda x, size: x.new_empty(x.shape[0], *size, x.shape[3]))
-    with torch.device("meta"):
-        model = timm.create_model(card.name)
-        assert sum(p.numel() for p in model.parameters()) == card.params
-        assert gmacs(model, *card.input_size) == pytest.approx(card.gmacs, abs=6e-4)
+    assert_cost(card, abs=6e-4)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +60,7 @@ def test_cost_is_linear_in_the_area(name, grid):
     """Of multiplications, from 224 to 1792 px, tables included; dense attention's exponent is 1.6 and more."""
     with torch.device("meta"):
         model = timm.create_model(name, **one_block_a_stage(name), agent_grid=grid)
-        few, many = (gmacs(model, 3, side, side) for side in (224, 1792))
+        few, many = (gmacs(model, side) for side in (224, 1792))
     assert math.log(many / few) / math.log(64) < 1.05
 
 

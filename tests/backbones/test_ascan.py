@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import goldens
+import networks
 import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.backbones import ascan
 from hybridzoo.backbones.ascan import AsCANConfig, PositionBias
@@ -15,12 +15,6 @@ from hybridzoo.checkpoints import cards, convert
 from hybridzoo.layers import MBConv
 
 SMALL = dict(pattern="CC/C/CT/TT", dims=(16, 24, 32, 64), head_dim=16, stem_dim=8, num_classes=5)
-
-
-def macs(model: nn.Module, size: int = 224) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() / 2e9
 
 
 @pytest.mark.parametrize(
@@ -32,7 +26,7 @@ def test_meets_the_sizes_of_the_reconstruction(name, params, gmacs):
         model = timm.create_model(name)
     count = sum(p.numel() for p in model.parameters())
     assert count / 1e6 == pytest.approx(params, abs=0.005)
-    assert macs(model) == pytest.approx(gmacs, abs=0.005)
+    assert networks.gmacs(model, 224) == pytest.approx(gmacs, abs=0.005)
     (card,) = cards(name)
     assert card.params == count
     assert card.gmacs == gmacs

@@ -6,8 +6,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of, gmacs
 
 import hybridzoo
 from hybridzoo.checkpoints import cards, convert
@@ -27,8 +26,8 @@ def model_of(fixture: str, **kwargs) -> torch.nn.Module:
 def test_published_state_dict_loads_strictly(fixture):
     with torch.device("meta"):
         model = model_of(fixture)
-        state = {key: torch.empty(shape) for key, shape, _ in goldens.manifest("biformer", fixture)["state_dict"]}
-        converted = convert(state, fixture.split("_256x320")[0])
+    state = goldens.published_shapes("biformer", fixture)
+    converted = convert(state, fixture.split("_256x320")[0])
     ours = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in converted.items()} == ours
     assert len(converted) == len(state)
@@ -40,41 +39,20 @@ def test_published_state_dict_loads_strictly(fixture):
 def test_equals_the_published_network(fixture):
     model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("biformer", fixture), model.default_cfg["architecture"]))
-    data = goldens.numbers("biformer", fixture)
-    image = goldens.image(goldens.manifest("biformer", fixture)["input_shape"])
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(image)
-        goldens.assert_close(model.forward_head(final), data["logits"])
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
-
-
-@pytest.fixture
-def meta():
-    """Models without storage. Every routed layer goes through the operator, whose formula counts the paper's MACs."""
-    with torch.device("meta"):
-        yield
-
-
-def macs(model: torch.nn.Module, size: int) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, size, size))
-    return counter.get_total_flops() / 2
+    goldens.assert_outputs(model, "biformer", fixture)
 
 
 @pytest.mark.parametrize("card", costs_of(cards("biformer*")), ids=lambda card: card.name)
-def test_cards_state_the_models_size_and_cost(card, meta):
-    model = timm.create_model(card.model)
-    assert sum(p.numel() for p in model.parameters()) == card.params
-    assert macs(model, card.input_size[1]) / 1e9 == pytest.approx(card.gmacs, abs=6e-4)
+def test_cards_state_the_models_size_and_cost(card):
+    assert_cost(card, abs=6e-4)
 
 
-def test_cost_is_linear_in_the_area_when_regions_follow_the_resolution(meta):
+def test_cost_is_linear_in_the_area_when_regions_follow_the_resolution():
     """The last stage attends fully, so the whole grows a little faster than the area; a fixed grid much faster."""
-    fixed, following = (timm.create_model("biformer_tiny", regions=r) for r in (7, "auto"))
-    assert macs(following, 224) == macs(fixed, 224)
-    growth_fixed, growth_following = (macs(m, 1024) / macs(m, 224) for m in (fixed, following))
+    with torch.device("meta"):
+        fixed, following = (timm.create_model("biformer_tiny", regions=r) for r in (7, "auto"))
+    assert gmacs(following, 224) == gmacs(fixed, 224)
+    growth_fixed, growth_following = (gmacs(m, 1024) / gmacs(m, 224) for m in (fixed, following))
     area = (1024 / 224) ** 2
     assert growth_following < area**1.1
     assert growth_fixed > area**1.2

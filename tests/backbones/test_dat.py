@@ -8,8 +8,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.checkpoints import cards, convert
@@ -27,18 +26,13 @@ def name_of(fixture: str) -> str:
     return f"dat_{dict(pp_='plus_', p_='plain_').get(generation, '')}{size}" + (".in1k_384" if tag else "")
 
 
-def published(fixture: str) -> dict[str, torch.Tensor]:
-    """The published state dict without its values."""
-    return {k: torch.empty(shape, device="meta") for k, shape, _ in goldens.manifest("dat", fixture)["state_dict"]}
-
-
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in state.items()}
 
 
 @pytest.mark.parametrize("fixture", [name for name in MANIFESTS if "_det_" not in name])
 def test_published_state_dict_loads_strictly_and_converts_back(fixture):
-    name, theirs = name_of(fixture), published(fixture)
+    name, theirs = name_of(fixture), goldens.published_shapes("dat", fixture)
     with torch.device("meta"):
         model = timm.create_model(name)
     converted = convert(theirs, name)
@@ -55,21 +49,9 @@ def test_equals_the_published_network(fixture):
     model = goldens.network(timm.create_model, name_of(fixture))
     state = goldens.published_state("dat", fixture)
     model.load_state_dict(convert(state, name_of(fixture)))
-    data = goldens.numbers("dat", fixture)
-    image = goldens.image(goldens.manifest("dat", fixture)["input_shape"])
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(image)
-        goldens.assert_close(model.forward_head(final), data["logits"])
-    assert_maps(maps, data)
+    goldens.assert_outputs(model, "dat", fixture)
     back = publish(model.state_dict(), name_of(fixture))
     assert all(torch.equal(state[key], value) for key, value in back.items())
-
-
-def assert_maps(maps, data):
-    assert len(maps) == 4
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
 
 
 def test_equals_the_published_detectors_backbone():
@@ -83,17 +65,12 @@ def test_equals_the_published_detectors_backbone():
     ours.load_state_dict({key.removeprefix("backbone."): value for key, value in converted.items()})
     data = goldens.numbers("dat", fixture)
     with torch.no_grad():
-        assert_maps(ours(goldens.image(goldens.manifest("dat", fixture)["input_shape"])), data)
+        goldens.assert_maps(ours(goldens.image(goldens.manifest("dat", fixture)["input_shape"])), data)
 
 
 @pytest.mark.parametrize("card", costs_of(CARDS), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.name).eval()
-        assert sum(p.numel() for p in model.parameters()) == card.params
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            assert model(torch.empty(1, *card.input_size)).shape == (1, card.num_classes)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, abs=6e-4)
+    assert_cost(card, abs=6e-4)
 
 
 def test_there_is_a_card_for_every_published_file():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 import hybridzoo  # noqa: F401  (registers the models)
 from hybridzoo.backbones.dinat_dilations import DILATIONS, dilations_for
@@ -37,12 +35,8 @@ def name_of(fixture: str) -> str:
     return TAGGED.get(variant, variant)
 
 
-@functools.cache
 def published(fixture: str) -> dict[str, torch.Tensor]:
-    """The published state dict without its values."""
-    return {
-        key: torch.empty(shape, device="meta") for key, shape, _ in goldens.manifest("dinat", fixture)["state_dict"]
-    }
+    return goldens.published_shapes("dinat", fixture)
 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
@@ -67,14 +61,7 @@ def test_published_state_dict_loads_strictly(fixture):
 def test_equals_the_published_network(fixture):
     model = goldens.network(timm.create_model, name_of(fixture))
     model.load_state_dict(convert(goldens.published_state("dinat", fixture), name_of(fixture)))
-    data = goldens.numbers("dinat", fixture)
-    image = goldens.image(goldens.manifest("dinat", fixture)["input_shape"])
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(image)
-        goldens.assert_close(model.forward_head(final), data["logits"])
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+    goldens.assert_outputs(model, "dinat", fixture)
 
 
 def test_there_is_a_card_for_every_published_file():
@@ -97,14 +84,8 @@ AUTHORS = [card for card in CARDS if not card.tag.endswith("_hf")]
 
 @pytest.mark.parametrize("card", costs_of(AUTHORS), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.name).eval()
-        assert sum(p.numel() for p in model.parameters()) == card.params
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            assert model(torch.empty(1, *card.input_size)).shape == (1, card.num_classes)
     # Where a window reaches beyond the map, the padding's one token goes through the projection too.
-    padding = 0.053 if card.name == "dinat_large.in22k_11x11" else 0.0
-    assert counter.get_total_flops() / 2e9 - padding == pytest.approx(card.gmacs, abs=6e-4)
+    assert_cost(card, uncounted=0.053 if card.name == "dinat_large.in22k_11x11" else 0.0, abs=6e-4)
 
 
 # ------------------------------------------------------------------------------------------- what a tag brings with it

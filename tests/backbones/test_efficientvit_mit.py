@@ -8,8 +8,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 import hybridzoo  # noqa: F401
 from hybridzoo.backbones.efficientvit_mit_segmentation import SEGMENTORS, EfficientViTSegmentor
@@ -44,18 +43,12 @@ def image_of(fixture: str) -> torch.Tensor:
     return goldens.image(goldens.manifest(FAMILY, fixture)["input_shape"])
 
 
-def assert_maps_close(maps: list[torch.Tensor], data: dict[str, torch.Tensor]) -> None:
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
-
-
 @pytest.mark.parametrize("fixture", MANIFESTS)
 def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest(FAMILY, fixture)
     with torch.device("meta"):
         model = model_of(fixture)
-        state = {key: torch.empty(shape) for key, shape, _ in manifest["state_dict"]}
+    state = goldens.published_shapes(FAMILY, fixture)
     converted = convert(state, name_of(fixture))
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert len(converted) == len(state)
@@ -71,12 +64,7 @@ def test_every_published_segmentation_model_exists():
 @pytest.mark.parametrize("fixture", CLASSIFIERS)
 def test_equals_the_published_network(fixture):
     model = published(fixture)
-    data = goldens.numbers(FAMILY, fixture)
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(image_of(fixture))
-        goldens.assert_close(model.forward_head(final), data["logits"])
-    assert len(maps) == 4
-    assert_maps_close(maps, data)
+    goldens.assert_outputs(model, FAMILY, fixture)
 
 
 @pytest.mark.parametrize("fixture", SEGMENTATION)
@@ -88,7 +76,7 @@ def test_equals_the_published_segmentation_model(fixture):
         maps = model.backbone.forward_intermediates(image, intermediates_only=True)
         out = model(image)
         torch.testing.assert_close(model.head(maps[1:]), out)
-    assert_maps_close([*maps, out], data)
+    goldens.assert_maps([*maps, out], data)
     goldens.assert_close(out.mean(dim=(2, 3)), data["logits"])
 
 
@@ -137,12 +125,7 @@ def test_equals_timm_except_for_the_epsilon_of_attention():
 
 @pytest.mark.parametrize("card", costs_of(cards(f"{FAMILY}*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.model).eval()
-        assert sum(p.numel() for p in model.parameters()) == card.params
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *card.input_size))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, rel=2e-3)
+    assert_cost(card, rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 import hybridzoo  # noqa: F401
 from hybridzoo.checkpoints import cards, convert
@@ -37,7 +36,7 @@ def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest(FAMILY, fixture)
     with torch.device("meta"):
         model = timm.create_model(name_of(fixture))
-        state = {key: torch.empty(shape) for key, shape, _ in manifest["state_dict"]}
+    state = goldens.published_shapes(FAMILY, fixture)
     converted = convert(state, name_of(fixture))
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert len(converted) == len([key for key in state if not key.endswith("attention_bias_idxs")])
@@ -54,9 +53,7 @@ def test_equals_the_published_network(fixture):
         final, maps = model.forward_intermediates(goldens.image(goldens.manifest(FAMILY, fixture)["input_shape"]))
         if fixture != DETECTOR:
             goldens.assert_close(model.forward_head(final), data["logits"])
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+    goldens.assert_maps(maps, data)
 
 
 def test_timms_layout_matrices_and_detectors_convert_to_the_same_weights():
@@ -90,12 +87,7 @@ def test_equals_timm_with_timms_weights():
 
 @pytest.mark.parametrize("card", costs_of(cards(f"{FAMILY}*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.model).eval()
-        assert sum(p.numel() for p in model.parameters()) == card.params
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *card.input_size))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, abs=6e-5)
+    assert_cost(card, abs=6e-5)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (160, 224), (250, 331)])

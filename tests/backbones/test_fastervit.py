@@ -9,8 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 from hybridzoo.backbones import fastervit
 from hybridzoo.checkpoints import cards, convert
@@ -53,12 +52,7 @@ def test_equals_the_published_network(fixture):
     """`any_res_256x320`: padded to a square grid of windows, the padding attended to."""
     model = goldens.network(timm.create_model, name_of(fixture))
     model.load_state_dict(convert(goldens.published_state("fastervit", fixture), name_of(fixture)))
-    data = goldens.numbers("fastervit", fixture)
-    maps, logits = maps_and_logits(model, fixture)
-    goldens.assert_close(logits, data["logits"])
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+    goldens.assert_outputs(model, "fastervit", fixture)
 
 
 def test_rectangular_grids_differ_from_the_published_network_by_its_three_bugs(monkeypatch):
@@ -111,12 +105,7 @@ def test_rectangular_grids_differ_from_the_published_network_by_its_three_bugs(m
 
 @pytest.mark.parametrize("card", costs_of(cards("fastervit*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost_and_licence(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.name).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *card.input_size))
-    assert sum(p.numel() for p in model.parameters()) == card.params
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, abs=6e-4)
+    model = assert_cost(card, abs=6e-4)
     assert "NON-COMMERCIAL" in card.licence
     assert "NON-COMMERCIAL" in model.default_cfg["license"]
 

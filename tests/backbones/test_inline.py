@@ -9,8 +9,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of, one_block_a_stage
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of, gmacs, one_block_a_stage
 
 from hybridzoo.checkpoints import cards, convert
 
@@ -27,8 +26,7 @@ def test_published_state_dict_loads_strictly(fixture):
     meta = goldens.manifest("inline", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
-        state = {key: torch.empty(shape) for key, shape, _ in meta["state_dict"]}
-        converted = convert(state, fixture)
+    converted = convert(goldens.published_shapes("inline", fixture), fixture)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert sum(p.numel() for p in model.parameters()) == meta["params"]
     assert convert(converted, fixture).keys() == converted.keys()
@@ -47,15 +45,7 @@ def test_a_file_without_a_local_kernel_is_refused():
 def test_equals_the_published_network(fixture):
     model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("inline", fixture), fixture))
-    data = goldens.numbers("inline", fixture)
-    image = goldens.image(goldens.manifest("inline", fixture)["input_shape"])
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(image)
-        goldens.assert_close(model.forward_head(final), data["logits"])
-    assert len(maps) == 4
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+    goldens.assert_outputs(model, "inline", fixture)
 
 
 def test_equals_the_published_cswin_block():
@@ -89,25 +79,16 @@ def test_equals_the_published_cswin_block():
 @pytest.mark.parametrize("card", costs_of(cards("inline*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
     """The published form computes one product more, less than a hundredth of all."""
-    with torch.device("meta"):
-        model = timm.create_model(card.name).eval()
-        assert sum(p.numel() for p in model.parameters()) == card.params
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *card.input_size))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, rel=5e-3)
+    assert_cost(card, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", ["inline_deit_tiny", "inline_pvt_tiny", "inline_swin_tiny"])
 def test_cost_is_linear_in_the_area(name):
     """Of multiplications, from 224 to 1792 px."""
-    flops = []
-    with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(name, **one_block_a_stage(name)).eval()
-        for side in (224, 1792):
-            with FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, 3, side, side))
-            flops.append(counter.get_total_flops())
-    assert math.log(flops[1] / flops[0]) / math.log(64) < 1.05
+    with torch.device("meta"):
+        model = timm.create_model(name, **one_block_a_stage(name))
+    few, many = (gmacs(model, side) for side in (224, 1792))
+    assert math.log(many / few) / math.log(64) < 1.05
 
 
 def test_unknown_argument_is_an_error():

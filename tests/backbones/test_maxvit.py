@@ -8,8 +8,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 from hybridzoo.checkpoints import cards, convert
 
@@ -31,8 +30,8 @@ def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest("maxvit", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
-        state = {key: torch.empty(shape) for key, shape, _ in manifest["state_dict"]}
-        converted = convert(state, model.default_cfg["architecture"])
+    state = goldens.published_shapes("maxvit", fixture)
+    converted = convert(state, model.default_cfg["architecture"])
     ours = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in converted.items()} == ours
     assert len(converted) == len(state)
@@ -45,23 +44,12 @@ def test_equals_the_published_network(fixture):
     """`224x448`: windows stay, their number grows. `imgsize256x320`: timm's windows of 8 x 10 with resampled tables."""
     model = goldens.network(model_of, fixture)
     model.load_state_dict(convert(goldens.published_state("maxvit", fixture), "maxvit_tiny"))
-    data = goldens.numbers("maxvit", fixture)
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(goldens.image(goldens.manifest("maxvit", fixture)["input_shape"]))
-        goldens.assert_close(model.forward_head(final), data["logits"])
-    for i, feature in enumerate(maps):
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+    goldens.assert_outputs(model, "maxvit", fixture)
 
 
 @pytest.mark.parametrize("card", costs_of(cards("maxvit*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.name).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            assert model(torch.empty(1, *card.input_size)).shape == (1, card.num_classes)
-    assert sum(p.numel() for p in model.parameters()) == card.params
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, abs=6e-4)
+    model = assert_cost(card, abs=6e-4)
     assert model.stages[0].blocks[0].attn_grid.window == (card.input_size[1] // 32,) * 2
 
 

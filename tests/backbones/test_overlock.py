@@ -6,8 +6,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 import hybridzoo  # noqa: F401
 from hybridzoo.backbones.overlock import FocusBlock, RepConvBlock
@@ -64,15 +63,15 @@ def test_equals_the_published_network(fixture):
     model.load_state_dict(convert(goldens.published_state("overlock", fixture), name_of(fixture)))
     data = goldens.numbers("overlock", fixture)
     image = goldens.image(goldens.manifest("overlock", fixture)["input_shape"])
+    contexts = []
+    model.stages[2].register_forward_hook(lambda module, args, state: contexts.append(state[4]))
     with torch.no_grad():
         final, maps = model.forward_intermediates(image)
-        for i, feature in enumerate(maps):
-            assert feature.shape == tuple(data[f"stage{i}_shape"])
-            goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+        goldens.assert_maps(maps, data)
         if data["logits"].numel():
             goldens.assert_close(model.forward_head(final), data["logits"])
-            context = model.stages[:3](model.stem(image))[4]
-            goldens.assert_close(model.aux_head(context), data["aux_logits"])
+            goldens.assert_close(goldens.sample(contexts[0]), data["ctx_sample"], std=data["ctx_std"].item())
+            goldens.assert_close(model.aux_head(contexts[0]), data["aux_logits"])
 
 
 @pytest.mark.parametrize("case", ["8x9_c32_h16_k7_g4", "first_1x7x7_c32_h8_k7_g4", "resize_1x5x7_c32_h16_k7_g4"])
@@ -196,12 +195,7 @@ def test_training_returns_auxiliary_logits_if_requested():
 
 @pytest.mark.parametrize("card", costs_of(cards("overlock_*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.name).eval()
-    assert sum(p.numel() for p in model.parameters()) == card.params
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *card.input_size, device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, abs=6e-4)
+    assert_cost(card, abs=6e-4)
 
 
 def test_stochastic_depth_grows_over_all_three_parts():

@@ -9,8 +9,7 @@ import goldens
 import pytest
 import timm
 import torch
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of, gmacs
 
 import hybridzoo  # noqa: F401
 from hybridzoo.checkpoints import cards, convert
@@ -41,8 +40,8 @@ def test_published_state_dict_loads_strictly(fixture):
     meta = goldens.manifest("patnet", fixture)
     with torch.device("meta"):
         model = model_of(fixture)
-        state = {key: torch.empty(shape) for key, shape, _ in meta["state_dict"]}
-        converted = convert(state, name_of(fixture))
+    state = goldens.published_shapes("patnet", fixture)
+    converted = convert(state, name_of(fixture))
     ours = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in converted.items()} == ours
     constants = re.compile(r"\.(I|one|c_div|one_channel)$")  # of dynamic partial convolutions
@@ -62,30 +61,19 @@ def test_equals_the_published_network_folded_or_not(fixture):
             final, maps = form.forward_intermediates(image)
             logits = maps[-1].mean((2, 3)) if "_det_" in fixture else form.forward_head(final)
             goldens.assert_close(logits, data["logits"])
-        for i, feature in enumerate(maps):
-            assert feature.shape == tuple(data[f"stage{i}_shape"])
-            goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
-
-
-def macs(model: torch.nn.Module) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
-    return counter.get_total_flops() / 2e9
+        goldens.assert_maps(maps, data)
 
 
 @pytest.mark.parametrize("card", costs_of(cards("pa[tr]*net_*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.model)
-    assert sum(p.numel() for p in model.parameters()) == card.params
-    assert macs(model) == pytest.approx(card.gmacs, abs=6e-4)
+    assert_cost(card, abs=6e-4)
 
 
 def test_folding_removes_batch_norms_and_the_convolutions_of_gates():
     """The papers' FLOPs are those of the folded network."""
     model = timm.create_model("patnet_t2").fuse()
     assert not [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    assert macs(model.to("meta")) == pytest.approx(1.035, abs=1e-3)
+    assert gmacs(model.to("meta"), 224) == pytest.approx(1.035, abs=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, dict(dynamic=True), dict(act="relu", feature_norms=True)])

@@ -7,8 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from networks import costs_of
-from torch.utils.flop_counter import FlopCounterMode
+from networks import assert_cost, costs_of
 
 from hybridzoo.checkpoints import cards, convert
 from hybridzoo.layers import GatedAttention, RankAugmentedAttention
@@ -32,8 +31,7 @@ def test_published_state_dict_loads_strictly(fixture):
     manifest = goldens.manifest("ravlt", fixture)
     with torch.device("meta"):
         model = network(fixture)
-        state = {key: torch.empty(shape) for key, shape, _ in manifest["state_dict"]}
-    converted = convert(state, name_of(fixture))
+    converted = convert(goldens.published_shapes("ravlt", fixture), name_of(fixture))
     ours = {key: value.shape for key, value in model.state_dict().items()}
     params = sum(p.numel() for p in model.parameters())
     assert convert(converted, name_of(fixture)).keys() == converted.keys()
@@ -60,9 +58,8 @@ def test_equals_the_published_network(fixture):
     for i, feature in enumerate(maps):
         if norms:
             weight, bias = norms[f"out_norms.{i}.weight"], norms[f"out_norms.{i}.bias"]
-            feature = F.layer_norm(feature.permute(0, 2, 3, 1), weight.shape, weight, bias, 1e-6).permute(0, 3, 1, 2)
-        assert feature.shape == tuple(data[f"stage{i}_shape"])
-        goldens.assert_close(goldens.sample(feature), data[f"stage{i}_sample"], std=data[f"stage{i}_std"].item())
+            maps[i] = F.layer_norm(feature.permute(0, 2, 3, 1), weight.shape, weight, bias, 1e-6).permute(0, 3, 1, 2)
+    goldens.assert_maps(maps, data)
 
 
 def test_rotary_angles_are_the_published_constants():
@@ -81,12 +78,7 @@ def test_rotary_angles_are_the_published_constants():
 
 @pytest.mark.parametrize("card", costs_of(cards("ravlt*")), ids=lambda card: card.name)
 def test_cards_state_the_models_size_and_cost_and_licence(card):
-    with torch.device("meta"):
-        model = timm.create_model(card.name).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *card.input_size))
-    assert sum(p.numel() for p in model.parameters()) == card.params
-    assert counter.get_total_flops() / 2e9 == pytest.approx(card.gmacs, abs=6e-4)
+    assert_cost(card, abs=6e-4)
     assert "do not re-host" in card.licence
 
 
