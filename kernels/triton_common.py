@@ -131,7 +131,7 @@ def precision(query: Tensor) -> str:
 def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, exists=None):
     """`[n, BLOCK_D]`, zeros beyond HEAD_DIM and in tokens that do not exist, which are not read from memory."""
     channel = tl.arange(0, BLOCK_D)[None, :]
-    pointers = tensor + offsets[:, None] + channel
+    pointers = tensor + (offsets[:, None] + channel)  # one 64-bit addition for each address, not two
     if exists is not None:
         tokens = tl.load(pointers, mask=exists[:, None] & (channel < HEAD_DIM), other=0.0)
     elif HEAD_DIM == BLOCK_D:
@@ -145,4 +145,4 @@ def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 def store_tokens(tensor, offsets, exists, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     channel = tl.arange(0, BLOCK_D)[None, :]
     mask = exists[:, None] & (channel < HEAD_DIM)
-    tl.store(tensor + offsets[:, None] + channel, tokens.to(tensor.dtype.element_ty), mask=mask)
+    tl.store(tensor + (offsets[:, None] + channel), tokens.to(tensor.dtype.element_ty), mask=mask)

@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Build:
     registers: int  # per thread
     local: int  # bytes of local memory per thread: what did not fit into registers, and indexed arrays
     atomics: bool
+    loop: int | None = None  # instructions of the longest loop, for one warp, if they were asked for
 
 
 def require_compiler(capability: int) -> None:
@@ -56,21 +57,29 @@ def require_compiler(capability: int) -> None:
             pytest.skip(f"{tool}, which compiling for sm_{capability} takes, is neither in Triton nor on the path")
 
 
-def assert_builds(capability: int, launches: Iterable[Any]) -> None:
-    """Every kernel compiles without spilling, within the chip's shared memory, and adds without atomics."""
+def assert_builds(capability: int, launches: Iterable[Any], most: Mapping[str, int] | None = None) -> None:
+    """Every kernel compiles without spilling, within the chip's shared memory, and adds without atomics.
+
+    `most`: for some kernels, the most instructions that a warp executes in one turn of the longest loop.
+    """
     require_compiler(capability)
+    most = most or {}
     for launch in launches:
         constants = {name: value for name, value in launch.arguments.items() if name.isupper()}
         types = [str(value.dtype) for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
-        built = build(launch.kernel, launch.arguments, capability, **launch.options)
+        counted = launch.kernel.__name__ in most
+        built = build(launch.kernel, launch.arguments, capability, counted, **launch.options)
         name = f"{launch.kernel.__name__} {constants} {types[0]} {launch.options} on sm_{capability}: {built}"
         assert built.local == 0, name
         assert built.shared <= SHARED_LIMIT[capability], name
         assert not built.atomics, name
+        assert not counted or 0 < (built.loop or 0) <= most[launch.kernel.__name__], name
 
 
-def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: Any) -> Build:
+def build(kernel: Any, arguments: dict[str, Any], capability: int, counted: bool = False, **options: Any) -> Build:
     """Compile `kernel` (a `triton.jit` function) for `capability` (80, 90, 100); `options` as in a launch.
+
+    `counted`: also count the instructions of its longest loop, which takes about a second.
 
     Raises RuntimeError if the compiled code does not list its resources.
     """
@@ -92,7 +101,16 @@ def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: An
         if isinstance(value, torch.Tensor) or (specialise and isinstance(value, int) and value % 16 == 0):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    this = (triton.__version__, kernel.cache_key, capability, signature, constants, attributes, sorted(options.items()))
+    this = (
+        triton.__version__,
+        kernel.cache_key,
+        capability,
+        signature,
+        constants,
+        attributes,
+        sorted(options.items()),
+        counted,
+    )
     kept = KEPT / (hashlib.sha256(repr(this).encode()).hexdigest() + ".json")
     if kept.exists():
         return Build(**json.loads(kept.read_text()))
@@ -102,7 +120,8 @@ def build(kernel: Any, arguments: dict[str, Any], capability: int, **options: An
         registers, local = _resources(compiled.asm["cubin"])
         # PTX: `atom` returns the old value, `red` does not. Either makes the order of a sum depend on the moment.
         atomics = re.search(r"\b(atom|red)\.(\w+\.)*global", compiled.asm["ptx"]) is not None
-        built = Build(compiled.metadata.shared, registers, local, atomics)
+        loop = _longest_loop(compiled.asm["cubin"]) if counted else None
+        built = Build(compiled.metadata.shared, registers, local, atomics, loop)
     KEPT.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(asdict(built)))
@@ -152,6 +171,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
             raise RuntimeError(f"cuobjdump reports no code:\n{report}")
         # ptxas sometimes reserves a frame that no instruction then loads from or stores to.
         return registers, stack + local if "LDL" in code or "STL" in code else 0
+
+
+def _longest_loop(cubin: bytes) -> int:
+    """Instructions between a jump backwards and its target: the largest number; 0 without a loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(\S.*?) *;", _dump("-sass", file.name))
+    places = [int(place, 16) for place, _ in code]
+    targets = [re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text) for _, text in code]
+    spans = [(int(jump[1], 16), place) for jump, place in zip(targets, places, strict=True) if jump]
+    return max((sum(target <= p <= place for p in places) for target, place in spans if target < place), default=0)
 
 
 def _dump(option: str, file: str) -> str:

@@ -149,7 +149,7 @@ def _recipe(kind: str, call: _Call) -> Recipe:
     arguments: dict[str, Any] = strides | dict(
         scale=window.scale, heads=heads, height=height, width=width, share=share, shares=shares,
         dilation_h=window.dilation[0], dilation_w=window.dilation[1],
-        tile_h=cut.tile[0], tile_w=cut.tile[1], tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
+        tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
         KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
         VALUE_DIM=call.value_dim, BLOCK_E=block_e, QUERIES=cut.config.queries, KEYS=cut.config.keys,
         TAPS=max(16, triton.next_power_of_2(math.prod(window.kernel))),

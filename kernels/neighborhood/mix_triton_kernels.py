@@ -86,19 +86,17 @@ def places_of(query_h, query_w, key_h, key_w, members_h, members_w, KERNEL_H: tl
 @triton.jit(do_not_specialize=MIX_SIZES)
 def mix_forward(
     query, taps, value, tap_bias, rpb, out, lse, scale, heads, height, width, dilation_h, dilation_w,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
+    tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAPS: tl.constexpr,
     TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tile_h x tile_w <= QUERIES queries of one image and head."""
+    """A tile of at most QUERIES queries of one image and head."""
     size: tl.constexpr = KERNEL_H * KERNEL_W
-    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, a tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -169,7 +167,7 @@ def score_gradients(
 @triton.jit(do_not_specialize=MIX_SIZES)
 def mix_backward_query(
     grad, query, taps, value, tap_bias, rpb, out, lse, dquery, delta, scale, heads, height, width,
-    dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w,
+    dilation_h, dilation_w, tiles_h, tiles_w,
     stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
@@ -177,12 +175,10 @@ def mix_backward_query(
 ):  # fmt: skip
     """Gradient of a tile of queries, PART places at a time, and `delta = sum(grad * out)` of each, for the taps."""
     size: tl.constexpr = KERNEL_H * KERNEL_W
-    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, a tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -214,7 +210,7 @@ def mix_backward_query(
 @triton.jit(do_not_specialize=MIX_SIZES)
 def mix_backward_taps(
     grad, query, taps, value, tap_bias, rpb, lse, delta, dtaps, dtap_bias, drpb, scale,
-    heads, height, width, dilation_h, dilation_w, share, shares, tile_h, tile_w, tiles_h, tiles_w,
+    heads, height, width, dilation_h, dilation_w, share, shares, tiles_h, tiles_w,
     stride_b, stride_h, stride_w, stride_n, value_b, value_h, value_w, value_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
@@ -242,16 +238,13 @@ def mix_backward_taps(
     sum_bias = tl.zeros([PART], tl.float32)
     table = tl.zeros([ROWS, COLUMNS], tl.float32)  # the flattened bias table, padded at its end
     for tile in range(begin, tl.minimum(begin + share, all_tiles)):
-        _, at_h, at_w, class_h, class_w, _, members_h, members_w = locate(
+        _, first_h, first_w, size_h, size_w, class_h, class_w, _, members_h, members_w = locate(
             tile * heads, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
         )
-        first_h, first_w = at_h * tile_h, at_w * tile_w
-        size_h = tl.maximum(tl.minimum(tile_h, members_h - first_h), 0)
-        size_w = tl.maximum(tl.minimum(tile_w, members_w - first_w), 0)
         query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
         start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
         start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
-        # In a class with one member less, the last tile may be empty. Then it has no query and needs no key.
+        # In a class with one member less, a tile may be empty. Then it has no query and needs no key.
         extent_h = tl.where((size_h > 0) & (size_w > 0), extent_h, 0)
         row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
         pixels = (row * width + column) * heads + head
@@ -295,7 +288,7 @@ def mix_backward_taps(
 @triton.jit(do_not_specialize=MIX_SIZES)
 def mix_backward_value(
     grad, query, taps, tap_bias, rpb, lse, dvalue, scale, heads, height, width, dilation_h, dilation_w,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     TAP_BIAS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -305,11 +298,9 @@ def mix_backward_value(
     Scores of PART places at a time are moved to the keys: all of them would need more registers than threads have.
     """
     size: tl.constexpr = KERNEL_H * KERNEL_W
-    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
     if (size_h <= 0) | (size_w <= 0):
         return
     key_h, key_w, exists = places(0, KEYS, first_h, first_w, size_h, size_w)

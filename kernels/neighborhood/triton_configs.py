@@ -34,11 +34,18 @@ REGISTERS = {
     ("forward_whole", 64): (19.0, 3.4),
     ("backward_key_whole", 16): (50.0, 5.1),
 }
+# Limits that a tuning run tries, by kernel and warps, in registers of a thread: more programs at a time for some values
+# that the compiler spills (none to 24 bytes; 72 in the third).
+FEWER = {
+    ("forward_whole", 1): 184, ("forward_whole", 2): 128, ("backward_query_whole", 2): 200,
+    ("backward_query_whole", 4): 128, ("backward_key_whole", 2): 168, ("backward_key_whole", 4): 128,
+    ("backward_dense", 4): 168,
+}  # fmt: skip
 MAX_OTHER = {"forward_whole": 256, "backward_query_whole": 128, "backward_key_whole": 128}
 MAX_SHARED = 65536  # bytes, in one stage, of the two maps that a program reads most from
 DENSE_MAX_BYTES = 8192  # size of a block of float32 tokens, which stays in registers (no tensor cores in float32)
 
-# NOT yet measured: chosen from the compiler's reports (registers, shared memory), to be replaced by a tuning run.
+# Chosen from the compiler's reports (registers, shared memory). No shape that was measured on a GPU uses these kernels.
 # A number of registers is given where the compiler spilled without one.
 TABLE: Table = {
     ("forward_tiled", 32, 2): Config(64, 32, 4, 3),
@@ -129,7 +136,7 @@ def at_a_time(kind: str, cut: Cut, block_d: int, itemsize: int) -> int:
     config = cut.config
     own, other = sorted((config.queries, config.keys))
     base, each = REGISTERS.get((kind, own), (100.0, 4.0))
-    registers = min(255, base + each * own * other / (32 * config.warps))
+    registers = min(config.registers or 255, base + each * own * other / (32 * config.warps))
     buffers = config.stages - (own == 16)
     shared = 5120 + buffers * (own + 2 * other) * block_d * itemsize
     return max(1, min(int(65536 / (32 * config.warps * registers)), 227 * 1024 // shared))
@@ -144,9 +151,9 @@ def tiled(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: int, dev
 def square(rows: Axis, columns: Axis, block: int, config: Config) -> Cut:
     """Cut a map into nearly square, nearly equal tiles of at most `block` tokens."""
     side = 1 << ((block.bit_length() - 1) // 2)
-    tile_h = _even(rows.members[0], side)
-    tile = tile_h, _even(columns.members[0], block // tile_h)
-    return _of_tile(rows, columns, tile, config)
+    tiles_h = math.ceil(rows.members[0] / side)
+    tile_h = math.ceil(rows.members[0] / tiles_h)
+    return _of_tiles(rows, columns, (tiles_h, math.ceil(columns.members[0] / (block // tile_h))), config)
 
 
 def candidates(key: Key, default: Config) -> list[Config]:
@@ -170,7 +177,10 @@ def candidates(key: Key, default: Config) -> list[Config]:
             # A warp multiplies 16 rows. In a backward pass, 64 scores per thread need too many registers.
             most = 64 if key.kernel == "forward_whole" or own == 64 else 32
             if warps <= max(4, own // 16) and own // 16 <= 2 * warps and own * other / (32 * warps) <= most:
-                found.append((order * 3, Config(queries, keys, warps, stages)))
+                fewer = FEWER.get((key.kernel, warps)) if stages == 3 and order == 0 else None
+                found += [
+                    (order * 3, Config(queries, keys, warps, stages, limit)) for limit in dict.fromkeys((None, fewer))
+                ]
     by_worth = sorted(enumerate(found), key=lambda pair: pair[0] + pair[1][0])
     return [config for _, (_, config) in by_worth if config != default]
 
@@ -196,7 +206,9 @@ def _whole_block(kind: str, rows: Axis, columns: Axis, block_d: int, itemsize: i
     elif kind != "backward_query_whole" and own == 16 and other <= 128 and block_d == 32:
         warps = 2
     queries, keys = (other, own) if kind == "backward_key_whole" else (own, other)
-    return Config(queries, keys, warps, stages)
+    # With 200 registers, nothing spills, and a multiprocessor runs five programs instead of four.
+    five = kind == "backward_key_whole" and (own, other, block_d, itemsize) == (16, 128, 32, 2)
+    return Config(queries, keys, warps, stages, 200 if five else None)
 
 
 def _blocks(
@@ -231,45 +243,43 @@ def _cut_whole(kind: str, rows: Axis, columns: Axis, config: Config) -> Cut | No
     """None if no tile fits, for example with a tuned row that is older than the current blocks."""
     queries, keys = config.queries, config.keys
     fit = _fit(kind, rows, columns, *((keys, queries) if kind == "backward_key_whole" else (queries, keys)))
-    return None if fit is None else _of_tile(rows, columns, fit[1], config)
+    return None if fit is None else _of_tiles(rows, columns, fit[1], config)
 
 
-def _of_tile(rows: Axis, columns: Axis, tile: tuple[int, int], config: Config) -> Cut:
-    tiles = math.ceil(rows.members[0] / tile[0]), math.ceil(columns.members[0] / tile[1])
+def _of_tiles(rows: Axis, columns: Axis, tiles: tuple[int, int], config: Config) -> Cut:
+    tile = math.ceil(rows.members[0] / tiles[0]), math.ceil(columns.members[0] / tiles[1])
     return Cut(tile, tiles, config)
 
 
 @functools.lru_cache(maxsize=2048)
 def _fit(kind: str, rows: Axis, columns: Axis, own: int, other: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The best tile of at most `own` tokens that meets at most `other` tokens, as `((tiles, tokens met), tile)`.
+    """The best cut into tiles of at most `own` tokens that meet at most `other`: `((tiles, tokens met), tiles of both
+    axes)`.
 
     Best: the fewest tiles, then the fewest tokens met. None if no tile fits.
     """
     found = []
-    for count in range(1, rows.members[0] + 1):
-        tile_h = math.ceil(rows.members[0] / count)
-        met_h = _met(kind, rows, tile_h)
-        if tile_h > own or met_h > other:
+    for tile_h in range(min(own, rows.members[0]), 0, -1):
+        tiles_h = math.ceil(rows.members[0] / tile_h)
+        met_h = _met(kind, rows, tiles_h)
+        if met_h > other:
             continue
         for tile_w in range(min(own // tile_h, columns.members[0]), 0, -1):
-            met_w = _met(kind, columns, tile_w)
-            if met_h * met_w <= other:
-                tile_w = _even(columns.members[0], tile_w)
-                tiles = math.ceil(rows.members[0] / tile_h) * math.ceil(columns.members[0] / tile_w)
-                found.append(((tiles, met_h * _met(kind, columns, tile_w)), (tile_h, tile_w)))
+            tiles_w = math.ceil(columns.members[0] / tile_w)
+            met = met_h * _met(kind, columns, tiles_w)
+            if met <= other:
+                found.append(((tiles_h * tiles_w, met), (tiles_h, tiles_w)))
                 break
-        if tile_h == 1:
-            break
     return min(found) if found else None
 
 
 @functools.lru_cache(maxsize=2048)
-def _met(kind: str, axis: Axis, tile: int) -> int:
+def _met(kind: str, axis: Axis, tiles: int) -> int:
     """Along an axis, the largest number of keys that a tile of queries sees (or of queries that see a tile of keys)."""
     most, kernel = 0, axis.kernel
     for members in axis.members:
-        for first in range(0, members, tile):
-            last = min(first + tile, members) - 1
+        for tile in range(tiles):
+            first, last = tile * members // tiles, (tile + 1) * members // tiles - 1
             if kind == "backward_key_whole":
                 start = 0 if first < kernel else first - kernel // 2
                 end = members if last >= members - kernel else last + kernel // 2 + 1
@@ -278,11 +288,6 @@ def _met(kind: str, axis: Axis, tile: int) -> int:
                 end = min(end + kernel, members)
             most = max(most, end - start)
     return most
-
-
-def _even(members: int, tile: int) -> int:
-    """The smallest tile size that cuts `members` into as many tiles as `tile` does."""
-    return math.ceil(members / math.ceil(members / tile))
 
 
 def _power_of_two(number: int) -> int:

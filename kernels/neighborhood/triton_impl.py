@@ -22,6 +22,7 @@ from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_stri
 from hybridzoo.kernels.tuning import Config
 
 MAX_IMAGES = 64  # per program
+MAX_OFFSET = 2**31  # elements: offsets from the first image of a program have 32 bits
 START = {"forward_whole": 1.5, "backward_bias": 6.0}  # cost of a program's start, in images; other kernels: 2.5
 ENTRIES = 64  # entries of the bias table that one program of `bias_table` sums
 
@@ -166,11 +167,10 @@ def _table_recipe(call: _Call, first: Recipe) -> Recipe:
     """The recipe of the kernel that makes tables from the blocks of sums that `first` wrote."""
     known = first.arguments
     block = (known["TOKENS"],) * 2 if "TOKENS" in known else (known["QUERIES"], known["KEYS"])
-    tiles = dict(tile_h=call.shape[1], tile_w=call.shape[2], tiles_h=1, tiles_w=1)  # a dense group is one tile
-    tiles |= {name: known[name] for name in tiles if name in known}
-    groups = call.groups * tiles["tiles_h"] * tiles["tiles_w"]
-    arguments = known | tiles
-    arguments |= dict(chunks=first.programs // groups, groups=groups, QUERIES=block[0], KEYS=block[1], ENTRIES=ENTRIES)
+    tiles = dict(tiles_h=known.get("tiles_h", 1), tiles_w=known.get("tiles_w", 1))  # a dense group is one tile
+    groups = call.groups * math.prod(tiles.values())
+    arguments = known | tiles | dict(chunks=first.programs // groups, groups=groups)
+    arguments |= dict(QUERIES=block[0], KEYS=block[1], ENTRIES=ENTRIES)
     parts = math.ceil(math.prod(2 * k - 1 for k in call.window.kernel) / ENTRIES)
     return Recipe.of(triton_kernels.bias_table, groups * parts, arguments, Config(*block, warps=4, stages=2))
 
@@ -202,10 +202,12 @@ def _recipe(kind: str, call: _Call, cut: Cut, more: dict[str, Any] | None = None
     if kind in triton_configs.WHOLE or kind == "backward_bias":
         each = triton_configs.at_a_time(kind, cut, triton.next_power_of_2(head_dim), call.itemsize)
         images = _images(programs, batch, START.get(kind, 2.5), multiprocessors(call.device) * each)
+        apart = max(call.strides[0], height * width * max((more or {}).get("grad_token", 0), heads * head_dim))
+        images = min(images, max(1, MAX_OFFSET // max(1, apart) - 1))
     arguments = dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False)) | dict(
-        scale=window.scale, batch=batch, heads=heads, height=height, width=width, images=images,
-        dilation_h=window.dilation[0], dilation_w=window.dilation[1],
-        tile_h=cut.tile[0], tile_w=cut.tile[1], tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
+        scale=window.scale, NEGATIVE=window.scale < 0, batch=batch, heads=heads, height=height, width=width,
+        dilation_h=window.dilation[0], dilation_w=window.dilation[1], images=images,
+        tiles_h=cut.tiles[0], tiles_w=cut.tiles[1],
         KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1],
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
         QUERIES=cut.config.queries, KEYS=cut.config.keys, BIAS=call.bias, PRECISION=call.precision,

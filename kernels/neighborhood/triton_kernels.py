@@ -24,9 +24,27 @@ at least seven maps, or eleven in two passes. What comes on top of that, per ima
 
 * reads from L2: a tile of 4 x 4 queries loads 100 keys and values, 6.25 of each per query (5 x 5 of 32 rows: 4.8);
 * scores: 128 per query, 2.6 times as many as needed (for a dense 7 x 7 group 64 x 64 instead of 49 x 49, 1.7 times).
-  Each score needs an exponential (a multiprocessor computes 16 per cycle) and about 7 instructions (76 in the kernels
-  that compute bias and mask for every score);
-* about 200 instructions of every warp for addresses, fragments and barriers, so few warps are faster than many.
+  Each score needs an exponential (a multiprocessor computes 16 per cycle) and 4 to 6 other instructions (76 in the
+  kernels that compute bias and mask for every score);
+* 150 to 200 instructions of every warp for addresses, fragments and barriers, so few warps are faster than many.
+
+So that a score costs little, the bias is divided by the scale once, and the tensor cores add it: products start from
+it. Offsets from a program's first image have 32 bits, so that an address is one multiply-add, and its offset one
+register. Tiles differ in size by one token: maps of 14 x 14 need 16 tiles of keys; in equal tiles they needed 28.
+Instructions of all warps for one tile and image, in the code of Triton 3.6 for sm_90, with the blocks tuned on an H100:
+
+    56 x 56, dilation 1    forward 708 (863 before), registers 249; queries 986 (1,178), 244; keys 1,052 (1,090), 200
+    56 x 56, dilation 8    forward 1,464 (1,706), registers 253; backward 2,072 (2,264), 230
+    14 x 14, dilation 1    keys of a head: 16 tiles, 16,800 (28 tiles, 30,500)
+
+With 200 registers instead of 255, five programs of the keys' pass share a multiprocessor instead of four. The times in
+`benchmarks/results` are older than these numbers.
+
+Tried with the compiler for sm_90, and left out: each warp its own keys (batched products: 677 instructions a warp
+instead of 567, because operands go through shared memory); two halves of the keys, one after the other (as many
+registers: they hold offsets and fragments, not scores); `sum(grad * out)` instead of `sum(weights * d(weights))` (25
+instructions fewer, but the pipeline does not prefetch `out`); reading neighboring tiles through the L1 cache (copies to
+shared memory bypass it).
 
 Launches: one forward; two backward (one for a dense group), and two more for the bias: `bias_table` and a sum.
 """
@@ -40,15 +58,16 @@ from hybridzoo.kernels.triton_common import LOG2E, UNSEEN, load_tokens, store_to
 
 # Sizes change in multi-scale training, so the kernels are not compiled again for each of them.
 SIZES = [
-    "batch", "heads", "height", "width", "dilation_h", "dilation_w", "images", "tile_h", "tile_w", "tiles_h", "tiles_w",
+    "batch", "heads", "height", "width", "dilation_h", "dilation_w", "images", "tiles_h", "tiles_w",
 ]  # fmt: skip
 
 
 @triton.jit
 def locate(program, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w):
-    """Head, tile, residue class, and image (or chunk of images) of a program, and the members of its class.
+    """Head, tile (first place and size), residue class, image (or chunk of images), and members of the class.
 
-    Heads vary fastest, because the heads of a token are neighbors in memory.
+    Heads vary fastest, because the heads of a token are neighbors in memory. The sizes of tiles differ by at most one:
+    at both ends, where windows are shifted inward, smaller tiles meet as many tokens as larger ones in the middle.
     """
     head = program % heads
     program = program // heads
@@ -64,7 +83,9 @@ def locate(program, heads, height, width, dilation_h, dilation_w, tiles_h, tiles
     rest = program // classes_h
     members_h = (height - class_h + dilation_h - 1) // dilation_h
     members_w = (width - class_w + dilation_w - 1) // dilation_w
-    return head, tile_h, tile_w, class_h, class_w, rest, members_h, members_w
+    first_h, first_w = tile_h * members_h // tiles_h, tile_w * members_w // tiles_w
+    size_h, size_w = (tile_h + 1) * members_h // tiles_h - first_h, (tile_w + 1) * members_w // tiles_w - first_w
+    return head, first_h, first_w, size_h, size_w, class_h, class_w, rest, members_h, members_w
 
 
 @triton.jit
@@ -131,6 +152,13 @@ def bias_of(
 
 
 @triton.jit
+def factor_of(scale):
+    """What converts dot products to scores in base 2, but at least 1e-8: bias and UNSEEN are divided by it."""
+    factor = scale * LOG2E
+    return tl.where(tl.abs(factor) < 1e-8, 1e-8, factor)
+
+
+@triton.jit
 def delta_of(g, o, grad_lse, GRAD_LSE: tl.constexpr):
     """`delta` of every query in d(scores) = weights * (d(weights) - delta).
 
@@ -175,17 +203,18 @@ def store_block(blocks, scores):
 @triton.jit(do_not_specialize=SIZES)
 def forward_whole(
     query, key, value, rpb, out, lse, scale, batch, heads, height, width, dilation_h, dilation_w, images,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of queries to all keys that any of them sees, in `images` images."""
-    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+    """Attention of a tile of queries to all keys that any of them sees, in `images` images.
+
+    NEGATIVE: the scale is; then the queries are negated, because the maximum is taken over dot products.
+    """
+    head, first_h, first_w, size_h, size_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, a tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -198,24 +227,35 @@ def forward_whole(
     bias = bias_of(
         rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
     )
+    factor = tl.abs(factor_of(scale))
+    bias *= 1.0 / factor  # the products start from it
 
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     query_offsets = row * stride_h + column * stride_w
     pixels = (row * width + column) * heads + head  # offsets in a contiguous (height, width, heads)
     key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
-    for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
-        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
-        first_pixel = tl.cast(image, tl.int64) * height * width * heads
-        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D, some)
-        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D, some)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
-        largest = tl.max(scores, 1)
-        weights = tl.exp2(scores - largest[:, None])
+    first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
+    image_pixels = height * width * heads
+    query += first * stride_b + head * stride_n
+    key += first * stride_b + head * stride_n
+    value += first * stride_b + head * stride_n
+    out += first * image_pixels * HEAD_DIM
+    lse += first * image_pixels
+    for image in range(tl.minimum(images, batch - chunk * images)):
+        start = image * stride_b
+        first_pixel = image * image_pixels
+        q = load_tokens(query, query_offsets + start, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key, key_offsets + start, HEAD_DIM, BLOCK_D, some)
+        v = load_tokens(value, key_offsets + start, HEAD_DIM, BLOCK_D, some)
+        if NEGATIVE:
+            q = -q
+        scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION)
+        largest = tl.max(scores, 1) * factor
+        weights = tl.exp2(scores * factor - largest[:, None])
         total = tl.sum(weights, 1)
-        result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
-        store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
-        tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+        result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
+        store_tokens(out, (pixels + first_pixel) * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
+        tl.store(lse + (pixels + first_pixel), (largest + tl.log2(total)) / LOG2E, mask=exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -227,7 +267,7 @@ def backward_dense(
     GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a group of at most TOKENS tokens that all see each other, in `images` images."""
-    head, _, _, class_h, class_w, chunk, members_h, members_w = locate(
+    head, _, _, _, _, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, 1, 1
     )
     h, w, exists = places(0, TOKENS, 0, 0, members_h, members_w)
@@ -236,37 +276,50 @@ def backward_dense(
         rpb + head * (2 * KERNEL_H - 1) * (2 * KERNEL_W - 1),
         h[:, None], w[:, None], h[None, :], w[None, :], seen, KERNEL_H, KERNEL_W, BIAS,
     )  # fmt: skip
+    factor = factor_of(scale)
+    bias *= 1.0 / factor  # the products start from it
     row, column = class_h + h * dilation_h, class_w + w * dilation_w
     offsets = row * stride_h + column * stride_w
     pixels = (row * width + column) * heads + head
     grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
     dbias = tl.zeros([TOKENS, TOKENS], tl.float32)
-    for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
-        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
-        first_pixel = tl.cast(image, tl.int64) * height * width * heads
-        first_grad = tl.cast(image, tl.int64) * height * width * grad_token
-        q = load_tokens(query + start, offsets, HEAD_DIM, BLOCK_D, exists)
-        k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D, exists)
-        v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D, exists)
-        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D, exists)
-        norm = tl.load(lse + first_pixel + pixels) * LOG2E
+    first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
+    image_pixels = height * width * heads
+    query += first * stride_b + head * stride_n
+    key += first * stride_b + head * stride_n
+    value += first * stride_b + head * stride_n
+    grad += first * image_pixels * HEAD_DIM
+    grad_lse += first * image_pixels
+    lse += first * image_pixels
+    dquery += first * height * width * grad_token
+    dkey += first * height * width * grad_token
+    dvalue += first * height * width * grad_token
+    for image in range(tl.minimum(images, batch - chunk * images)):
+        start = image * stride_b
+        first_pixel = image * image_pixels
+        first_grad = image * height * width * grad_token
+        q = load_tokens(query, offsets + start, HEAD_DIM, BLOCK_D, exists)
+        k = load_tokens(key, offsets + start, HEAD_DIM, BLOCK_D, exists)
+        v = load_tokens(value, offsets + start, HEAD_DIM, BLOCK_D, exists)
+        g = load_tokens(grad, (pixels + first_pixel) * HEAD_DIM, HEAD_DIM, BLOCK_D, exists)
+        norm = tl.load(lse + (pixels + first_pixel)) * LOG2E
         # Each gradient is stored before the next is computed, because registers are scarce: four matrices of scores.
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
-        weights = tl.exp2(scores - norm[:, None])
+        scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION)
+        weights = tl.exp2(scores * factor - norm[:, None])
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
-        store_tokens(dvalue + first_grad, grad_offsets, exists, dv, HEAD_DIM, BLOCK_D)
+        store_tokens(dvalue, grad_offsets + first_grad, exists, dv, HEAD_DIM, BLOCK_D)
         dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         d = tl.sum(weights * dweights, 1)  # like `delta_of`, but without `out`, because all keys are in this block
         if GRAD_LSE:
-            d -= tl.load(grad_lse + first_pixel + pixels)
+            d -= tl.load(grad_lse + (pixels + first_pixel))
         dscores = weights * (dweights - d[:, None])
         if WANT_BIAS:
             dbias += dscores
         low = dscores.to(q.dtype)
         dk = tl.dot(tl.trans(low), q, input_precision=PRECISION) * scale
-        store_tokens(dkey + first_grad, grad_offsets, exists, dk, HEAD_DIM, BLOCK_D)
+        store_tokens(dkey, grad_offsets + first_grad, exists, dk, HEAD_DIM, BLOCK_D)
         dq = tl.dot(low, k, input_precision=PRECISION) * scale
-        store_tokens(dquery + first_grad, grad_offsets, exists, dq, HEAD_DIM, BLOCK_D)
+        store_tokens(dquery, grad_offsets + first_grad, exists, dq, HEAD_DIM, BLOCK_D)
     if WANT_BIAS:
         store_block(blocks, dbias)
 
@@ -275,17 +328,15 @@ def backward_dense(
 def backward_query_whole(
     grad, grad_lse, query, key, value, rpb, lse, dquery, delta, blocks, scale,
     batch, heads, height, width, dilation_h, dilation_w, images,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
+    tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr,
     WANT_BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries and of the bias, and each query's `delta` (see `delta_of`), in `images` images."""
-    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
     start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
@@ -297,6 +348,8 @@ def backward_query_whole(
     bias = bias_of(
         rpb, query_h[:, None], query_w[:, None], key_h[None, :], key_w[None, :], seen, KERNEL_H, KERNEL_W, BIAS
     )
+    factor = factor_of(scale)
+    bias *= 1.0 / factor  # the products start from it
 
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     query_offsets = row * stride_h + column * stride_w
@@ -304,29 +357,39 @@ def backward_query_whole(
     grad_offsets = (row * width + column) * grad_token + head * HEAD_DIM
     key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
     dbias = tl.zeros([QUERIES, KEYS], tl.float32)
-    # In a class with one member less, the last tile may be empty. Then the program writes a table of zeros.
-    stop = tl.where((size_h > 0) & (size_w > 0), tl.minimum((chunk + 1) * images, batch), 0)
-    for image in range(chunk * images, stop):
-        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
-        first_pixel = tl.cast(image, tl.int64) * height * width * heads
-        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D, some)
-        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D, some)
-        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
-        norm = tl.load(lse + first_pixel + pixels) * LOG2E
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
-        weights = tl.exp2(scores - norm[:, None])
+    # In a class with one member less, a tile may be empty. Then the program writes a table of zeros.
+    count = tl.where((size_h > 0) & (size_w > 0), tl.minimum(images, batch - chunk * images), 0)
+    first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
+    image_pixels = height * width * heads
+    query += first * stride_b + head * stride_n
+    key += first * stride_b + head * stride_n
+    value += first * stride_b + head * stride_n
+    grad += first * image_pixels * HEAD_DIM
+    grad_lse += first * image_pixels
+    lse += first * image_pixels
+    delta += first * image_pixels
+    dquery += first * height * width * grad_token
+    for image in range(count):
+        start = image * stride_b
+        first_pixel = image * image_pixels
+        q = load_tokens(query, query_offsets + start, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key, key_offsets + start, HEAD_DIM, BLOCK_D, some)
+        v = load_tokens(value, key_offsets + start, HEAD_DIM, BLOCK_D, some)
+        g = load_tokens(grad, (pixels + first_pixel) * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + (pixels + first_pixel)) * LOG2E
+        scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION)
+        weights = tl.exp2(scores * factor - norm[:, None])
         dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         d = tl.sum(weights * dweights, 1)  # like `delta_of`, but without `out`, because all keys are in this block
         if GRAD_LSE:
-            d -= tl.load(grad_lse + first_pixel + pixels)
-        tl.store(delta + first_pixel + pixels, d, mask=exists)
+            d -= tl.load(grad_lse + (pixels + first_pixel))
+        tl.store(delta + (pixels + first_pixel), d, mask=exists)
         dscores = weights * (dweights - d[:, None])
         if WANT_BIAS:
             dbias += dscores
         dq = tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION) * scale
-        first_grad = tl.cast(image, tl.int64) * height * width * grad_token
-        store_tokens(dquery + first_grad, grad_offsets, exists, dq, HEAD_DIM, BLOCK_D)
+        first_grad = image * height * width * grad_token
+        store_tokens(dquery, grad_offsets + first_grad, exists, dq, HEAD_DIM, BLOCK_D)
     if WANT_BIAS:
         store_block(blocks, dbias)
 
@@ -335,7 +398,7 @@ def backward_query_whole(
 def backward_key_whole(
     grad, query, key, value, rpb, lse, delta, dkey, dvalue, scale,
     batch, heads, height, width, dilation_h, dilation_w, images,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
+    tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -343,11 +406,9 @@ def backward_key_whole(
 
     Scores are transposed, keys by queries, so that no product has to transpose them.
     """
-    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
     if (size_h <= 0) | (size_w <= 0):
         return
     key_h, key_w, exists = places(0, KEYS, first_h, first_w, size_h, size_w)
@@ -361,6 +422,8 @@ def backward_key_whole(
     bias = bias_of(
         rpb, query_h[None, :], query_w[None, :], key_h[:, None], key_w[:, None], seen, KERNEL_H, KERNEL_W, BIAS
     )
+    factor = factor_of(scale)
+    bias *= 1.0 / factor  # the products start from it
 
     row, column = class_h + key_h * dilation_h, class_w + key_w * dilation_w
     key_offsets = row * stride_h + column * stride_w
@@ -368,28 +431,38 @@ def backward_key_whole(
     row, column = class_h + query_h * dilation_h, class_w + query_w * dilation_w
     query_offsets = row * stride_h + column * stride_w
     pixels = (row * width + column) * heads + head
-    for image in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
-        start = tl.cast(image, tl.int64) * stride_b + head * stride_n
-        first_pixel = tl.cast(image, tl.int64) * height * width * heads
-        k = load_tokens(key + start, key_offsets, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value + start, key_offsets, HEAD_DIM, BLOCK_D)
-        q = load_tokens(query + start, query_offsets, HEAD_DIM, BLOCK_D, some)
-        g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D, some)
-        norm = tl.load(lse + first_pixel + pixels) * LOG2E
-        d = tl.load(delta + first_pixel + pixels)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
-        weights = tl.exp2(scores - norm[None, :])
+    first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
+    image_pixels = height * width * heads
+    query += first * stride_b + head * stride_n
+    key += first * stride_b + head * stride_n
+    value += first * stride_b + head * stride_n
+    grad += first * image_pixels * HEAD_DIM
+    lse += first * image_pixels
+    delta += first * image_pixels
+    dkey += first * height * width * grad_token
+    dvalue += first * height * width * grad_token
+    for image in range(tl.minimum(images, batch - chunk * images)):
+        start = image * stride_b
+        first_pixel = image * image_pixels
+        k = load_tokens(key, key_offsets + start, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value, key_offsets + start, HEAD_DIM, BLOCK_D)
+        q = load_tokens(query, query_offsets + start, HEAD_DIM, BLOCK_D, some)
+        g = load_tokens(grad, (pixels + first_pixel) * HEAD_DIM, HEAD_DIM, BLOCK_D, some)
+        norm = tl.load(lse + (pixels + first_pixel)) * LOG2E
+        d = tl.load(delta + (pixels + first_pixel))
+        scores = tl.dot(k, tl.trans(q), bias, input_precision=PRECISION)
+        weights = tl.exp2(scores * factor - norm[None, :])
         dscores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
         dv = tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
         dk = tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION) * scale
-        first_grad = tl.cast(image, tl.int64) * height * width * grad_token
-        store_tokens(dvalue + first_grad, grad_offsets, exists, dv, HEAD_DIM, BLOCK_D)
-        store_tokens(dkey + first_grad, grad_offsets, exists, dk, HEAD_DIM, BLOCK_D)
+        first_grad = image * height * width * grad_token
+        store_tokens(dvalue, grad_offsets + first_grad, exists, dv, HEAD_DIM, BLOCK_D)
+        store_tokens(dkey, grad_offsets + first_grad, exists, dk, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "chunks", "groups"])
 def bias_table(
-    blocks, partial, chunks, groups, heads, height, width, dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w,
+    blocks, partial, chunks, groups, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """ENTRIES entries of the gradient of the bias for one tile: sum the blocks of its programs, then pick by offset."""
@@ -397,12 +470,10 @@ def bias_table(
     parts: tl.constexpr = (size + ENTRIES - 1) // ENTRIES
     group = tl.program_id(0) // parts
     entry = tl.program_id(0) % parts * ENTRIES + tl.arange(0, ENTRIES)
-    _, at_h, at_w, _, _, _, members_h, members_w = locate(
+    _, first_h, first_w, size_h, size_w, _, _, _, members_h, members_w = locate(
         group, heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, tl.maximum(size_h, 0), tl.maximum(size_w, 0))
+    query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
     start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
     inside = tl.arange(0, QUERIES)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
@@ -418,17 +489,15 @@ def bias_table(
 @triton.jit(do_not_specialize=SIZES)
 def forward_tiled(
     query, key, value, rpb, out, lse, scale, heads, height, width, dilation_h, dilation_w,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of tile_h x tile_w <= QUERIES queries to the keys that any of them sees, KEYS at a time."""
-    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+    """Attention of a tile of at most QUERIES queries to the keys that any of them sees, KEYS at a time."""
+    head, first_h, first_w, size_h, size_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, a tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -465,7 +534,7 @@ def forward_tiled(
         largest = larger
 
     first_pixel = tl.cast(image, tl.int64) * height * width * heads
-    result = result / total[:, None]
+    result *= (1.0 / total)[:, None]
     store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
     tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
 
@@ -473,17 +542,15 @@ def forward_tiled(
 @triton.jit(do_not_specialize=SIZES)
 def backward_query(
     grad, grad_lse, query, key, value, rpb, out, lse, dquery, delta, scale, heads, height, width,
-    dilation_h, dilation_w, tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
+    dilation_h, dilation_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, and `delta` (see `delta_of`) of each query, which the other two passes read."""
-    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
-    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, the last tile may be empty
+    if (size_h <= 0) | (size_w <= 0):  # in a class with one member less, a tile may be empty
         return
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
@@ -526,7 +593,7 @@ def backward_query(
 @triton.jit(do_not_specialize=SIZES)
 def backward_key(
     grad, query, key, value, rpb, lse, delta, dkey, dvalue, scale, heads, height, width, dilation_h, dilation_w,
-    tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
+    tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n, grad_token,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -534,11 +601,9 @@ def backward_key(
 
     Scores are transposed, keys by queries, so that no product has to transpose them.
     """
-    head, at_h, at_w, class_h, class_w, image, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, image, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
     if (size_h <= 0) | (size_w <= 0):
         return
     key_h, key_w, exists = places(0, KEYS, first_h, first_w, size_h, size_w)
@@ -583,16 +648,14 @@ def backward_key(
 @triton.jit(do_not_specialize=SIZES)
 def backward_bias(
     grad, query, key, value, rpb, lse, delta, partial, scale, batch, heads, height, width, dilation_h, dilation_w,
-    images, tile_h, tile_w, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
+    images, tiles_h, tiles_w, stride_b, stride_h, stride_w, stride_n,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the bias for a tile of queries of `images` images."""
-    head, at_h, at_w, class_h, class_w, chunk, members_h, members_w = locate(
+    head, first_h, first_w, size_h, size_w, class_h, class_w, chunk, members_h, members_w = locate(
         tl.program_id(0), heads, height, width, dilation_h, dilation_w, tiles_h, tiles_w
     )
-    first_h, first_w = at_h * tile_h, at_w * tile_w
-    size_h, size_w = tl.minimum(tile_h, members_h - first_h), tl.minimum(tile_w, members_w - first_w)
     query_h, query_w, exists = places(0, QUERIES, first_h, first_w, size_h, size_w)
     start_h, extent_h = keys_of(first_h, size_h, members_h, KERNEL_H)
     start_w, extent_w = keys_of(first_w, size_w, members_w, KERNEL_W)
