@@ -17,9 +17,9 @@ import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and 
 from hybridzoo.train import coco, measures, scenes, views
 from hybridzoo.train.data import labels
 from hybridzoo.train.data.report import divided, how_of, place_of
-from hybridzoo.train.images import ImageError
 from hybridzoo.train.layouts import SPLITS, Layout, OnBad, Place, detection_layout, inspect_detection
-from hybridzoo.train.lost import Lost
+from hybridzoo.train.lost import SkipsLost
+from hybridzoo.train.nodes import dicts
 
 with scenes.quietly():
     from mmdet.datasets import CocoDataset
@@ -61,7 +61,7 @@ class _Annotations(COCO):  # type: ignore[misc]
 
 
 @DATASETS.register_module()
-class CocoScenes(CocoDataset):
+class CocoScenes(SkipsLost, CocoDataset):
     """mmdet's COCO dataset, with annotations repaired by `hybridzoo.train.coco`.
 
     Args:
@@ -88,16 +88,7 @@ class CocoScenes(CocoDataset):
         self.masks = masks
         with scenes.quietly():  # pycocotools prints
             super().__init__(*args, **kwargs)
-        self.lost = Lost(len(self)) if on_bad == "skip" and not self.test_mode else None
-
-    def prepare_data(self, index: int) -> Any:
-        try:
-            return super().prepare_data(index)
-        except ImageError as error:
-            if self.lost is None:
-                raise
-            self.lost.add(index, error)
-            return None  # mmengine draws another one
+        self.skip_lost(on_bad)
 
     def COCOAPI(self, file: str) -> _Annotations:
         folder = Path(self.data_prefix["img"])
@@ -327,7 +318,7 @@ def _drop_empty_boxes(config: Config) -> None:
     `RandomCrop(recompute_bbox=True)` gives [0, 0, 0, 0] for an object whose box overlaps the crop and whose mask does
     not; its box loss is infinite. A sample without any other object is replaced by another one, as `RandomCrop` does.
     """
-    for loader in scenes.dicts(config.get("train_dataloader")):
+    for loader in dicts(config.get("train_dataloader")):
         steps = loader.get("pipeline")
         kinds = [str(step.get("type")).split(".")[-1] for step in steps or []]
         if "PackDetInputs" in kinds and "FilterAnnotations" not in kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -34,3 +35,22 @@ class Lost:
         if 2 * lost > count:
             raise UserError(f"{lost} of {count} training images cannot be read any more; the last: {error}") from error
         print(printable(f"skipping an image that cannot be read any more, {lost} so far: {error}"), file=sys.stderr)
+
+
+class SkipsLost:
+    """For a dataset of mmengine: a training image that cannot be read any more is replaced by another one."""
+
+    lost: Lost | None = None
+
+    def skip_lost(self: Any, on_bad: str) -> None:
+        """Once the dataset is made: whether to (`on_bad="skip"`) or to stop, as in validation and tests."""
+        self.lost = Lost(len(self)) if on_bad == "skip" and not self.test_mode else None
+
+    def prepare_data(self, index: int) -> Any:
+        try:
+            return super().prepare_data(index)  # type: ignore[misc]  # the dataset's
+        except ImageError as error:
+            if self.lost is None:
+                raise
+            self.lost.add(index, error)
+            return None  # mmengine draws another one

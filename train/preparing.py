@@ -17,6 +17,7 @@ from hybridzoo.train import config_check, resuming
 from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.names import TASKS
+from hybridzoo.train.nodes import dicts
 
 _runs = itertools.count()
 
@@ -153,21 +154,13 @@ def drop_missing_hooks(config: Config) -> None:
     config.default_hooks = {key: hook for key, hook in config.default_hooks.items() if hook is not None or key in own}
 
 
-def set_num_classes(node: Any, num_classes: int) -> None:
+def set_num_classes(model: Any, num_classes: int) -> None:
     """Set every ``num_classes`` in a model's config: of the classifier, or of the box, mask and decode heads."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == "num_classes":
-                node[key] = num_classes
-            else:
-                set_num_classes(value, num_classes)
-    elif isinstance(node, list | tuple):
-        for item in node:
-            set_num_classes(item, num_classes)
+    for part in dicts(model):
+        if "num_classes" in part:
+            part["num_classes"] = num_classes
 
 
-def count_classes(node: Any) -> int:
+def count_classes(model: Any) -> int:
     """The first ``num_classes`` in the config of a model, 0 without one."""
-    if isinstance(node, dict):
-        return int(node.get("num_classes") or next(filter(None, map(count_classes, node.values())), 0))
-    return next(filter(None, map(count_classes, node)), 0) if isinstance(node, list | tuple) else 0
+    return next((int(part["num_classes"]) for part in dicts(model) if part.get("num_classes")), 0)

@@ -26,6 +26,7 @@ from hybridzoo.checkpoints.reading import strange
 from hybridzoo.train import provenance, run_folder
 from hybridzoo.train.data.holdout import Holdout, holdout_of
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.nodes import dicts
 from hybridzoo.train.plain import printable, shown
 from hybridzoo.train.weights import read_checkpoint, unlike
 
@@ -317,7 +318,7 @@ def names_in(path: str | Path, meta: Any) -> tuple[str, ...]:
 
 def class_names(config: Config) -> tuple[str, ...]:
     """The class names of a configured run's training data, in the order of their indices; empty if unknown."""
-    for node in _dicts((config.get("train_dataloader") or config.get("test_dataloader") or {}).get("dataset")):
+    for node in dicts((config.get("train_dataloader") or config.get("test_dataloader") or {}).get("dataset")):
         names = node.get("classes") or (node.get("metainfo") or {}).get("classes")
         if names is None and node.get("type"):
             with DATASETS.switch_scope_and_registry(config.get("default_scope", "mmengine")) as registry:
@@ -344,22 +345,13 @@ def compare_classes(path: str | Path, theirs: Sequence[str], ours: Sequence[str]
 def skeleton(config: Config) -> nn.Module:
     """The config's model without values, to compare names and shapes."""
     model = copy.deepcopy(config.model)
-    for node in _dicts(model):
+    for node in dicts(model):
         for key in ("pretrained", "weights", "init_cfg"):
             if key in node:
                 node[key] = False if key == "pretrained" and isinstance(node[key], bool) else None
     scope = DefaultScope.overwrite_default_scope(config.get("default_scope", "mmengine"))
     with scope, torch.device("meta"), torch.random.fork_rng(devices=[]):
         return MODELS.build(model)
-
-
-def _dicts(node: Any) -> Any:
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for item in node:
-            yield from _dicts(item)
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mmengine import Config
 
 import hybridzoo.train.loading  # noqa: F401 - LoadImageFromFile, in the place of mmcv's
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.nodes import dicts
 
 
 @contextlib.contextmanager
@@ -87,13 +88,3 @@ def say(node: Any, **values: Any) -> None:
 def below(path: Path, root: Path) -> str:
     """A path for a config: relative to its data root, or the whole path."""
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-
-def dicts(node: Any) -> Iterator[Any]:
-    """`node` and all dicts inside it."""
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for item in node:
-            yield from dicts(item)

@@ -15,7 +15,7 @@ import hybridzoo.train.registration  # noqa: F401 - our backbone and necks, and 
 from hybridzoo.train import measures, scenes
 from hybridzoo.train.data.report import divided, how_of, place_of
 from hybridzoo.train.data.segmentation import is_cityscapes, renumbered
-from hybridzoo.train.images import ImageError, MaskError, read_mask, without_zero
+from hybridzoo.train.images import MaskError, read_mask, without_zero
 from hybridzoo.train.layouts import (
     IGNORED,
     SPLITS,
@@ -28,7 +28,8 @@ from hybridzoo.train.layouts import (
     masked_images,
     segmentation_layout,
 )
-from hybridzoo.train.lost import Lost
+from hybridzoo.train.lost import SkipsLost
+from hybridzoo.train.nodes import dicts
 
 with scenes.quietly():
     from mmseg.datasets import ADE20KDataset, BaseSegDataset
@@ -78,7 +79,7 @@ class LoadMask(LoadAnnotations):
 
 
 @DATASETS.register_module()
-class MaskScenes(BaseSegDataset):
+class MaskScenes(SkipsLost, BaseSegDataset):
     """Images with one-channel masks of class ids, without the files in `skipped` (full paths).
 
     Subfolders do not matter, nor suffixes unless they are given, see `hybridzoo.train.layouts.masked_images`. With
@@ -101,16 +102,7 @@ class MaskScenes(BaseSegDataset):
         self.source = source
         self.skipped = {Path(path) for path in skipped}
         super().__init__(*args, img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
-        self.lost = Lost(len(self)) if on_bad == "skip" and not self.test_mode else None
-
-    def prepare_data(self, index: int) -> Any:
-        try:
-            return super().prepare_data(index)
-        except ImageError as error:
-            if self.lost is None:
-                raise
-            self.lost.add(index, error)
-            return None  # mmengine draws another one
+        self.skip_lost(on_bad)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         shared = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
@@ -219,7 +211,7 @@ def configure(
                 reduce_zero_label=layout.zero_is_none,
             )
             scenes.say(dataset, stored=layout.stored, source=place.source())
-            for step in scenes.dicts(dataset.pipeline):
+            for step in dicts(dataset.pipeline):
                 if step.get("reduce_zero_label"):  # the data decide
                     step.reduce_zero_label = layout.zero_is_none
     for metric in scenes.evaluators(config, "IoUMetric"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from hybridzoo.train import names
 from hybridzoo.train.compose import network_of
 from hybridzoo.train.errors import UserError
+from hybridzoo.train.nodes import dicts
 from hybridzoo.train.weights import find_weights
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -143,7 +144,7 @@ def _resize(config: Config, side: int) -> set[str]:
         return keys
     size = config.model.get("data_preprocessor", {}).get("size")
     if not size:
-        scales = [step.scale for step in _steps(config.val_dataloader) if step.get("scale")]
+        scales = [step.scale for step in dicts(config.val_dataloader) if "type" in step and step.get("scale")]
         size = scales[0] if scales else None
     if not size:
         raise UserError(f"--img-size {side}: this config does not resize its images; change its pipelines instead")
@@ -156,8 +157,8 @@ def _resize(config: Config, side: int) -> set[str]:
 
     seen: set[int] = set()
     for key in LOADERS:
-        for step in _steps(config.get(key)):
-            if id(step) not in seen:
+        for step in dicts(config.get(key)):
+            if "type" in step and id(step) not in seen:
                 seen.add(id(step))
                 for name in ("scale", "scales", "crop_size", "img_scale", "max_size", "size"):
                     if step.get(name):
@@ -165,17 +166,6 @@ def _resize(config: Config, side: int) -> set[str]:
     if config.model.get("data_preprocessor", {}).get("size"):
         config.model.data_preprocessor.size = resized(config.model.data_preprocessor.size)
     return set()
-
-
-def _steps(node: Any) -> Iterator[Any]:
-    """All dicts with a type in a dataloader's config: the steps of its pipelines."""
-    if isinstance(node, dict):
-        if "type" in node:
-            yield node
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for item in node:
-            yield from _steps(item)
 
 
 # Weights to start from ------------------------------------------------------------------------------------------------
