@@ -23,12 +23,12 @@ from PIL import Image
 from hybridzoo import checkpoints
 from hybridzoo.__main__ import main
 from hybridzoo.train import published, raw, settle
-from hybridzoo.train.compose import read_network
 from hybridzoo.train.config import load_config
 from hybridzoo.train.engine import build_for_inference, prepare
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.export import exporting
 from hybridzoo.train.export.formats import FORMATS
+from hybridzoo.train.facts import read_network
 from hybridzoo.train.names import EVERYDAY, recipes
 from hybridzoo.train.predict import predict
 

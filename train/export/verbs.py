@@ -135,8 +135,8 @@ def export(
 
 def _network(name: str, weights: str | None, features: bool, options: list[str]) -> Source:
     from hybridzoo.train import networks
-    from hybridzoo.train.compose import read_network
     from hybridzoo.train.export import sources
+    from hybridzoo.train.facts import read_network
     from hybridzoo.train.overrides import parse_value
 
     arguments: dict[str, Any] = {}
