@@ -28,10 +28,6 @@ settings.register_profile("here", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--part", default="0/1", metavar="I/N", help="every Nth of the selected tests, from the Ith on")
-
-
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """A file's tests share a process and its fixtures; what is the same for all models goes model by model instead.
@@ -59,10 +55,7 @@ def pytest_collection_modifyitems(items):
     items[:] = [*forks, *alone, *(item for _, item in sorted(contract, key=lambda pair: pair[0])), *others]
 
 
-@pytest.hookimpl(trylast=True)  # of what `-m` and `-k` leave
-def pytest_collection_finish(session):
-    part, count = map(int, session.config.option.part.split("/"))
-    session.items[:] = session.items[part::count]
+def pytest_collection_finish():
     if sys.modules.get(HIDDEN, pytest) is None:
         del sys.modules[HIDDEN]
     gc.freeze()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,32 +41,3 @@ def test_imports_follow_the_order_of_the_rooms(room, file):
 
 def test_every_room_has_files():
     assert {room for room, _ in FILES} == set(MAY_IMPORT)
-
-
-IMPORTS = """
-import gc, importlib, os, pkgutil, sys
-import mmengine.hooks, mmengine.runner, mmengine.visualization, timm, torchvision, typer
-import hybridzoo
-
-gc.freeze()
-
-for room in ("kernels", "layers", "checkpoints", "backbones", "train"):
-    folder = os.path.dirname(importlib.util.find_spec(f"hybridzoo.{room}").origin)
-    for module in pkgutil.walk_packages([folder], f"hybridzoo.{room}."):
-        if module.name in sys.modules:  # `import hybridzoo` itself imports it
-            continue
-        child = os.fork()
-        if not child:
-            try:
-                importlib.import_module(module.name)
-            except Exception as problem:
-                print(f"{module.name}: {problem}", flush=True)
-            os._exit(0)
-        os.waitpid(child, 0)
-"""
-
-
-def test_every_module_can_be_imported_first():
-    """No module needs that another one was imported before it; libraries are loaded once, a fork imports each."""
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
-    assert done.stdout == ""

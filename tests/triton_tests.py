@@ -58,14 +58,11 @@ def assert_as_good(ours: Function, definition: Function, tensors: Sequence[Tenso
         assert (f.cpu().double() - e).abs().max() <= allowed
 
 
-def run_interpreted(request: pytest.FixtureRequest, files: list[Path], at_least: int, part: tuple[int, int]) -> None:
-    """Every test of these files that computes, in a process where Triton interprets its kernels on the CPU.
-
-    `part` is a number and a count: the tests are dealt out to so many calls, each of which has `at_least`.
-    """
+def run_interpreted(request: pytest.FixtureRequest, files: list[Path], at_least: int) -> None:
+    """Every test of these files that computes, in a process where Triton interprets its kernels on the CPU."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
     environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    options = ["-m", request.config.option.markexpr, "--part", "{}/{}".format(*part), "-p", "no:cacheprovider"]
+    options = ["-m", request.config.option.markexpr, "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-q", *options, *map(str, files)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

@@ -53,22 +53,6 @@ def test_the_names_known_without_timm_are_those_that_timm_registers():
     assert names.timm_models() == {name for name in timm.list_models(module="") if not registered[name]}
 
 
-def test_our_command_registers_the_models_when_it_needs_them(tmp_path):
-    """`python -m hybridzoo` knows no model at first; any other process knows them all once hybridzoo is imported."""
-    program = "import sys; import hybridzoo, timm; sys.exit(not timm.is_model('biformer_tiny'))"
-    script = tmp_path / "train.py"
-    script.write_text(program)
-    ours = subprocess.run([sys.executable, str(script), "-m", "hybridzoo"])
-    assert ours.returncode == 0, "somebody's own program, whatever its options are called"
-
-
-def test_the_command_knows_our_models_where_it_composes_a_run():
-    """Its process registers them late, and a recipe asks for them before any verb has imported the engine."""
-    program = "import sys; sys.argv = ['hybridzoo']; from hybridzoo.train import compose"
-    program += "; compose.read_network('maxvit_tiny')"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-
-
 TINY = ["model.name=test_resnet", "model.regions=none", "train_cfg.max_epochs=1", "train_dataloader.batch_size=4"]
 MISTAKES = [  # options of a config that libraries would refuse with a traceback, or not read at all
     ("train_cfg.max_epoch=3", ["train_cfg.max_epoch=3", "max_epochs"]),

@@ -545,34 +545,6 @@ def test_a_published_run_as_a_base(tmp_path):
         load_config(file)
 
 
-def test_a_config_of_another_project_needs_one_import(tmp_path):
-    file = tmp_path / "stranger.py"
-    file.write_text(
-        'custom_imports = dict(imports=["hybridzoo.train"])\n'
-        '_base_ = ["mmdet::_base_/models/retinanet_r50_fpn.py"]\n'
-        'model = dict(backbone=dict(_delete_=True, type="PyramidBackbone", name="test_convnext"),'
-        " neck=dict(in_channels=[24, 32, 48, 64]))\n"
-    )
-    import subprocess
-    import sys
-
-    code = f"""
-import json
-from mmengine import Config
-config = Config.fromfile({str(file)!r})
-import torch, warnings
-warnings.simplefilter("ignore")
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-register_all_modules()
-from mmcv.ops import nms
-kept = nms(torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9]]), torch.tensor([0.9, 0.8]), 0.5)[1]
-print(json.dumps([type(MODELS.build(config.model).backbone).__name__, kept.tolist()]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert json.loads(done.stdout.splitlines()[-1]) == ["PyramidBackbone", [0]]
-
-
 @pytest.mark.parametrize(
     "base",
     ["mmdet::_base_/models/retinanet_r50_fpn.py", "mmseg::_base_/datasets/ade20k.py", "mmdet::retinanet/nothing.py"],
