@@ -10,9 +10,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hybridzoo.backbones import ascan, dinat_isotropic, fastervit, maxvit, overlock, patnet, ravlt
 from hybridzoo.backbones.hosts import cswin
+from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.inference.attention import part
 from hybridzoo.layers.inference.fusing import Fixed, folds, swaps
-from hybridzoo.layers.inference.norms import fuse_norm_layer_eval
+from hybridzoo.layers.inference.norms import add_identity, folds_away, fuse_norm_layer_eval
 from hybridzoo.layers.inference.packed import FewImages
 from hybridzoo.layers.inference.partial import FusedPartialConv, fold_channel_attention, fold_spatial_gate
 from hybridzoo.layers.partial_attention import DynamicPartialConv, PartialChannelAttention, SpatialGate
@@ -27,12 +28,12 @@ swaps(Rotary2d)(Fixed)
 @folds(patnet.Block)
 def _(block: patnet.Block) -> None:
     """Fold the mixer's norms and the spatial gate's linear maps into the MLP's convolutions."""
-    mlp: Any = block.mlp
-    if isinstance(block.mixer, PartialChannelAttention):
-        block.mixer, mlp.expand.conv = fold_channel_attention(block.mixer, mlp.expand.conv)
-    elif isinstance(block.mixer, DynamicPartialConv):
-        block.mixer = FusedPartialConv(block.mixer)
-    if isinstance(mlp.gate, SpatialGate):
+    mixer, mlp = cast(Any, block.mixer), cast(Any, block.mlp)
+    if isinstance(mixer, PartialChannelAttention) and folds_away(mixer.norm) and folds_away(mixer.gate_norm):
+        block.mixer, mlp.expand.conv = fold_channel_attention(mixer, mlp.expand.conv)
+    elif isinstance(mixer, DynamicPartialConv):
+        block.mixer = FusedPartialConv(mixer)
+    if isinstance(mlp.gate, SpatialGate) and folds_away(mlp.gate.norm) and folds_away(mlp.gate.conv_norm):
         gate: Any
         mlp.project, gate = fold_spatial_gate(mlp.gate, mlp.project)
         mlp.gate = gate
@@ -52,18 +53,21 @@ def _(block: ravlt.Block) -> None:
 @folds(overlock.RepConvBlock)
 def _fold_depthwise(block: Any) -> None:
     """Fold branches, norms and identities into the parallel depthwise convolutions."""
-    block.large, block.large_norm = fuse_conv_bn_eval(block.large.merge(), block.large_norm), nn.Identity()
+    convs = (part for part in block.large.modules() if isinstance(part, ConvNormAct))
+    if folds_away(block.large_norm) and all(folds_away(conv.norm) for conv in convs):
+        block.large, block.large_norm = fuse_conv_bn_eval(block.large.merge(), block.large_norm), nn.Identity()
     for owner, name in ((block, "dwconv"), (block, "dwconv1"), (block, "dwconv2"), (block.mlp, "local")):
         if hasattr(owner, name):
             conv = getattr(owner, name).conv
-            conv.weight[:, :, 1, 1] += 1
+            add_identity(conv)
             setattr(owner, name, conv)
 
 
 @folds(overlock.FocusBlock)
 def _(block: Any) -> None:
     _fold_depthwise(block)
-    block.out_project, block.out_norm = fuse_norm_layer_eval(block.out_norm, block.out_project), nn.Identity()
+    if folds_away(block.out_norm):
+        block.out_project, block.out_norm = fuse_norm_layer_eval(block.out_norm, block.out_project), nn.Identity()
 
 
 @swaps(cswin.StripeAttention)
@@ -95,7 +99,7 @@ class FusedStripeAttention(nn.Module):
             value = value * mask.repeat(x.shape[0], 1)[..., None]
         local = self.lepe[i](value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
         out = attend(query, key, value, self.num_heads, mask=mask) + local
-        return from_windows(out.view(*windows.shape[:-1], -1), height, width)
+        return from_windows(out.view(*windows.shape[:-1], out.shape[-1]), height, width)
 
 
 @swaps(maxvit.Stem, on_cpu=True)

@@ -114,9 +114,7 @@ class DilatedReparamConv(nn.Module):
 def _folded(block: Any) -> nn.Conv2d:
     """A convolution with its norm inside it."""
     return (
-        fuse_conv_bn_eval(block.conv.eval(), block.norm.eval())
-        if isinstance(block.norm, nn.BatchNorm2d)
-        else block.conv
+        block.conv if isinstance(block.norm, nn.Identity) else fuse_conv_bn_eval(block.conv.eval(), block.norm.eval())
     )
 
 

@@ -65,8 +65,8 @@ class HiLoAttention(nn.Module):
     def high_frequencies(self, windows: Tensor, x: Tensor) -> Tensor:
         """Hi-Fi: attention inside every window, `(batch, height, width, its channels)`."""
         query, key, value = self.high_qkv(windows).flatten(3, 4).flatten(0, 2).chunk(3, dim=-1)
-        out = attend(query, key, value, self.high_heads).view(*windows.shape[:-1], -1)
-        return self.high_proj(from_windows(out, x.shape[1], x.shape[2]))
+        out = attend(query, key, value, self.high_heads)
+        return self.high_proj(from_windows(out.view(*windows.shape[:-1], out.shape[-1]), x.shape[1], x.shape[2]))
 
     def low_frequencies(self, windows: Tensor, x: Tensor) -> Tensor:
         """Lo-Fi: every token attends to the means of all windows, `(batch, height, width, its channels)`."""

@@ -79,7 +79,7 @@ class StripeAttention(nn.Module):
         local = lepe(value.unflatten(1, window).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
         mask = padding_mask(height, width, window, device=qkv.device)
         out = attend(query, key, value, self.num_heads, mask=mask) + local
-        return from_windows(out.view(*windows.shape[:-1], -1), height, width)
+        return from_windows(out.view(*windows.shape[:-1], out.shape[-1]), height, width)
 
 
 def stripes(x: Tensor, stripe: int | None) -> list[tuple[int, int]]:

@@ -8,11 +8,12 @@ from the innermost modules outwards. Rules for layers are in this folder, rules 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,6 +24,7 @@ _FOLDS: dict[type[nn.Module], Callable[[Any], None]] = {}
 _SWAPS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 _SWAPS_FOR_CPU: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 FOLDED, SWAPPED, SWAPPED_FOR_CPU = "folded", "swapped", "swapped for a CPU"
+KNOWN_LIBRARIES = ("torch.nn.modules.", "timm.layers.", "hybridzoo.")  # whose modules the rules were written for
 
 
 class FusedError(RuntimeError):
@@ -64,6 +66,9 @@ class Fusible(nn.Module):
         activations, and large blocks process a few images at a time. A network fused for one device also runs on
         another, and in another dtype, with PyTorch's kernels; copies and pickles pack their weights again. Calling it
         again gives the tables for another image size, or the forms for another device.
+
+        What other libraries changed stays in effect. Pruning and parametrizations are made permanent. Modules with
+        adapters, quantized weights, hooks or parts of other classes are not replaced, so that they are not faster.
 
         All weights become buffers: `parameters()` is empty, and PyTorch's optimizers and timm's `create_optimizer_v2`
         raise their own `ValueError` ("optimizer got an empty parameter list"). The message is PyTorch's: an optimizer
@@ -124,14 +129,15 @@ def fuse(
     if portable and any(SWAPPED in network.forms for network in networks):
         raise FusedError("fuse(portable=True)")
     model.eval()
-    for module in list(model.modules()):  # a list: folding replaces modules
-        if fold := _FOLDS.get(type(module)):
+    _make_permanent(model)
+    for module in list(_without(FOLDED, model)):  # a list: folding replaces modules
+        if (fold := _FOLDS.get(type(module))) and _unchanged(module):
             fold(module)
     forms = {FOLDED}
     if not portable:
         forms.add(SWAPPED)
         _swap(model, _SWAPS, SWAPPED)
-        weights = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
         if all((kind or w.device.type) == "cpu" and w.dtype == torch.float32 for w in weights):
             forms.add(SWAPPED_FOR_CPU)
             _swap(model, _SWAPS_FOR_CPU, SWAPPED_FOR_CPU)
@@ -203,6 +209,37 @@ def _registered(rules: dict[type[nn.Module], Any], kind: type[nn.Module]) -> Cal
     return register
 
 
+def _without(form: str, module: nn.Module) -> Iterator[nn.Module]:
+    """The module and its parts, except networks that have this form already."""
+    if not (isinstance(module, Fusible) and form in module.forms):
+        yield module
+        for child in module.children():
+            yield from _without(form, child)
+
+
+def _make_permanent(model: nn.Module) -> None:
+    """Store the weights that pruning and parametrizations (weight norm, …) compute before or in every call."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
+                parametrize.remove_parametrizations(module, name)
+        for name, _ in list(module.named_parameters(recurse=False)):
+            if name.endswith("_orig") and hasattr(module, name.removesuffix("_orig") + "_mask"):
+                prune.remove(module, name.removesuffix("_orig"))
+
+
+def _unchanged(module: nn.Module) -> bool:
+    """Whether a module and its parts compute what their classes say, so that a rule may use their weights instead."""
+    return all(
+        type(part).__module__.startswith(KNOWN_LIBRARIES)
+        and "forward" not in vars(part)
+        # Without a public name: hooks may change inputs, weights and results.
+        and not (part._forward_hooks or part._forward_pre_hooks)
+        and all(type(t) in (nn.Parameter, Tensor) for t in (*part.parameters(False), *part.buffers(False)))
+        for part in module.modules()
+    )
+
+
 def _swap(module: nn.Module, rules: dict[type[nn.Module], Callable[[Any], nn.Module]], form: str) -> None:
     """Replace modules that have a rule, innermost first; networks that have this form already are unchanged."""
     if isinstance(module, Fusible) and form in module.forms:
@@ -210,7 +247,7 @@ def _swap(module: nn.Module, rules: dict[type[nn.Module], Callable[[Any], nn.Mod
     for name, child in list(module.named_children()):
         if not isinstance(child, Fixed):  # runs once
             _swap(child, rules, form)
-        if rule := rules.get(type(child)):
+        if (rule := rules.get(type(child))) and _unchanged(child):
             setattr(module, name, rule(child))
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hybridzoo.layers.conv_norm_act import ConvNormAct
@@ -18,33 +17,43 @@ from hybridzoo.layers.inference.fusing import folds
 from hybridzoo.layers.mbconv import MBConv
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
+
+
+def folds_away(norm: nn.Module) -> bool:
+    """Whether evaluation multiplies by fixed numbers: a batch norm of PyTorch's that uses its running statistics.
+
+    Libraries' subclasses may compute something else.
+    """
+    return type(norm) in get_args(BatchNorm) and norm.running_mean is not None
 
 
 @folds(ConvNormAct)
 def _(block: ConvNormAct) -> None:
-    if isinstance(block.norm, _BatchNorm):
+    if folds_away(block.norm):
         block.conv = fuse_conv_bn_eval(block.conv, block.norm)
         block.norm = nn.Identity()
 
 
 @folds(MBConv)
 def _(block: MBConv) -> None:
-    if isinstance(block.pre_norm, _BatchNorm):
+    if folds_away(block.pre_norm):
         block.expand.conv = fuse_norm_layer_eval(block.pre_norm, block.expand.conv)
         block.pre_norm = nn.Identity()
 
 
 @folds(PooledHead)
 def _(head: PooledHead) -> None:
-    if isinstance(head.after, nn.BatchNorm1d) and isinstance(head.fc, nn.Linear):
+    if folds_away(head.after) and isinstance(head.fc, nn.Linear):
         head.fc = fuse_norm_layer_eval(head.after, head.fc)
         head.after = nn.Identity()
 
 
 @folds(DeformableMerging)
 def _(merging: Any) -> None:
-    merging.conv = fuse_conv_bn_eval(merging.conv, merging.norm)
-    merging.norm = nn.Identity()
+    if folds_away(merging.norm):
+        merging.conv = fuse_conv_bn_eval(merging.conv, merging.norm)
+        merging.norm = nn.Identity()
 
 
 @folds(DepthwiseMlp)
@@ -61,7 +70,7 @@ def add_identity(conv: nn.Conv2d) -> None:
 
 
 @torch.no_grad()
-def fuse_norm_layer_eval(norm: _BatchNorm, layer: Layer) -> Layer:
+def fuse_norm_layer_eval(norm: BatchNorm, layer: Layer) -> Layer:
     """A layer that computes `layer(norm(x))` with the norm's running statistics: linear, or a 1x1 convolution.
 
     Exact because there is no padding between the two. PyTorch has the other order, `torch.nn.utils.fusion`.
@@ -77,7 +86,7 @@ def fuse_norm_layer_eval(norm: _BatchNorm, layer: Layer) -> Layer:
 
 def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """A batch norm's factor and summand in evaluation, for each channel."""
-    assert isinstance(norm, _BatchNorm)
+    assert isinstance(norm, BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)

@@ -70,7 +70,7 @@ def post_operation(act: nn.Module) -> tuple[str, str] | None:
 
 class _Packed(nn.Module):
     """Packed weights, and the same in PyTorch's order for calls that oneDNN's kernels do not support (gradients, other
-    dtypes, compilers).
+    dtypes, recorded programs).
 
     Copies, pickles and moves pack the weights again.
     """
@@ -90,8 +90,8 @@ class _Packed(nn.Module):
         raise NotImplementedError
 
     def takes(self, x: Tensor) -> bool:
-        plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad
-        return plain and not torch.compiler.is_compiling()
+        plain = x.dtype == self.weight.dtype == torch.float32 and type(x) is Tensor  # not a fake one
+        return plain and not x.requires_grad and computes_now(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -119,10 +119,9 @@ class PackedLinear(_Packed):
         self.packed = PACK_LINEAR(weight, None) if suits else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        small = self.post[0] == "none" and x.numel() * self.weight.shape[0] < SMALL
-        if small or not self.takes(x):
-            return self.act(F.linear(x, self.weight, self.bias))
-        return LINEAR(x, self.packed, self.bias, self.post[0], [], self.post[1])
+        if self.takes(x) and (self.post[0] != "none" or x.numel() * self.weight.shape[0] >= SMALL):
+            return LINEAR(x, self.packed, self.bias, self.post[0], [], self.post[1])
+        return self.act(F.linear(x, self.weight, self.bias))
 
 
 class PackedConv(_Packed):
@@ -162,9 +161,10 @@ class PackedConv(_Packed):
         return self.act(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 
-def in_parts(x: Tensor) -> bool:
-    """Whether to process a batch in parts: on a CPU, except in compilers, which do better with the whole batch."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def computes_now(x: Tensor) -> bool:
+    """Whether a call computes on a CPU. Compilers, exporters and tracers only record it: they need operators that they
+    know, and do better with the whole batch."""
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 class FewTokens(nn.Module):
@@ -176,11 +176,13 @@ class FewTokens(nn.Module):
         self.tokens = max(1, SLICE // hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not computes_now(x):
+            return self.layers(x)
         tokens = x.flatten(0, -2)
-        if len(tokens) <= self.tokens or not in_parts(x):
+        if len(tokens) <= self.tokens:
             return self.layers(x)
         parts = -(-len(tokens) // self.tokens)
-        return torch.cat([self.layers(part) for part in tokens.chunk(parts)]).view(*x.shape[:-1], -1)
+        return torch.cat([self.layers(part) for part in tokens.chunk(parts)]).unflatten(0, x.shape[:-1])
 
 
 class FewImages(nn.Module):
@@ -197,7 +199,7 @@ class FewImages(nn.Module):
         self.growth = growth
 
     def forward(self, x: Tensor) -> Tensor:
-        if not in_parts(x):
+        if not computes_now(x):
             return self.module(x)
         parts = min(len(x), math.ceil(x.numel() * self.growth / SLICE))
         return torch.cat([self.module(part) for part in x.chunk(parts)]) if parts > 1 else self.module(x)

@@ -63,6 +63,7 @@ def test_there_are_models():
     assert not is_model_in_modules("biformer_tiny", ["vision_transformer"])
 
 
+@pytest.mark.filterwarnings("ignore:std_mean")  # of PyTorch, about no images
 @pytest.mark.parametrize("name", variants_too())
 def test_any_size_forward(shared, name):
     for pixels in ((32, 32), (33, 57), (130, 97)) if name in LEADERS else ((33, 57),):
@@ -70,6 +71,8 @@ def test_any_size_forward(shared, name):
             logits = shared(name)(image(*pixels))
         assert logits.shape == (2, 7)
         assert logits.isfinite().all(), pixels
+    with torch.no_grad():
+        assert shared(name)(image(batch=0)).shape == (0, 7)
 
 
 @pytest.mark.parametrize("name", variants_too())
@@ -297,6 +300,9 @@ def test_a_fused_network_computes_the_same(name):
             for x in (image(batch=3).to(dtype), image(75, 50).to(dtype)):
                 expected = plain(x)
                 assert (fused(x) - expected).abs().max() < tolerance * expected.std()
+        with torch.no_grad():
+            assert (fused.fuse((75, 50))(x) - expected).abs().max() < tolerance * expected.std()
+            assert fused(x[:0]).shape == (0, 7)
     with torch.no_grad():
         for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
             torch.testing.assert_close(twin(x), fused(x))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections import Counter
 
 import pytest
 import timm
 import torch
+from networks import shallow
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import hybridzoo  # noqa: F401
 from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual
@@ -232,6 +237,104 @@ def test_fusing_twice_reads_images_of_as_many_channels():
 def test_an_unknown_type_of_device_is_named(device):
     with pytest.raises(ValueError, match=f"device must be .*; got {device!r}"):
         small("efficientvit_msra_m0").fuse(device=device)
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter that is not merged, and with the layer's attributes, as peft wraps it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.adapter = layer, copy.deepcopy(layer)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("layer", "adapter") else getattr(self.layer, name)
+
+    def forward(self, x):
+        return self.layer(x) + self.adapter(x)
+
+
+class Halved(nn.GELU):
+    def forward(self, x):
+        return 0.5 * x
+
+
+def replaced(model: nn.Module, kinds: tuple, make) -> None:
+    for module in list(model.modules()):
+        for key, child in list(module.named_children()):
+            if type(child) in kinds:
+                setattr(module, key, make(child))
+
+
+def weighted(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d)]
+
+
+def doubled(forward):
+    return lambda x: 2 * forward(x)
+
+
+CHANGES = {
+    "pruned": lambda model: [prune.l1_unstructured(layer, "weight", amount=0.5) for layer in weighted(model)],
+    "weight norm": lambda model: [weight_norm(layer) for layer in weighted(model)],
+    "adapters": lambda model: replaced(model, (nn.Linear,), Adapted),
+    "hooks": lambda model: [layer.register_forward_hook(lambda *given: given[-1] * 1.1) for layer in weighted(model)],
+    "another forward": lambda model: [setattr(layer, "forward", doubled(layer.forward)) for layer in weighted(model)],
+    "activations": lambda model: replaced(model, (nn.GELU, nn.ReLU, nn.Hardswish), lambda _: Halved()),
+    "norms": lambda model: replaced(model, (nn.BatchNorm2d,), lambda norm: nn.GroupNorm(1, norm.num_features)),
+    "synchronised norms": lambda model: nn.SyncBatchNorm.convert_sync_batchnorm(model),
+    "norms of each batch": lambda model: replaced(
+        model, (nn.BatchNorm2d,), lambda norm: nn.BatchNorm2d(norm.num_features, track_running_stats=False)
+    ),
+}
+
+
+def usual(change: str, name: str) -> bool:
+    """A rule that reads weights; a rule that folds norms."""
+    return name in (("overlock_xtiny", "litv2_small") if "norms" in change else ("agent_cswin_tiny", "ravlt_tiny"))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        pytest.param(change, name, marks=[] if name == "patnet_t0" or usual(change, name) else pytest.mark.exhaustive)
+        for name in ["agent_cswin_tiny", "litv2_small", "overlock_xtiny", "patnet_t0", "ravlt_tiny"]
+        for change in CHANGES
+    ],
+)
+def test_what_others_changed_stays_in_effect(name, change):
+    """They change what a layer computes and leave its class or its attributes, which a rule could believe."""
+    model = shallow(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.5 if parameter.ndim == 1 else 0, 0.1)
+        CHANGES[change](model)
+        model.double().eval()  # what it brought
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        expected = model(x)
+        assert (model.fuse((64, 64))(x) - expected).abs().max() < 1e-9 * expected.std()
+    assert not list(model.parameters())
+
+
+@pytest.mark.parametrize("name", ["agent_deit_tiny", "litv2_small", "efficientvit_mit_b0"])
+def test_a_fused_network_is_traced_for_any_batch(name):
+    model, x, more = shallow(name).fuse((64, 64)), torch.randn(2, 3, 64, 64), torch.randn(9, 3, 64, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is deprecated
+        expected = model(more)
+        traced = torch.jit.trace(model, x, check_trace=False)
+        torch.testing.assert_close(traced(more), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(x)).shape == (2, 7)
+        torch.testing.assert_close(model(more), expected)
+
+
+@pytest.mark.parametrize("name", ["agent_deit_tiny", pytest.param("maxvit_tiny", marks=pytest.mark.exhaustive)])
+def test_a_fused_network_is_exported_for_any_batch(name):
+    model, x, more = shallow(name).fuse((64, 64)), torch.randn(2, 3, 64, 64), torch.randn(9, 3, 64, 64)
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+        torch.testing.assert_close(program(more), model(more), rtol=1e-4, atol=1e-4)
 
 
 def test_position_tables_are_computed_once_for_their_fixed_size():
