@@ -107,8 +107,9 @@ class Server(LocalServer):
 
             def write(self, answer: Answer) -> int:
                 content = answer.body
-                if content is None:
-                    content = server.files.get(urlsplit(self.path).path)
+                if content is None:  # an error is short: a client that is late would let all of the file be sent
+                    error = (answer.status or 0) >= 400
+                    content = b"" if error else server.files.get(urlsplit(self.path).path)
                 status = answer.status
                 if content is None and status is None:
                     status = 404
