@@ -1,5 +1,6 @@
 """For every test: one thread a process, since the suite runs one process a core; who shares a process; chance."""
 
+import atexit
 import gc
 import os
 import sys
@@ -12,6 +13,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 # What collecting imports and makes stays: looking for garbage in it takes a fifth of the time, and more in every test.
 gc.disable()
+atexit.register(gc.unfreeze)  # some libraries complain of what is left; not before pytest has looked for garbage again
 
 # mmengine looks into transformers, which peft brings, for one optimizer: 2.6 CPU seconds. It is hidden while tests are
 # collected, which imports all else.
@@ -60,7 +62,3 @@ def pytest_collection_finish():
         del sys.modules[HIDDEN]
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure():
-    gc.unfreeze()  # some libraries complain of what is left at the end

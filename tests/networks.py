@@ -36,9 +36,11 @@ def _leaders() -> list[str]:
 
 
 LEADERS = _leaders()
-# One of each family; and those that are built of different blocks, the hosts of linear attention included.
+# One of each family, but not of the isotropic nets, which are built of DiNAT's blocks; and those that are built of
+# different blocks or otherwise, the hosts of linear attention included.
 FAMILIES = list({model_entrypoint(name).__module__: name for name in reversed(LEADERS)}.values())
-OTHERS = ("dat_plus_tiny", "efficientvit_mit_l1", "vitrpb_small")
+FAMILIES.remove("dinat_isotropic_small")
+OTHERS = ("dat_plus_tiny", "dinat_isotropic_small", "efficientvit_mit_l1", "vitrpb_small")
 BLOCKS = {*FAMILIES, *(name for name in LEADERS if name.startswith("agent_")), *OTHERS}
 
 

@@ -316,7 +316,7 @@ def test_a_fused_network_computes_the_same(name):
         fused.load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly(sorted(BLOCKS), FAMILIES))
 def test_a_dense_network_can_be_fused(name):
     """Without its head, as detectors and segmentors have it."""
     dense = timm.create_model(name, features_only=True, out_indices=(0, 1, 2), **few_blocks(name)).eval()

@@ -15,7 +15,7 @@ from hybridzoo.checkpoints.keymaps import publish
 from hybridzoo.checkpoints.pretrained import Weights
 from hybridzoo.layers import DilatedReparamConv
 
-FIXTURES = goldens.structures("overlock", "overlock_t", "overlock_xt_200x264")
+FIXTURES = goldens.structures("overlock", "overlock_t", "overlock_xt_160x224", "overlock_xt_200x264")
 MANIFESTS = goldens.names("overlock", numeric=False)
 SIZES = {"xt": "xtiny", "t": "tiny", "s": "small", "b": "base"}
 SHALLOW = dict(depths=(1, 1, 1, 1), focus_depths=(2, 1), num_classes=7)
