@@ -145,4 +145,4 @@ def load_tokens(tensor, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 def store_tokens(tensor, offsets, exists, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     channel = tl.arange(0, BLOCK_D)[None, :]
     mask = exists[:, None] & (channel < HEAD_DIM)
-    tl.store(tensor + (offsets[:, None] + channel), tokens.to(tensor.dtype.element_ty), mask=mask)
+    tl.store(tensor + offsets[:, None] + channel, tokens.to(tensor.dtype.element_ty), mask=mask)

@@ -234,7 +234,7 @@ def _sizes(call: _Call) -> dict[str, Any]:
     _, height, width, heads, head_dim = call.shape
     grid = call.grid
     return dict(zip(("stride_b", "stride_h", "stride_w", "stride_n"), call.strides, strict=False)) | dict(
-        scale=call.scale, heads=heads, height=height, width=width, topk=call.topk,
+        scale=call.scale, NEGATIVE=call.scale < 0, heads=heads, height=height, width=width, topk=call.topk,
         regions=grid.regions, columns=grid.columns, region_h=grid.height, region_w=grid.width,
         HEAD_DIM=head_dim, BLOCK_D=call.block_d, EXACT=call.exact, FILL=call.fill, PRECISION=call.precision,
     )  # fmt: skip

@@ -57,6 +57,15 @@ Tried with the compiler for sm_90, and left out:
 * One backward pass with more than one route. At stage 2, the parts of the queries' gradients would be 411 MB, 137 us.
   The second pass reads 103 MB, 34 us.
 
+* Scores of keys by queries in `backward_key`, as in neighborhood attention. It saves two transpositions through shared
+  memory, but the log-sum-exp and `delta` then vary along rows: 314 instructions in the loop for regions of 4 x 4, not
+  293.
+
+Instructions of a warp, in the code of Triton 3.6 for sm_90, since the H100's times in `benchmarks/results`: forward 672
+(744) at stage 1 and 792 (840) at stage 2, about 2,570 (2,700) at stage 3; backward 364 (446) in the loop of the single
+pass, and 776 (808) for queries at stage 2. Where one block has all keys of a query, `delta` is `sum(weights *
+d(weights))`, and `out` is not read: one map less of eight in the single pass, of nine in two passes.
+
 **Choice of regions** (`region_means`, `choose_regions`): two launches, all in float32. Query and key are read once, 103
 MB and 34 us at stage 1. The products need less than a thousandth of those of the attention.
 
@@ -93,6 +102,18 @@ def on_map(row, column, height, width):
     # As unsigned numbers, negative ones are large. So no route, valid or not, can cause a read outside of the tensor.
     row, column = tl.minimum(row.to(tl.uint32), height - 1), tl.minimum(column.to(tl.uint32), width - 1)
     return row.to(tl.int32), column.to(tl.int32), exists
+
+
+@triton.jit
+def oriented(q, scale, NEGATIVE: tl.constexpr):
+    """Queries, and the positive factor that converts their dot products to scores in base 2.
+
+    The maximum is taken over dot products, so queries are negated if the scale is NEGATIVE. The factor is not 0,
+    because 0 * infinity is NaN.
+    """
+    if NEGATIVE:
+        q = -q
+    return q, tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
 
 
 @triton.jit
@@ -211,7 +232,7 @@ def forward(
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr, APART: tl.constexpr,
-    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to all tokens of the regions listed for it, KEYS at a time."""
     region_h = REGION_H if REGION_H else region_h  # constants if the kernel is compiled for these sizes
@@ -222,6 +243,7 @@ def forward(
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
     start = image * stride_b + head * stride_n
     q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
+    q, factor = oriented(q, scale, NEGATIVE)
     routes += (image * regions + region) * topk
 
     if FILL:  # all tokens beyond the map are equal: they start the sums as one key that counts several times
@@ -229,7 +251,7 @@ def forward(
         for slot in range(topk):
             number += beyond_of(tl.load(routes + slot).to(tl.int32), columns, region_h, region_w, height, width)
         fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
-        score = tl.sum(q.to(tl.float32) * fill_key, 1) * (scale * LOG2E)
+        score = tl.sum(q.to(tl.float32) * fill_key, 1)
         largest = tl.where(number > 0, score, float("-inf"))
         total = tl.zeros([QUERIES], tl.float32) + number
         result = tl.zeros([QUERIES, BLOCK_D], tl.float32) + number * fill_value
@@ -245,21 +267,27 @@ def forward(
         offsets = key_row * stride_h + key_column * stride_w
         k = load_tokens(key + start, offsets, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + start, offsets, HEAD_DIM, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if not ALL:
-            scores = tl.where(seen[None, :], scores, UNSEEN)
-        # Before its first seen key, a row has equal weights for UNSEEN keys. The first seen key scales them to 0.
+            scores = tl.where(seen[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
-        shrink = tl.exp2(largest - larger)
-        weights = tl.exp2(scores - larger[:, None])
+        base = larger * factor
+        if not ALL:
+            base = tl.where(larger == float("-inf"), 0.0, base)  # any number for a row without a key yet
+        shrink = tl.exp2(largest * factor - base)
+        weights = tl.exp2(scores * factor - base[:, None])
         total = total * shrink + tl.sum(weights, 1)
         result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
         largest = larger
 
+    if not ALL:  # routes that are not valid may leave a row without a key
+        total = tl.where(largest == float("-inf"), 1.0, total)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
     pixels = (row * width + column) * heads + head  # offsets in a contiguous (height, width, heads)
     first_pixel = image * height * width * heads
-    store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse + first_pixel + pixels, (largest + tl.log2(total)) / LOG2E, mask=exists)
+    result *= (1.0 / total)[:, None]
+    store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
+    tl.store(lse + first_pixel + pixels, (largest * factor + tl.log2(total)) / LOG2E, mask=exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -271,11 +299,15 @@ def backward_query(
     REGION_H: tl.constexpr, REGION_W: tl.constexpr, TOPK: tl.constexpr, APART: tl.constexpr,
     EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, its part of the gradient of fill, and `delta = sum(grad * out)` of each query."""
+    """Gradient of a tile of queries, its part of the gradient of fill, and `delta = sum(grad * out)` of each query.
+
+    If all keys fit into one block, `delta` is computed without `out`.
+    """
     region_h = REGION_H if REGION_H else region_h
     region_w = REGION_W if REGION_W else region_w
     topk = TOPK if TOPK else topk
     ALL: tl.constexpr = REGION_H > 0 and EXACT and REGION_H * REGION_W * TOPK % KEYS == 0  # no key is masked
+    ONE: tl.constexpr = REGION_H > 0 and REGION_H * REGION_W * TOPK <= KEYS and (TOPK == 1 or not APART) and not FILL
     head, tile, region, image = locate(tl.program_id(0), heads, tiles, regions)
     row, column, exists = tile_of(tile, region, columns, region_h, region_w, height, width, QUERIES)
     start = image * stride_b + head * stride_n
@@ -283,10 +315,11 @@ def backward_query(
     pixels = (row * width + column) * heads + head
     q = load_tokens(query + start, row * stride_h + column * stride_w, HEAD_DIM, BLOCK_D)
     g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
     norm = tl.load(lse + first_pixel + pixels) * LOG2E
-    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + first_pixel + pixels, d, mask=exists)
+    if not ONE:
+        o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + first_pixel + pixels, d, mask=exists)
     routes += (image * regions + region) * topk
 
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
@@ -312,7 +345,13 @@ def backward_query(
         if not ALL:
             scores = tl.where(seen[None, :], scores, UNSEEN)
         weights = tl.exp2(scores - norm[:, None])
-        dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        if ONE:
+            delta_one = tl.sum(weights * dweights, 1)
+            tl.store(delta + first_pixel + pixels, delta_one, mask=exists)
+            dscores = weights * (dweights - delta_one[:, None])
+        else:
+            dscores = weights * (dweights - d[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     store_tokens(dquery + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, dq * scale, HEAD_DIM, BLOCK_D)
 
@@ -391,7 +430,7 @@ def backward_key(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_single(
-    grad, query, key, value, listing, starts, out, lse, dquery, dkey, dvalue, scale,
+    grad, query, key, value, listing, starts, lse, dquery, dkey, dvalue, scale,
     heads, height, width, regions, columns, region_h, region_w, topk,
     stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -426,9 +465,7 @@ def backward_single(
         pixels = (query_row * width + query_column) * heads + head
         q = load_tokens(query + start, query_row * stride_h + query_column * stride_w, HEAD_DIM, BLOCK_D)
         g = load_tokens(grad + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
-        o = load_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, HEAD_DIM, BLOCK_D)
         norm = tl.load(lse + first_pixel + pixels) * LOG2E
-        d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         weights = tl.exp2(scores - norm[:, None])
         if not (EXACT and REGION_H * REGION_W == KEYS):  # otherwise no key is masked
@@ -436,7 +473,8 @@ def backward_single(
         if not (EXACT and WHOLE):
             weights = tl.where(seen[:, None], weights, 0.0)
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, dv, input_precision=PRECISION)
-        dscores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
         rounded = dscores.to(k.dtype)
         dk = tl.dot(tl.trans(rounded), q, dk, input_precision=PRECISION)
         dq = tl.dot(rounded, k, input_precision=PRECISION)
@@ -548,7 +586,7 @@ def chosen(mask, first, exists, TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT:
     These keys overlap at most 32 regions, so a 32-bit word of the mask is enough. Regions after the last have no bit.
     """
     word = (mask >> tl.cast(first // TOKENS, tl.uint64)).to(tl.uint32)
-    region = (first % TOKENS + tl.arange(0, KEYS)) // TOKENS
+    region = tl.arange(0, KEYS) // TOKENS if KEYS % TOKENS == 0 else (first % TOKENS + tl.arange(0, KEYS)) // TOKENS
     bit = (word[:, None] >> region[None, :].to(tl.uint32)) & 1
     if not EXACT:
         bit &= exists[None, :].to(tl.uint32)
@@ -624,7 +662,8 @@ def forward_small(
     heads, height, width, topk, tiles, stride_b, stride_h, stride_w, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     REGIONS: tl.constexpr, COLUMNS: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
-    LAST: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, SLOTS: tl.constexpr, NEGATIVE: tl.constexpr,
+    EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to the keys of the whole map that their masks select, KEYS at a time."""
     program = tl.program_id(0)
@@ -642,9 +681,7 @@ def forward_small(
         REGIONS, COLUMNS, REGION_H, REGION_W, QUERIES, SLOTS, FILL,
     )  # fmt: skip
 
-    # The maximum is taken over dot products, so their factor must not be negative; nor 0, because 0 * infinity is NaN.
-    q = tl.where(scale < 0, -q, q)
-    factor = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
+    q, factor = oriented(q, scale, NEGATIVE)
     if FILL:  # all tokens beyond the map are equal: they start the sums as one key that counts several times
         fill_key, fill_value = fill_of(fill, head, heads, HEAD_DIM, BLOCK_D)
         score = tl.sum(q.to(tl.float32) * fill_key, 1)
@@ -671,7 +708,8 @@ def forward_small(
     total = tl.where(exists, total, 1.0)  # rows that do not exist have no keys
     pixels = (row * width + column) * heads + head  # offsets in a contiguous (height, width, heads)
     first_pixel = image * height * width * heads
-    store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result / total[:, None], HEAD_DIM, BLOCK_D)
+    result *= (1.0 / total)[:, None]
+    store_tokens(out + first_pixel * HEAD_DIM, pixels * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
     tl.store(lse + first_pixel + pixels, (largest * factor + tl.log2(total)) / LOG2E, mask=exists)
 
 

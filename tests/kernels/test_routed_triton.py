@@ -100,6 +100,18 @@ def test_values_and_gradients(case, dtype):
     assert_as_good_as_the_definition(tensors, random_routes(batch, grid, topk), grid)
 
 
+@computes
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("case", ["partial regions, filled", "small, filled"])
+def test_any_scale(scale, case):
+    """The forward pass takes the maximum over products."""
+    grid, size, topk = (Grid(3, 3, 2, 2), (5, 6), 4) if "small" in case else (Grid(2, 2, 4, 4), (7, 8), 2)
+    torch.manual_seed(0)
+    tensors = leaves(1, size, 1, 16, True, torch.float16 if "small" in case else torch.float32)
+    assert triton_impl.small(tensors[0], grid, topk) == ("small" in case)
+    assert_as_good_as_the_definition(tensors, random_routes(1, grid, topk), grid, scale)
+
+
 @st.composite
 def shapes(draw):
     rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -411,6 +423,8 @@ def launches(size, heads, head_dim, regions, topk, dtype):
     return [*triton_impl.route_launches(query, key, fill, routes, grid, 0.1), forward, *backward]
 
 
+# For each stage, the most instructions of the longest loop or of all code: 3 % more than when they were counted.
+MOST = (dict(forward=690, backward_single=421), dict(forward=815, backward_query=810), {})
 STAGES = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # of BiFormer-T and -S: stride, heads, topk; head_dim 32
 
 
@@ -424,7 +438,8 @@ def test_the_kernels_of_biformer_compile(capability):
     single = [*choice, "forward", "invert_routes", "backward_single"]
     small = [*choice, "forward_small", "backward_small"]
     assert [[launch.kernel.__name__ for launch in stage] for stage in per_stage] == [single, listed, small]
-    triton_builds.assert_builds(capability, [launch for stage in per_stage for launch in stage])
+    for stage, most in zip(per_stage, MOST, strict=True):
+        triton_builds.assert_builds(capability, stage, most if capability == 90 else None)
 
 
 @compiles
