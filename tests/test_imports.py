@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 # Runs a program for every line that it reads, and answers with its exit code.
@@ -146,6 +147,13 @@ for room in ("kernels", "layers", "checkpoints", "backbones", "train"):
 def test_every_module_can_be_imported_first(printed_by):
     """No module needs that another one was imported before it; libraries are loaded once, a fork imports each."""
     assert printed_by(MODULES) == ""
+
+
+def test_reading_checkpoints_needs_neither_train_nor_mmengine(printed_by, tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "a.pth")
+    program = "import sys; from hybridzoo.checkpoints import reading; print(reading.read_checkpoint('a.pth')['weight'])"
+    program += "\nassert not any(name.startswith(('mmengine', 'hybridzoo.train')) for name in sys.modules)"
+    assert printed_by(program, tmp_path) == "tensor([1., 1.])\n"
 
 
 def test_our_command_registers_the_models_when_it_needs_them(printed_by):

@@ -341,12 +341,3 @@ def test_prefixes() -> None:
     authors = ("backbone.stages.0.op_list.0.conv.weight", "head.op_list.0.conv.weight")  # a classifier's
     assert names(*authors) == list(authors)
     assert names() == []
-
-
-def test_reading_needs_neither_train_nor_mmengine() -> None:
-    code = (
-        "import sys; from hybridzoo.checkpoints import reading; reading.read_checkpoint('a.pth');"
-        "assert not any(name.startswith(('mmengine', 'hybridzoo.train')) for name in sys.modules)"
-    )
-    torch.save(STATE, "a.pth")
-    subprocess.run([sys.executable, "-c", code], check=True)
