@@ -169,7 +169,10 @@ def _kind(device: str | torch.device | None) -> str | None:
 
 
 class Fixed(nn.Module):
-    """A module whose result depends on sizes only: stored for the sizes that `fix` sees, otherwise computed."""
+    """A module whose result depends on sizes only: stored for the sizes that `fix` sees, otherwise computed.
+
+    Stored results follow the network to another device and dtype, whatever of these is passed along with the sizes.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -177,10 +180,11 @@ class Fixed(nn.Module):
         self.results: dict[tuple[Any, ...], Tensor] = {}
         self.remembers = False
 
-    def forward(self, *sizes: Any) -> Tensor:
+    def forward(self, *given: Any) -> Tensor:
+        sizes = tuple(value for value in given if not isinstance(value, torch.dtype | torch.device))
         result = self.results.get(sizes)
         if result is None:
-            result = self.module(*sizes)
+            result = self.module(*given)
             if self.remembers:
                 self.results[sizes] = result.contiguous()
         return result

@@ -337,8 +337,9 @@ def test_a_fused_network_is_exported_for_any_batch(name):
         torch.testing.assert_close(program(more), model(more), rtol=1e-4, atol=1e-4)
 
 
-def test_position_tables_are_computed_once_for_their_fixed_size():
-    model = timm.create_model("maxvit_tiny", depths=(1, 1, 1, 1), num_classes=3).fuse((64, 96))
+@pytest.mark.parametrize("name", ["fastervit_0", "maxvit_tiny", "ravlt_tiny"])
+def test_position_tables_are_computed_once_for_their_fixed_size(name):
+    model = shallow(name).fuse((64, 96))
     tables = [module for module in model.modules() if isinstance(module, Fixed)]
     assert tables
     made = []
@@ -346,6 +347,7 @@ def test_position_tables_are_computed_once_for_their_fixed_size():
         assert table.results
         table.module.register_forward_hook(lambda *args: made.append(args))
     model(torch.randn(2, 3, 64, 96))
+    model.double()(torch.randn(2, 3, 64, 96, dtype=torch.float64))
     assert not made
-    model(torch.randn(2, 3, 32, 32))
+    model(torch.randn(1, 3, 160, 64, dtype=torch.float64))
     assert made
