@@ -74,23 +74,15 @@ def forward(
 ) -> Tensor:
     """See `api.na2d`."""
     height, width, heads = query.shape[1:4]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    rows, columns = (
-        cut(length, k, d, fill is not None, query.device)
-        for length, k, d in zip((height, width), kernel, dilation, strict=True)
-    )
-    q = _tiles(query.flatten(1, 2).to(dtype), _pairs(rows.queries * width, columns.queries))
-    keys = _pairs(rows.keys.clamp(max=height - 1) * width, columns.keys.clamp(max=width - 1))
+    rows, columns, q, keys, bias = _cut_map(query, rpb, kernel, dilation, fill is not None)
     if fill is not None:  # one additional token represents all tokens beyond the map
         beyond = _pairs((rows.keys >= height).long(), (columns.keys >= width).long()) > 0
         keys = torch.where(beyond, height * width, keys)
     k, v = (
-        _tiles((t.flatten(1, 2) if fill is None else _with_token(t, fill[i])).to(dtype), keys)
+        _tiles((t.flatten(1, 2) if fill is None else _with_token(t, fill[i])).to(q.dtype), keys)
         for i, t in enumerate((key, value))
     )
-    if rpb is None:
-        rpb = query.new_zeros(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
-    bias = _bias(rows, columns, rpb.to(dtype)).transpose(0, 1).expand(-1, heads, -1, -1).flatten(0, 1)
+    bias = bias.transpose(0, 1).expand(-1, heads, -1, -1).flatten(0, 1)
     out = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
     out = out.unflatten(1, (-1, heads)).transpose(2, 3).flatten(1, 2)
     return out.index_select(1, _back(rows, columns)).unflatten(1, (height, width)).to(query.dtype)
@@ -108,21 +100,13 @@ def mix(
 ) -> Tensor:
     """See `mix.neighborhood_mix2d`."""
     height, width, heads = query.shape[1:4]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    rows, columns = (
-        cut(length, k, d, False, query.device) for length, k, d in zip((height, width), kernel, dilation, strict=True)
-    )
-    if rpb is None:
-        rpb = query.new_zeros(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
-    bias = _bias(rows, columns, rpb.to(dtype))
+    rows, columns, q, seen, bias = _cut_map(query, rpb, kernel, dilation, False)
     tiles, queries, keys = bias.shape[1:]
-    seen = _pairs(rows.keys.clamp(max=height - 1) * width, columns.keys.clamp(max=width - 1))
-    q = _tiles(query.flatten(1, 2).to(dtype), _pairs(rows.queries * width, columns.queries))
-    v = _tiles(value.flatten(1, 2).to(dtype), seen)
+    v = _tiles(value.flatten(1, 2).to(q.dtype), seen)
     q, v = (t.unflatten(1, (tiles, heads)).transpose(1, 2) for t in (q, v))
-    scores = (q.flatten(2, 3) @ taps.to(dtype).transpose(2, 3)).mul(scale)  # (batch, heads, tiles * queries, places)
+    scores = (q.flatten(2, 3) @ taps.to(q.dtype).transpose(2, 3)).mul(scale)  # (batch, heads, tiles * queries, places)
     if tap_bias is not None:
-        scores = scores + tap_bias.to(dtype)[:, None]
+        scores = scores + tap_bias.to(q.dtype)[:, None]
     # From a window's places to a tile's keys.
     place = rows.places[:, None, :, None, :, None] * kernel[1] + columns.places[:, None, :, None]
     place = place.flatten(4).flatten(0, 3)
@@ -132,6 +116,25 @@ def mix(
     out = ((scores + bias).softmax(-1) @ v).flatten(2, 3)
     out = out.index_select(2, _back(rows, columns)).transpose(1, 2)
     return out.unflatten(1, (height, width)).to(query.dtype)
+
+
+def _cut_map(
+    query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int], extends: bool
+) -> tuple[Axis, Axis, Tensor, Tensor, Tensor]:
+    """Both axes, the queries of all tiles, the positions of their keys `(tiles, keys)` on the map, and the bias.
+
+    Queries are in float32 or wider. Keys beyond the map get the position of the last key of their row or column.
+    """
+    height, width = query.shape[1:3]
+    rows, columns = (
+        cut(length, k, d, extends, query.device) for length, k, d in zip((height, width), kernel, dilation, strict=True)
+    )
+    wide = query.flatten(1, 2).to(torch.promote_types(query.dtype, torch.float32))
+    q = _tiles(wide, _pairs(rows.queries * width, columns.queries))
+    keys = _pairs(rows.keys.clamp(max=height - 1) * width, columns.keys.clamp(max=width - 1))
+    if rpb is None:
+        rpb = query.new_zeros(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    return rows, columns, q, keys, _bias(rows, columns, rpb.to(q.dtype))
 
 
 def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
