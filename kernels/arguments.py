@@ -144,7 +144,7 @@ def table(name: str, value: Any, query: Tensor, axes: str, shape: tuple[int, ...
 @torch.compiler.assume_constant_result  # PyTorch 2.11 replaces `is_exporting` by True in everything it compiles
 def exporting() -> bool:
     """Whether a program is being exported. It must run without hybridzoo, so it may not contain our operators."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # also by ONNX's exporters, the new and the old one
 
 
 def open_map(query: Tensor) -> bool:
