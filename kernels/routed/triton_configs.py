@@ -30,7 +30,7 @@ TABLE: Table = {
     ("forward", 32, 4): Config(32, 32, 4, 2),
     ("forward", 64, 4): Config(32, 32, 4, 2, 255),
     ("forward", 128, 4): Config(16, 16, 8, 3),
-    ("backward_query", 32, 4): Config(32, 16, 4, 1),
+    ("backward_query", 32, 4): Config(32, 16, 4, 1, 144),
     ("backward_query", 64, 4): Config(32, 16, 4, 1),
     ("backward_query", 128, 4): Config(16, 16, 8, 1),
     ("backward_key", 32, 4): Config(32, 32, 4, 1, 255),

@@ -420,6 +420,8 @@ def launches(size, heads, head_dim, regions, topk, dtype):
     inputs = query, key, value, routes, fill, out, lse
     forward = triton_impl.forward_launch(*inputs, grid, 0.1)
     backward, _ = triton_impl.backward_launches(out, *inputs, out, out, out, grid, 0.1)
+    if grid.regions > operators.ROUTE_MAX_REGIONS:  # PyTorch chooses them
+        return [forward, *backward]
     return [*triton_impl.route_launches(query, key, fill, routes, grid, 0.1), forward, *backward]
 
 
