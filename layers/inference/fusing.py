@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from hybridzoo.kernels.open_sizes import is_open
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -182,7 +184,8 @@ class Fixed(nn.Module):
 
     def forward(self, *given: Any) -> Tensor:
         sizes = tuple(value for value in given if not isinstance(value, torch.dtype | torch.device))
-        result = self.results.get(sizes)
+        numbers = [n for size in sizes for n in (size if isinstance(size, tuple) else (size,))]
+        result = None if is_open(*numbers) else self.results.get(sizes)
         if result is None:
             result = self.module(*given)
             if self.remembers:

@@ -337,6 +337,16 @@ def test_a_fused_network_is_exported_for_any_batch(name):
         torch.testing.assert_close(program(more), model(more), rtol=1e-4, atol=1e-4)
 
 
+def test_stored_tables_do_not_bind_an_exported_program_to_their_size():
+    model = shallow("partialnet_t0").fuse((64, 64))
+    auto = torch.export.Dim.AUTO
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({2: auto, 3: auto},))
+        for size in ((64, 64), (96, 160)):
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["fastervit_0", "maxvit_tiny", "ravlt_tiny"])
 def test_position_tables_are_computed_once_for_their_fixed_size(name):
     model = shallow(name).fuse((64, 96))
