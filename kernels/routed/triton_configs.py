@@ -34,11 +34,12 @@ TABLE: Table = {
     ("backward_query", 64, 4): Config(32, 16, 4, 1),
     ("backward_query", 128, 4): Config(16, 16, 8, 1),
     ("backward_key", 32, 4): Config(32, 32, 4, 1, 255),
-    ("backward_key", 64, 4): Config(16, 32, 4, 1),
+    ("backward_key", 64, 4): Config(16, 32, 4, 1, 255),
     ("backward_key", 128, 4): Config(16, 16, 8, 1, 128),
     ("backward_single", 16, 2): Config(64, 64, 4, 1, 168),
     ("backward_single", 32, 2): Config(64, 64, 4, 1),
     ("backward_single", 64, 2): Config(32, 64, 4, 1),
+    ("forward_small", 16, 2): Config(64, 32, 4, 3, 168),
     ("forward_small", 32, 2): Config(64, 32, 4, 3),
     ("backward_small", 32, 2): Config(256, 32, 8, 1, 255),
 }
