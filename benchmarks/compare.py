@@ -1,11 +1,11 @@
 """Our networks beside what a user would run otherwise: timm's, or a plain transcription of the paper with our weights.
 
-    python -m benchmarks.compare [NAME ...] [--out benchmarks/results/networks_cpu.json] [--batch 8] [--size 224]
-        [--threads 2] [--turns 100] [--seconds 6] [--compiled]
+    python -m benchmarks.compare [NAME ...] [--compiled] [--batch 8] [--size 224] [--threads 2] [--turns 100]
+        [--seconds 6] [--out benchmarks/results/networks_cpu.json or, with --compiled, compiled_cpu.json]
 
 The smallest network of every family, on a CPU in float32: inference of a batch and of a single image, as created and
-fused (with --compiled also by torch.compile, ours and the other, which takes minutes a network), and a training step
-(forward and backward), with peak memory. A process a network, the calls of all forms
+fused, and a training step (forward and backward), with peak memory. With --compiled, which takes minutes a network:
+torch.compile of ours and of the other instead of the training step. A process a network, the calls of all forms
 interleaved, after a check that forms of the same weights agree. Rows of a network that are there already are replaced.
 """
 
@@ -34,7 +34,7 @@ from hybridzoo.train.bench.plain_layers import (
 from hybridzoo.train.bench.processes import Failed, Worker
 from hybridzoo.train.bench.rows import Row
 
-OUT = Path(__file__).parent / "results" / "networks_cpu.json"
+RESULTS = Path(__file__).parent / "results"
 Others = dict[str, nn.Module]  # by form; "timm: ..." is another network, or one with other weights
 
 
@@ -102,7 +102,7 @@ class Comparison:
         name: of `COMPARISONS`.
         batch, size: images, and their side in pixels.
         turns, seconds: of measuring, for a batch; a third of the seconds for a single image; three turns at least.
-        compiled: also infer by `torch.compile` of ours and of the others.
+        compiled: also infer by `torch.compile` of ours and of the others, and do not train.
         arguments: of ours, which tests make shallow.
     """
 
@@ -132,6 +132,8 @@ class Comparison:
         self.check(models)
         found = self._way("inference", models, self.images, self.seconds)
         found += self._way("latency", models, self.images[:1], self.seconds / 3)
+        if self.compiled:
+            return found
         del models, fused
         for model in self.models.values():
             model.train()
@@ -194,8 +196,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=100, help="most turns of measuring a way")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring a way, at most (three turns at least)")
     parser.add_argument("--compiled", action="store_true", help="measure torch.compile too")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file; rows of other networks in it are kept")
+    parser.add_argument("--out", type=Path, help="JSON file; rows of other networks in it are kept")
     args = parser.parse_args()
+    args.out = args.out or RESULTS / ("compiled_cpu.json" if args.compiled else "networks_cpu.json")
     if unknown := [name for name in args.names if name not in COMPARISONS]:
         parser.error(f"{unknown[0]} is none of {', '.join(COMPARISONS)}")
     console = Console(markup=False, highlight=False)

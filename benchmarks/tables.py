@@ -85,9 +85,7 @@ def networks() -> str:
 
 def compiled() -> str:
     """For docs/speed.md: CPU time of the other implementation as created, divided by that of compiled forms."""
-    rows = read("networks_cpu")
-    measured = {row["op"] for row in rows if row["form"] == "ours, compiled"}
-    rows = [row for row in rows if row["op"] in measured]
+    rows = read("compiled_cpu")
     body = []
     for name, ways in _by_way(rows).items():
         for other_form in _others(ways["inference"]):

@@ -328,7 +328,8 @@ def test_a_fused_network_is_traced_for_any_batch(name):
         torch.testing.assert_close(model(more), expected)
 
 
-@pytest.mark.parametrize("name", ["agent_deit_tiny", pytest.param("maxvit_tiny", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["agent_deit_tiny", "maxvit_tiny"])
 def test_a_fused_network_is_exported_for_any_batch(name):
     model, x, more = shallow(name).fuse((64, 64)), torch.randn(2, 3, 64, 64), torch.randn(9, 3, 64, 64)
     with torch.no_grad():
