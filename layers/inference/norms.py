@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
 
 
-def folds_away(norm: nn.Module) -> bool:
+def folds_away(norm: nn.Module) -> TypeGuard[BatchNorm]:
     """Whether evaluation multiplies by fixed numbers: a batch norm of PyTorch's that uses its running statistics.
 
     Libraries' subclasses may compute something else.
