@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=100, help="most turns of measuring a way")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring a way, at most (three turns at least)")
-    parser.add_argument("--compiled", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--compiled", action="store_true", help="measure torch.compile instead of the training step")
     parser.add_argument("--out", type=Path, help="JSON file; rows of other networks in it are kept")
     args = parser.parse_args()
     args.out = args.out or RESULTS / ("compiled_cpu.json" if args.compiled else "networks_cpu.json")

@@ -17,17 +17,15 @@ from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+import hybridzoo.train.classified  # noqa: F401 - registers the dataset
 from hybridzoo.train import measures, networks
 from hybridzoo.train.backbone import freeze
-from hybridzoo.train.classified import FolderDataset, TimmDataset
 from hybridzoo.train.data.classification import class_folders, used_holdout
 from hybridzoo.train.data.report import SPLIT_NAMES, how_of, no_split
 from hybridzoo.train.data.shards import Shards, shards_of
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.layouts import SPLITS, inspect_classification
 from hybridzoo.train.weights import load_matching, read_parts, tell
-
-__all__ = ["FolderDataset", "ImageClassifier", "TimmDataset", "TopK", "configure", "eval_transform"]
 
 
 @MODELS.register_module()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hybridzoo.train import engine
 from hybridzoo.train.bad_batch import describe, number_of_classes
 from hybridzoo.train.batchnorm import BatchNormWarmUpHook
-from hybridzoo.train.classification import FolderDataset, ImageClassifier
+from hybridzoo.train.classification import ImageClassifier
+from hybridzoo.train.classified import FolderDataset
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.weights import read_checkpoint
 

@@ -10,7 +10,8 @@ from mmengine.registry import DATASETS, METRICS, MODELS
 from PIL import Image
 
 import hybridzoo.train.engine  # noqa: F401 - registers
-from hybridzoo.train.classification import ImageClassifier, TimmDataset, TopK, configure
+from hybridzoo.train.classification import ImageClassifier, TopK, configure
+from hybridzoo.train.classified import TimmDataset
 from hybridzoo.train.errors import UserError
 
 PLAIN = {"input_size": 32, "is_training": False, "crop_pct": 1.0}
