@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hybridzoo.train import classification, engine
+from hybridzoo.train import classified, engine
 from hybridzoo.train.config import load_config
 from hybridzoo.train.errors import UserError
 from hybridzoo.train.images import read_image
@@ -65,7 +65,7 @@ def test_sideways_photographs_give_the_same_tensors(tmp_path):
     root = folders.classification(tmp_path / "plain")
     turned = shutil.copytree(root, tmp_path / "turned")
     turn(turned)
-    plain, sideways = (classification.TimmDataset(PLAIN, root=str(r), split="val") for r in (root, turned))
+    plain, sideways = (classified.TimmDataset(PLAIN, root=str(r), split="val") for r in (root, turned))
     assert len(plain) == 4
     assert all(torch.equal(plain[i][0], sideways[i][0]) and plain[i][1] == sideways[i][1] for i in range(4))
 
@@ -81,7 +81,7 @@ def test_16_bit_grey_is_read_as_grey(tmp_path):
         return write
 
     plain, deep, twelve = (
-        classification.TimmDataset(
+        classified.TimmDataset(
             PLAIN,
             root=str(folders.classification(tmp_path / str(factor), save=save(factor))),
             split="val",
@@ -150,7 +150,7 @@ def test_a_crop_leaves_no_empty_boxes(tmp_path):
 
 def test_a_missing_picture_is_one_line_from_any_process(tmp_path):
     root = folders.classification(tmp_path)
-    data = classification.TimmDataset(PLAIN, root=str(root), split="val")
+    data = classified.TimmDataset(PLAIN, root=str(root), split="val")
     (root / "val/coffee/1.png").unlink()
     for workers in (0, 1):
         with pytest.raises(UserError) as caught:
