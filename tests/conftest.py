@@ -23,6 +23,9 @@ if HIDDEN not in sys.modules:
 
 pytest_plugins = ["cpu_seconds"]
 
+# In the order of their longest files.
+FOLDERS = {name: place for place, name in enumerate(("train", "tests", "backbones", "kernels", "checkpoints", "layers"))}
+
 # Sweeps draw new examples in every run but CI's, which judges a change and must not fail by the day's luck. No example
 # fails for taking long: a loaded machine is no defect.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -34,9 +37,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 def pytest_collection_modifyitems(items):
     """A file's tests share a process and its fixtures; what is the same for all models goes model by model instead.
 
-    Marked `alone`: a test that takes as long as a file. These come first, so that none is left for the end, when other
-    workers have nothing to do. Tests marked `forks` run before all others: some tests make PyTorch start threads for
-    gradients, and after that a fork of the process cannot train.
+    Marked `alone`: a test that takes as long as a file. These come first, and the folders of long files before those of
+    short ones, so that none is left for the end, when other workers have nothing to do. Tests marked `forks` run before
+    all others: some tests make PyTorch start threads for gradients, and after that a fork of the process cannot train.
     """
     forks, alone, contract, others = [], [], [], []
     for item in items:
@@ -54,7 +57,9 @@ def pytest_collection_modifyitems(items):
             others.append(item)
             group = str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    items[:] = [*forks, *alone, *(item for _, item in sorted(contract, key=lambda pair: pair[0])), *others]
+    contract.sort(key=lambda pair: pair[0])
+    others.sort(key=lambda item: FOLDERS.get(item.path.parent.name, len(FOLDERS)))
+    items[:] = [*forks, *alone, *(item for _, item in contract), *others]
 
 
 def pytest_collection_finish():
