@@ -24,7 +24,7 @@ if HIDDEN not in sys.modules:
 pytest_plugins = ["cpu_seconds"]
 
 # In the order of their longest files.
-FOLDERS = {name: place for place, name in enumerate(("train", "tests", "backbones", "kernels", "checkpoints", "layers"))}
+FOLDERS = {n: i for i, n in enumerate(("train", "tests", "backbones", "kernels", "checkpoints", "layers"))}
 
 # Sweeps draw new examples in every run but CI's, which judges a change and must not fail by the day's luck. No example
 # fails for taking long: a loaded machine is no defect.

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-# What `import hybridzoo` does and takes after timm, said by two forks; then runs a program for every line that it reads,
-# in a fork that finds timm imported, and answers with its exit code.
+# What `import hybridzoo` does and takes after timm, said by two forks. Then runs a program for every line that it
+# reads, in a fork that finds timm imported, and answers with its exit code.
 FORKS = """
 import json, os, sys, time, warnings
 start = time.perf_counter()
