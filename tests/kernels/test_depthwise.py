@@ -108,7 +108,7 @@ def assert_as_good_as_the_definition(tensors):
 
 
 @computes
-@settings(max_examples=100 if DEVICE == "cuda" else 8, deadline=None)
+@settings(max_examples=100 if DEVICE == "cuda" else 5, deadline=None)
 @given(
     batch=st.integers(1, 2),
     height=st.integers(1, 9),
@@ -127,7 +127,7 @@ def test_any_shape(batch, height, width, channels, bias, dtype, seed):
 @computes
 def test_half_precision():
     torch.manual_seed(0)
-    assert_as_good_as_the_definition(leaves(2, 9, 7, 64, torch.float16, DEVICE))
+    assert_as_good_as_the_definition(leaves(1, 5, 7, 64, torch.float16, DEVICE))
 
 
 @computes
@@ -138,7 +138,7 @@ def test_sums_are_complete_for_any_cut_of_the_images(programs, monkeypatch):
     monkeypatch.setattr(triton_impl, "PROGRAMS", programs)
     tuning.forget()
     torch.manual_seed(0)
-    assert_as_good_as_the_definition(leaves(2, 13, 11, 32, torch.float32, DEVICE))
+    assert_as_good_as_the_definition(leaves(2, 13, 6, 32, torch.float32, DEVICE))
 
 
 @computes
@@ -184,7 +184,7 @@ def test_maps_kernels_and_gradients_may_have_any_strides():
 @computes
 def test_operators_are_well_formed():
     torch.manual_seed(0)
-    x, kernels, bias = leaves(2, 4, 5, 16, torch.float32, DEVICE)
+    x, kernels, bias = leaves(1, 2, 3, 16, torch.float32, DEVICE)
     torch.library.opcheck(operators.dynamic_depthwise_conv2d, (x, kernels, bias))
     torch.library.opcheck(operators.dynamic_depthwise_conv2d, (x, kernels, None))
     tensors = torch.randn_like(x), x.detach(), kernels.detach()

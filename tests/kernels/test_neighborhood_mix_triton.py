@@ -16,10 +16,10 @@ from hybridzoo.kernels.neighborhood.given import Mix, Window
 CASES = {  # batch, height, width, heads, head_dim, value_dim, kernel, dilation, tap bias, position bias
     "a group is a window": (2, 3, 3, 2, 16, 16, (3, 3), (1, 1), True, True),
     "smaller than the window": (1, 4, 5, 1, 16, 10, (7, 7), (1, 1), True, True),
-    "more places than one part": (1, 9, 10, 1, 8, 8, (9, 9), (1, 1), True, True),
+    "more places than one part": (1, 9, 5, 1, 8, 8, (9, 9), (1, 1), True, True),
     "dilated, classes of two sizes": (1, 5, 7, 1, 4, 6, (3, 5), (2, 1), True, False),
     "more classes than rows": (1, 3, 9, 1, 20, 14, (5, 3), (4, 2), False, True),
-    "no tables": (3, 6, 5, 1, 16, 16, (3, 3), (1, 1), False, False),
+    "no tables": (2, 6, 4, 1, 16, 16, (3, 3), (1, 1), False, False),
 }
 
 
@@ -60,7 +60,7 @@ def test_values_and_gradients(case, dtype):
     tensors = leaves(*shape, kernel, tap_bias, bias, dtype)
     if reason := triton_common.unsupported(tensors[1], mix.TRITON_WIDTHS):
         pytest.skip(reason)
-    if INTERPRETED and dtype == torch.float16 and "window" not in case:
+    if INTERPRETED and dtype == torch.float16 and "a group" not in case:
         pytest.skip("slow to interpret; float32 covers the shape")
     assert_as_good_as_the_definition(tensors, kernel, dilation)
 
@@ -71,15 +71,15 @@ def test_sums_are_complete_for_any_number_of_programs(programs, monkeypatch):
     """And a class may have no token in its last tile."""
     monkeypatch.setattr(mix_triton, "PROGRAMS", programs / 132)
     torch.manual_seed(0)
-    assert_as_good_as_the_definition(leaves(1, 25, 2, 1, 16, 16, (3, 3), True, True, torch.float32), (3, 3), (2, 1))
+    assert_as_good_as_the_definition(leaves(1, 25, 1, 1, 16, 16, (3, 3), True, True, torch.float32), (3, 3), (2, 1))
 
 
 @computes
 def test_kernels_read_only_their_inputs_and_write_all_outputs():
     """Views inside a larger NaN buffer, and NaN in every fresh allocation."""
     torch.manual_seed(0)
-    buffer = torch.full((2, 7, 10, 3, 3, 19), torch.nan, device=DEVICE)
-    packed = buffer[:, 1:6, 1:9, :2, 1:, 3:15]
+    buffer = torch.full((2, 6, 8, 3, 3, 19), torch.nan, device=DEVICE)
+    packed = buffer[:, 1:5, 1:7, :2, 1:, 3:15]
     packed.copy_(torch.randn(packed.shape))
     inside = packed.detach().requires_grad_()
     taps = torch.randn(2, 2, 15, 12, device=DEVICE, requires_grad=True)
@@ -104,7 +104,7 @@ def test_kernels_read_only_their_inputs_and_write_all_outputs():
 @computes
 def test_operators_are_well_formed():
     torch.manual_seed(0)
-    value, query, taps, tap_bias, rpb = leaves(1, 5, 4, 2, 16, 8, (3, 3), True, True, torch.float32)
+    value, query, taps, tap_bias, rpb = leaves(1, 2, 3, 1, 16, 8, (3, 3), True, True, torch.float32)
     where = [3, 3], [1, 1], 0.3, "triton"
     torch.library.opcheck(mix_operators.neighborhood_mix2d, (query, taps, value, tap_bias, rpb, *where))
     tensors = [t.detach() for t in (query, taps, value, tap_bias, rpb)]

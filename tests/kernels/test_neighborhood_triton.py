@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import triton_builds
+from forks import Fork, together
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from triton_tests import (
@@ -30,7 +30,7 @@ from hybridzoo.kernels.neighborhood import operators, reference, triton_configs,
 from hybridzoo.kernels.neighborhood.given import Maps, Window
 
 CASES = {  # batch, height, width, heads, head_dim, kernel, dilation, bias
-    "a group is a window": (2, 7, 7, 2, 16, (7, 7), (1, 1), True),
+    "a group is a window": (2, 7, 7, 1, 16, (7, 7), (1, 1), True),
     "every class is a window, classes of two sizes": (3, 5, 6, 1, 32, (3, 3), (2, 2), True),
     "smaller than the window": (1, 4, 5, 1, 16, (7, 7), (1, 1), True),
     "smaller than the window on one axis": (1, 3, 9, 1, 16, (5, 3), (1, 2), True),
@@ -74,7 +74,7 @@ def test_values_and_gradients(case, dtype):
     tensors = leaves(*shape, kernel, bias, dtype)
     if reason := triton_common.unsupported(tensors[0]):
         pytest.skip(reason)
-    if INTERPRETED and dtype == torch.float16 and "window" not in case:
+    if INTERPRETED and dtype == torch.float16 and "a group" not in case:
         pytest.skip("slow to interpret; float32 covers the shape")
     torch.manual_seed(0)
     assert_as_good_as_the_definition(tensors, kernel, dilation, packed=dtype == torch.float16)
@@ -87,7 +87,7 @@ def smallest_blocks(monkeypatch):
 
 
 @computes
-@pytest.mark.parametrize("seed", range(100) if DEVICE == "cuda" else (0, 6, 7, 79, 82))  # some leave a query one key
+@pytest.mark.parametrize("seed", range(100) if DEVICE == "cuda" else (34, 6, 7, 79, 82))  # some leave a query one key
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)  # whole kernels, and tiled ones
 def test_any_shape(seed, dtype, monkeypatch):
     """With the smallest blocks, so that small maps have many tiles and many blocks of keys."""
@@ -116,7 +116,7 @@ def test_a_class_may_have_no_token_in_a_tile(monkeypatch):
 def test_any_scale(scale, dtype):
     """The whole kernels divide the bias by it, and take the maximum over products."""
     torch.manual_seed(0)
-    tensors = leaves(2, 4, 9, 1, 32, (5, 3), True, dtype)
+    tensors = leaves(1, 4, 7, 1, 32, (5, 3), True, dtype)
     assert_as_good_as_the_definition(tensors, (5, 3), (1, 2), scale=scale)
 
 
@@ -129,8 +129,8 @@ def test_any_scale(scale, dtype):
 def test_kernels_read_only_their_inputs_and_write_all_outputs(kernel, dilation, dtype):
     """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
     torch.manual_seed(0)
-    buffer = torch.full((2, 7, 10, 3, 3, 29), torch.nan, device=DEVICE, dtype=dtype)
-    packed = buffer[:, 1:6, 1:9, :, 1:, 3:27]
+    buffer = torch.full((2, 7, 8, 3, 3, 29), torch.nan, device=DEVICE, dtype=dtype)
+    packed = buffer[:, 1:6, 1:7, :, 1:, 3:27]
     packed.copy_(torch.randn(packed.shape))
     near = 1e-5 if dtype == torch.float32 else 5e-3
     inside = packed.detach().requires_grad_()
@@ -164,7 +164,7 @@ def test_kernels_read_only_their_inputs_and_write_all_outputs(kernel, dilation, 
 )
 def test_fill_equals_a_map_that_has_these_tokens(size, kernel, dilation, dtype, bias):
     torch.manual_seed(0)
-    *qkv, rpb = leaves(2, *size, 2, 16 if dtype == torch.float32 else 32, kernel, bias, dtype)
+    *qkv, rpb = leaves(1, *size, 2, 16 if dtype == torch.float32 else 32, kernel, bias, dtype)
     fill = torch.randn(2, 2, qkv[0].shape[4], device=DEVICE, requires_grad=True)
     assert_as_good(
         lambda q, k, v, rpb, fill: na2d(q, k, v, kernel, dilation, rpb=rpb, fill=fill, scale=0.3, impl="triton"),
@@ -177,7 +177,7 @@ def test_fill_equals_a_map_that_has_these_tokens(size, kernel, dilation, dtype, 
 @pytest.mark.parametrize("bias", [True, False])
 def test_operators_are_well_formed(bias):
     torch.manual_seed(0)
-    *qkv, rpb = leaves(1, 5, 4, 2, 16, (3, 3), bias, torch.float32)
+    *qkv, rpb = leaves(1, 2, 3, 1, 16, (3, 3), bias, torch.float32)
     where = [3, 3], [1, 1], 0.3, "triton"
     torch.library.opcheck(operators.na2d, (*qkv, rpb, *where, False))
     tensors = [None if t is None else t.detach() for t in (*qkv, rpb)]
@@ -204,27 +204,24 @@ def test_a_frozen_bias_needs_no_kernel():
     assert [n.arguments["WANT_BIAS"] for n in (frozen[0], trained[0])] == [False, True]
 
 
+def allow_and_print(allow):
+    allow()
+    print(*(triton_common.precision(torch.empty(1, dtype=dtype)) for dtype in (torch.float32, torch.float16)))
+
+
 @not_interpreted
-def test_float32_products_follow_the_tf32_setting_of_pytorch():
+def test_float32_products_follow_the_tf32_setting_of_pytorch(tmp_path):
     """In a process for each way: once one way to allow TF32 was used, PyTorch refuses others."""
-    program = """
-import os, torch
-from hybridzoo.kernels.triton_common import precision
-for allow in (
-    "pass",
-    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-    "torch.backends.fp32_precision = 'tf32'",
-    "torch.backends.cuda.matmul.allow_tf32 = True",
-    "torch.set_float32_matmul_precision('high')",
-):
-    if os.fork() == 0:
-        exec(allow)
-        print(precision(torch.empty(1)), precision(torch.empty(1, dtype=torch.float16)), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == ["ieee ieee", *["tf32 ieee"] * 4]
+    backends = torch.backends
+    ways = (
+        lambda: None,
+        lambda: setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
+        lambda: setattr(backends, "fp32_precision", "tf32"),
+        lambda: setattr(backends.cuda.matmul, "allow_tf32", True),
+        lambda: torch.set_float32_matmul_precision("high"),
+    )
+    forks = [Fork(functools.partial(allow_and_print, way), tmp_path / str(i)) for i, way in enumerate(ways)]
+    assert together(*forks) == ["ieee ieee\n", *["tf32 ieee\n"] * 4]
 
 
 sides = st.integers(1, 40)
@@ -311,7 +308,7 @@ def test_a_batch_is_summed_completely_for_any_images_per_program(monkeypatch):
     monkeypatch.setattr(triton_impl, "_images", lambda *_: 2)
     torch.manual_seed(0)
     for width, dtype in ((3, torch.float32), (4, torch.float32), (4, torch.float16)):  # dense, tiled, whole
-        assert_as_good_as_the_definition(leaves(5, 3, width, 2, 32, (3, 3), True, dtype), (3, 3), (1, 1))
+        assert_as_good_as_the_definition(leaves(3, 3, width, 1, 32, (3, 3), True, dtype), (3, 3), (1, 1))
 
 
 @computes

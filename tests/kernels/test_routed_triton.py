@@ -34,14 +34,14 @@ from hybridzoo.kernels.triton_common import Config
 CASES = {  # batch, map, heads, head_dim, grid, topk, fill, small form
     "one token a region": (2, (4, 5), 2, 16, Grid(4, 5, 1, 1), 3, False, True),
     "four tokens a region, small": (2, (6, 6), 2, 32, Grid(3, 3, 2, 2), 4, False, True),
-    "four tokens a region, listed": (1, (8, 8), 1, 16, Grid(4, 4, 2, 2), 2, False, False),
+    "four tokens a region, listed": (1, (6, 6), 1, 16, Grid(3, 3, 2, 2), 2, False, False),
     "partial regions, duplicates": (1, (5, 7), 1, 24, Grid(3, 4, 2, 2), 14, False, True),
-    "partial regions, head_dim no power of two": (1, (7, 11), 2, 40, Grid(2, 3, 4, 4), 2, False, False),
+    "partial regions, head_dim no power of two": (1, (7, 7), 1, 40, Grid(2, 2, 4, 4), 2, False, False),
     "a region in two tiles": (1, (9, 17), 1, 16, Grid(1, 2, 9, 9), 1, False, False),
     "a region of whole blocks": (1, (16, 8), 1, 16, Grid(2, 1, 8, 8), 1, False, False),
     "a region of parts of blocks": (2, (5, 8), 1, 16, Grid(2, 2, 3, 4), 1, False, False),
     "one region": (2, (3, 4), 1, 64, Grid(1, 1, 3, 4), 2, False, True),
-    "filled, listed": (2, (7, 5), 1, 16, Grid(2, 2, 5, 3), 2, True, False),
+    "filled, listed": (1, (7, 5), 1, 16, Grid(2, 2, 5, 3), 2, True, False),
     "filled, small, whole regions beyond": (1, (5, 3), 1, 16, Grid(3, 3, 2, 2), 3, True, True),
     "widest head": (1, (4, 5), 1, 128, Grid(1, 2, 4, 3), 1, False, False),
 }
@@ -126,7 +126,7 @@ def shapes(draw):
 
 
 @computes
-@settings(max_examples=200 if DEVICE == "cuda" else 8, deadline=None)
+@settings(max_examples=200 if DEVICE == "cuda" else 5, deadline=None)
 @given(shape=shapes())
 def test_any_shape(shape):
     """With the smallest blocks, so that small maps have many tiles and many blocks of keys."""
@@ -139,20 +139,26 @@ def test_any_shape(shape):
 
 
 CORES = [n for n in goldens.names("ops", numeric=True) if n.startswith("bra_core_")]
+LARGE = [n for n in CORES if "nchw" in n or "21x28" in n]
 
 
 @computes
-@pytest.mark.parametrize("name", [n for n in CORES if not (INTERPRETED and "21x28" in n)])  # the largest is slow there
+@pytest.mark.parametrize("name", [pytest.param(n, marks=more if n in LARGE else ()) for n in CORES])
 def test_published_values_and_gradients(name):
     """In float32, and with every head widened by zeros where the fixture's is too narrow for tensor cores."""
     meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
-    if INTERPRETED:
-        data = {key: value[:1] for key, value in data.items()}  # images do not depend on each other
+    heads, channels = meta["heads"], data["q"].shape[-1]
+    if INTERPRETED:  # neither images nor heads depend on each other
+        data = {
+            key: value[:1] if key == "topk_index" else value[:1, ..., : channels // heads]
+            for key, value in data.items()
+        }
+        heads = 1
     grid = Grid(*meta["regions"], *meta["region_size"])
     inputs = [data[n].float().to(DEVICE).requires_grad_() for n in "qkv"]
-    heads = [t.unflatten(-1, (meta["heads"], -1)) for t in inputs]
-    narrow = heads[0].shape[4]
-    q, k, v = (torch.nn.functional.pad(t, (0, max(0, 16 - narrow))) for t in heads)
+    maps = [t.unflatten(-1, (heads, -1)) for t in inputs]
+    narrow = maps[0].shape[4]
+    q, k, v = (torch.nn.functional.pad(t, (0, max(0, 16 - narrow))) for t in maps)
     fill = None if not any(grid.beyond(q)) else torch.zeros(2, *q.shape[3:], device=DEVICE)
     out = attend(q, k, v, fill, data["topk_index"], grid, meta["scale"])[..., :narrow].flatten(3)
     grads = torch.autograd.grad(out, inputs, data["grad_out"].float().to(DEVICE))
@@ -168,11 +174,11 @@ def test_published_values_and_gradients(name):
 def test_kernels_read_only_their_inputs_and_write_all_outputs(topk, filled):
     """Views of a packed projection inside a larger NaN buffer, and NaN in every fresh allocation."""
     torch.manual_seed(0)
-    buffer = torch.full((IMAGES, 7, 10, 3, 3, 29), torch.nan, device=DEVICE)
-    packed = buffer[:, 1:6, 1:9, :, 1:, 3:27]
+    buffer = torch.full((IMAGES, 5, 8, 3, 3, 29), torch.nan, device=DEVICE)
+    packed = buffer[:, 1:4, 1:7, :, 1:, 3:27]
     packed.copy_(torch.randn(packed.shape))
     inside = packed.detach().requires_grad_()
-    grid = Grid(3, 4, 2, 2)
+    grid = Grid(2, 3, 2, 2)
     if INTERPRETED:
         assert triton_impl.small(inside[..., 0, :, :], grid, topk) == (topk == 5)
     fill = torch.randn(2, 2, 24, device=DEVICE, requires_grad=True) if filled else None
@@ -196,8 +202,8 @@ def test_kernels_read_only_their_inputs_and_write_all_outputs(topk, filled):
 @pytest.mark.parametrize("filled", [True, False])
 def test_operators_are_well_formed(filled):
     torch.manual_seed(0)
-    *qkv, fill = leaves(1, (3, 3), 1, 16, filled, torch.float32)
-    grid = Grid(2, 2, 2, 2)
+    *qkv, fill = leaves(1, (2, 3), 1, 16, filled, torch.float32)
+    grid = Grid(1, 2, 2, 2)
     routes = random_routes(1, grid, 2).to(DEVICE)
     where = list(grid), 0.3, "triton"
     torch.library.opcheck(operators.routed_attention2d, (*qkv, routes, fill, *where))
@@ -212,25 +218,25 @@ def test_operators_are_well_formed(filled):
 @computes
 def test_a_compiled_training_step():
     torch.manual_seed(0)
-    tensors = leaves(1, (5, 5), 2, 16, True, torch.float32)
-    grid = Grid(3, 3, 2, 2)
-    routes, grad = random_routes(1, grid, 2), torch.randn(1, 5, 5, 2, 16, device=DEVICE)
+    tensors = leaves(1, (2, 3), 1, 16, True, torch.float32)
+    grid = Grid(1, 2, 2, 2)
+    routes, grad = random_routes(1, grid, 2), torch.randn(1, 2, 3, 1, 16, device=DEVICE)
     step = lambda *t: attend(*t, routes, grid).sin()  # noqa: E731
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     torch.testing.assert_close(results(compiled, tensors, grad), results(step, tensors, grad))
 
 
 @computes
-@pytest.mark.parametrize("number", [-1, 9, 1 << 33, *(pytest.param(n, marks=more) for n in (-1000, (1 << 31) - 1))])
+@pytest.mark.parametrize("number", [-1, 4, 1 << 33, *(pytest.param(n, marks=more) for n in (-1000, (1 << 31) - 1))])
 def test_routes_out_of_range_read_nothing_outside_the_tensors(number):
     """Keys lie inside a NaN buffer. (The operator looks at routes on a CPU; on a GPU nobody does.)"""
-    grid = Grid(3, 3, 3, 3)
-    buffer = torch.full((3, 9, 9, 1, 3, 16), torch.nan, device=DEVICE)
+    grid = Grid(2, 2, 3, 3)
+    buffer = torch.full((3, 6, 6, 1, 3, 16), torch.nan, device=DEVICE)
     inside = buffer[1:2].unbind(4)
     for t in inside:
         t.copy_(torch.randn(t.shape))
     for topk in (1, 2):
-        routes = torch.full((1, 9, topk), number, device=DEVICE)
+        routes = torch.full((1, 4, topk), number, device=DEVICE)
         assert not triton_impl.small(inside[0], grid, topk)
         out, lse = triton_impl.forward(*inside, routes, None, grid, 0.3)
         assert out.isfinite().all()
@@ -284,28 +290,28 @@ def test_query_key_and_value_may_have_different_strides():
 @computes
 def test_unlisted_regions_have_no_gradient_and_repeated_ones_count_twice():
     torch.manual_seed(0)
-    q, k, v, _ = leaves(1, (4, 16), 1, 16, False, torch.float32)
-    grid = Grid(1, 4, 4, 4)
-    routes = torch.tensor([2, 0, 2]).expand(1, 4, 3)
+    q, k, v, _ = leaves(1, (4, 12), 1, 16, False, torch.float32)
+    grid = Grid(1, 3, 4, 4)
+    routes = torch.tensor([2, 0, 2]).expand(1, 3, 3)
+    assert not triton_impl.small(q, grid, 3)
     assert_as_good_as_the_definition([q, k, v, None], routes, grid)
     out = attend(q, k, v, None, routes, grid)
     once = attend(q, k, v, None, routes[..., :2], grid)
     assert not torch.allclose(out, once)
     for grad in torch.autograd.grad(out.sum(), (k, v)):
         assert not grad[:, :, 4:8].any()
-        assert not grad[:, :, 12:].any()
-        assert grad[:, :, 8:12].any()
+        assert grad[:, :, 8:].any()
 
 
 @computes
 @pytest.mark.parametrize(
     ("size", "heads", "head_dim", "grid", "topk", "filled"),
     [
-        ((14, 14), 2, 32, Grid(7, 7, 2, 2), 16, False),
-        ((7, 11), 3, 24, Grid(3, 4, 3, 3), 5, False),  # regions reach beyond the map; channels in more than one block
-        ((7, 11), 3, 24, Grid(3, 4, 3, 3), 5, True),
+        ((4, 5), 1, 32, Grid(4, 5, 1, 1), 16, False),  # in two tiles
+        ((7, 11), 2, 40, Grid(3, 4, 3, 3), 5, False),  # regions reach beyond the map; channels in more than one block
+        ((7, 11), 2, 40, Grid(3, 4, 3, 3), 5, True),
         ((4, 9), 1, 16, Grid(1, 1, 4, 9), 1, True),  # a fill that nothing carries
-        ((5, 26), 1, 16, Grid(5, 13, 1, 2), 65, False),  # more regions than a number has bits
+        pytest.param((5, 26), 1, 16, Grid(5, 13, 1, 2), 65, False, marks=more),  # more regions than a number has bits
         pytest.param((9, 34), 1, 16, Grid(9, 17, 1, 2), 153, False, marks=pytest.mark.exhaustive),
     ],
     ids=str,
@@ -326,9 +332,10 @@ def test_choice_of_regions(size, heads, head_dim, grid, topk, filled):
 
 
 @computes
-@pytest.mark.parametrize("name", [n for n in CORES if "nchw" not in n])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=more if "_n7_" in n else ()) for n in CORES if "nchw" not in n])
 def test_published_choice_of_regions(name):
     meta, data = goldens.manifest("ops", name), goldens.numbers("ops", name)
+    data = {key: value[:IMAGES] for key, value in data.items()}
     q, k = (data[n].float().to(DEVICE).unflatten(-1, (meta["heads"], -1)) for n in "qk")
     routes = operators.bi_level_route(q, k, None, list(Grid.of(q, *meta["regions"])), meta["topk"], meta["scale"])
     assert torch.equal(routes.cpu().sort().values, data["topk_index"].sort().values)
