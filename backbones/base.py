@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from hybridzoo import checkpoints
@@ -33,12 +33,14 @@ class Backbone(Fusible):
         norm: final norm, NCHW -> NCHW.
         head: timm classifier head with `reset(num_classes, pool_type)` and `forward(x, pre_logits=...)`.
         layout: of the maps between stages; channels-last maps are permuted (not copied) when returned.
+        stages_give_maps: whether a stage's result is its map. Otherwise only `forward_intermediates` makes the maps.
         channels_last: whether the stem converts images to channels last in memory. This is fastest for NCHW families
             that are mostly convolutions. All later maps keep this order, also the returned ones.
         feature_info: one dict per stage, see `set_feature_info`.
     """
 
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+    stages_give_maps: bool = True
     channels_last: bool = False
     stem: nn.Module
     stages: nn.Sequential
@@ -227,7 +229,7 @@ def check_per_stage(stages: int, **arguments: Any) -> None:
             raise ValueError(f"{name} must have one entry for each of {stages} stages; got {value!r}")
 
 
-def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any) -> Any:
+def build(family: type[Backbone], variants: dict[str, Any], name: str, pretrained: bool, **kwargs: Any) -> Any:
     """Create the variant `name` with timm's builder, so that pretrained weights and `features_only` work as in timm.
 
     Weights published for another resolution or kernel have their own tag. The tag's arguments (`Card.model_args`) are
@@ -248,7 +250,8 @@ def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, 
 
     Raises:
         DownloadError, CheckpointError: the weights cannot be downloaded, or do not fit.
-        ValueError: an `output_stride` other than 32: attention over windows and regions has no dilated form.
+        ValueError: an `output_stride` other than 32: attention over windows and regions has no dilated form. Or a
+            `feature_cls` that reads the stages' results, if these are not the maps.
     """
     row = variants[name]
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
@@ -259,7 +262,7 @@ def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, 
         raise ValueError(
             f"output_stride={stride}: {name} has no form with fewer strides; use a decoder that takes strides to 32"
         )
-    overrides = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(row) if f.name in kwargs}
+    row = dataclasses.replace(row, **{f.name: kwargs.pop(f.name) for f in dataclasses.fields(row) if f.name in kwargs})
     create: Callable[..., Backbone] = family
     if pretrained and (weights := find_weights(name, cfg, kwargs.get("cache_dir"))):
         create, pretrained = weights.into(family, features_only=kwargs.get("features_only", False)), False
@@ -267,8 +270,26 @@ def build(family: Callable[..., Backbone], variants: dict[str, Any], name: str, 
         create,
         name,
         pretrained,
-        model_cfg=dataclasses.replace(row, **overrides),
-        feature_cfg=dict(out_indices=None, feature_cls="getter"),
+        model_cfg=row,
+        feature_cfg=_feature_cfg(family, name, row, kwargs),
         pretrained_filter_fn=lambda state, model: sizes.fit(in_our_names(state, name), model.state_dict()),
         **kwargs,
     )
+
+
+def _feature_cfg(family: type[Backbone], name: str, row: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's arguments for `features_only`.
+
+    Maps come from `forward_intermediates`. If the caller asks for another class ("hook", "fx", "list", "dict"), they
+    are the stages' results; as in timm, the extractor's `output_fmt` then says whether they are NCHW or NHWC.
+    """
+    asked = kwargs.get("feature_cls", "getter")
+    asked = asked.lower() if isinstance(asked, str) else asked
+    if asked in ("getter", FeatureGetterNet):
+        return dict(out_indices=None, feature_cls="getter")
+    if not family.stages_give_maps or kwargs.get("feature_norms"):
+        raise ValueError(
+            f"feature_cls={asked!r}: the maps of {name} are not the results of its stages; leave feature_cls out"
+        )
+    rewritten = asked in ("list", "dict")  # these take the network apart, and find the stages one level down
+    return dict(out_indices=tuple(range(len(row.depths))), output_fmt=family.layout, flatten_sequential=rewritten)

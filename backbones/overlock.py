@@ -248,6 +248,7 @@ class OverLoCK(Backbone):
     """
 
     channels_last = True
+    stages_give_maps = False  # the last two give a `State`
     optional = ("aux_head.", "stages.1.norm.", "feature_norms.", "overview_")
 
     def __init__(

@@ -62,7 +62,7 @@ class Block(TransformerBlock):
         return super().forward(x)
 
 
-class Stem(nn.Sequential):
+class Stem(nn.Module):
     """Image (B, in_chans, H, W) -> (B, H/4, W/4, dim): four 3x3 convolutions, no activation after the last."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
@@ -74,7 +74,8 @@ class Stem(nn.Sequential):
         self.conv4 = ConvNormAct(half, dim, 3, 2, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(channels_last(x)).permute(0, 2, 3, 1).contiguous()
+        x = self.conv4(self.conv3(self.conv2(self.conv1(channels_last(x)))))
+        return x.permute(0, 2, 3, 1).contiguous()
 
 
 class Downsample(nn.Module):

@@ -137,6 +137,8 @@ class DeiT(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    stages_give_maps = False  # but `Tokens`
+
     def __init__(
         self,
         cfg: DeiTConfig,

@@ -164,6 +164,32 @@ def test_intermediates_are_the_features(shared, name):
         assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters()) / 2
 
 
+@pytest.mark.parametrize("name", mostly(sorted(BLOCKS), ["overlock_xtiny", "partialnet_t0", "ravlt_tiny"]))
+def test_timms_other_feature_extractors_say_how_their_maps_lie(name):
+    """They read the stages' results, which in half of the families are NHWC."""
+
+    def extractor(**arguments):
+        torch.manual_seed(0)
+        return timm.create_model(name, features_only=True, **few_blocks(name), **arguments).eval()
+
+    if name in ("overlock_xtiny", "agent_deit_tiny", "inline_deit_tiny"):
+        with pytest.raises(ValueError, match=f"feature_cls='hook': the maps of {name} are not the results of its st"):
+            extractor(feature_cls="hook")
+        return
+    with torch.no_grad():
+        expected = extractor()(image())
+        for kind, given in dict(hook={}, fx=dict(out_indices=(0, 1)), list={}, dict=dict(out_indices=(0, 1))).items():
+            model = extractor(feature_cls=kind, **given)
+            found = model(image())
+            found = list(found.values()) if kind == "dict" else found
+            assert len(found) == (2 if given else len(expected))
+            for got, wanted in zip(found, expected, strict=False):
+                torch.testing.assert_close(got.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else got, wanted)
+    if name == "partialnet_t0":
+        with pytest.raises(ValueError, match="feature_cls='hook': the maps of partialnet_t0 are not"):
+            extractor(feature_cls="hook", feature_norms=True)
+
+
 @pytest.mark.parametrize("name", variants_too())
 def test_layer_decay_orders_the_parameters_from_image_to_logits(name):
     with torch.device("meta"):
