@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -62,20 +63,29 @@ def score(printed: str, metric: str) -> float:
     return float([line.split()[1] for line in printed.splitlines() if line.split()[:1] == [metric]][-1])
 
 
-def try_photographs(network: str, folder: Path, side: int = 96, count: int = 8) -> tuple[dict[str, str], Image.Image]:
+def try_photographs(
+    network: str, folder: Path, side: int = 96, count: int = 8, tasks: Mapping[str, str] = TASKS
+) -> tuple[dict[str, str], Image.Image]:
     """Train, and predict with, one network on the three tasks.
+
+    Args:
+        network: its name.
+        folder: for pictures and runs.
+        side: of the pictures, in pixels.
+        count: training pictures of each class, and scenes; half as many for validation.
+        tasks: recipe -> the metric to report.
 
     Returns:
         A table's row, and a picture per task of what it predicts, side by side.
     """
     pictures = photographs.image_folder(folder / "photographs", side=side, count=count)
     scenes = photographs.scenes(folder / "scenes", side=side, count=count)
-    data = {"finetune": pictures, "mask-rcnn": scenes, "upernet": scenes}
     row, drawn = {"network": network}, []
-    for recipe, metric in TASKS.items():
+    for recipe, metric in tasks.items():
+        data = pictures if recipe == "finetune" else scenes
         run = folder / network / recipe
         began = time.process_time()
-        command = ("train", recipe, "--model", network, "--data", data[recipe], "--img-size", side)
+        command = ("train", recipe, "--model", network, "--data", data, "--img-size", side)
         printed = call(*command, *QUICK, "--work-dir", run)
         row[recipe] = f"{score(printed, metric):.3g} ({time.process_time() - began:.0f} s)"
         source = sorted((pictures / "val" / "cat" if recipe == "finetune" else scenes / "images/val").iterdir())[0]
