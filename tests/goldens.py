@@ -9,6 +9,7 @@ amplify random weights: only float64 comparisons mean something.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def structures(family: str, *sizes: str) -> list:
     return [pytest.param(name, marks=pytest.mark.exhaustive) if name in sizes else name for name in found]
 
 
-class _Undrawn(TorchFunctionMode):
+class Undrawn(TorchFunctionMode):
     """Random numbers are not drawn: what lies in memory stays."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -48,7 +49,7 @@ class _Undrawn(TorchFunctionMode):
 
 def network(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """What `build` makes of the arguments, in float64, for evaluation. Its weights are to be loaded: it has none."""
-    with _Undrawn():
+    with Undrawn():
         return build(*args, **kwargs).double().eval()
 
 
@@ -74,17 +75,20 @@ def published_state(family: str, name: str) -> dict[str, Tensor]:
     global _drawn
     meta = manifest(family, name)
     state, drawn = {}, {}
+    few = sum(math.prod(shape) for _, shape, _ in meta["state_dict"]) < 4e7
     for key, shape, dtype in meta["state_dict"]:
         if not dtype.startswith("float"):
             state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
             continue
         place = key, tuple(shape)
-        value = drawn[place] = _drawn[place] if place in _drawn else _fill_value(*place)
+        value = _drawn[place] if place in _drawn else _fill_value(*place)
+        if few:
+            drawn[place] = value
         for pattern, factor in meta.get("post_fill", ()):
             if re.search(pattern, key):
                 value = value * factor
-        state[key] = torch.tensor(value)
-    _drawn = drawn if sum(value.size for value in drawn.values()) < 4e7 else {}
+        state[key] = torch.tensor(value) if few else torch.as_tensor(value)
+    _drawn = drawn
     return state
 
 
@@ -126,10 +130,12 @@ def assert_outputs(model: nn.Module, family: str, name: str) -> None:
 
 def _fill_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
-    if len(shape) >= 2:
+    if len(shape) >= 2:  # in place, as there may be millions
         if len(shape) == 3 or shape[0] == 1:  # position embeddings and bias tables
-            return 0.1 * noise
-        return noise / np.sqrt(np.prod(shape[1:]))
+            noise *= 0.1
+        else:
+            noise /= np.sqrt(np.prod(shape[1:]))
+        return noise
     if key.endswith("running_var"):
         return 1.0 + 0.2 * np.abs(noise)
     if key.endswith(("bias", "running_mean")):

@@ -11,7 +11,7 @@ from networks import assert_cost, costs_of, gmacs
 import hybridzoo
 from hybridzoo.checkpoints import cards, convert
 
-FIXTURES = goldens.structures("biformer", "biformer_small")
+FIXTURES = goldens.structures("biformer", "biformer_small", "biformer_stl_nchw")
 MANIFESTS = goldens.names("biformer", numeric=False)
 
 

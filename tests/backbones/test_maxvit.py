@@ -12,7 +12,7 @@ from networks import assert_cost, costs_of
 
 from hybridzoo.checkpoints import cards, convert
 
-FIXTURES = goldens.structures("maxvit", "maxvit_small_tf_224", "maxvit_tiny_tf_384")
+FIXTURES = goldens.structures("maxvit", "maxvit_small_tf_224", "maxvit_tiny_tf_224", "maxvit_tiny_tf_384")
 MANIFESTS = goldens.names("maxvit", numeric=False)
 SHALLOW = dict(depths=(1, 1, 1, 1), num_classes=7)
 

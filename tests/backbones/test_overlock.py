@@ -9,7 +9,7 @@ import torch
 from networks import assert_cost, costs_of
 
 import hybridzoo  # noqa: F401
-from hybridzoo.backbones.overlock import FocusBlock, RepConvBlock
+from hybridzoo.backbones.overlock import FocusBlock, OverLoCK, OverLoCKConfig, RepConvBlock
 from hybridzoo.checkpoints import cards, convert
 from hybridzoo.checkpoints.keymaps import publish
 from hybridzoo.checkpoints.pretrained import Weights
@@ -18,7 +18,8 @@ from hybridzoo.layers import DilatedReparamConv
 FIXTURES = goldens.structures("overlock", "overlock_t", "overlock_xt_160x224", "overlock_xt_200x264")
 MANIFESTS = goldens.names("overlock", numeric=False)
 SIZES = {"xt": "xtiny", "t": "tiny", "s": "small", "b": "base"}
-SHALLOW = dict(depths=(1, 1, 1, 1), focus_depths=(2, 1), num_classes=7)
+ROW = dict(depths=(1, 1, 1, 1), focus_depths=(2, 1), dims=(16, 32, 64, 96), num_heads=(4, 6))
+SHALLOW = dict(num_classes=7, **ROW)
 
 
 def name_of(fixture: str) -> str:
@@ -136,8 +137,9 @@ def test_weights_of_either_form_load_into_both():
     merged.load_state_dict(model.state_dict())
     branched.load_state_dict(merged.state_dict())
     with torch.no_grad():
-        goldens.assert_close(merged(image), model(image))
-        goldens.assert_close(branched(image), model(image))
+        expected = model(image)
+        goldens.assert_close(merged(image), expected)
+        goldens.assert_close(branched(image), expected)
     branched.train()(image).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in branched.parameters())
 
@@ -161,18 +163,14 @@ def test_a_published_file_fits_the_requested_network(form, tmp_path):
     image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
 
     def load(**arguments):
-        from hybridzoo.backbones.overlock import VARIANTS, OverLoCK
-
-        row = VARIANTS["overlock_xtiny"].__class__(
-            SHALLOW["depths"], SHALLOW["focus_depths"], (56, 112, 256, 336), (8, 12)
-        )
-        family = lambda **more: OverLoCK(row, **more)  # noqa: E731
+        family = lambda **more: OverLoCK(OverLoCKConfig(**ROW), **more)  # noqa: E731
         create = Weights(file, cfg, "", published=False).into(family, features_only=False)
         return create(**arguments).double().eval()
 
     with torch.no_grad():
+        expected = model(image)
         for merged in (False, True):
-            assert (load(num_classes=7, merged=merged)(image) - model(image)).abs().max() < 1e-4 * model(image).std()
+            assert (load(num_classes=7, merged=merged)(image) - expected).abs().max() < 1e-4 * expected.std()
         context = model.stages[:3](model.stem(image))[4]
         loaded = load(num_classes=7, aux_head=True)
         torch.testing.assert_close(loaded.aux_head(context), model.aux_head(context), rtol=1e-4, atol=1e-4)
