@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
 
+import goldens
 import pytest
 import timm
 import torch
@@ -44,16 +46,20 @@ OTHERS = ("dat_plus_tiny", "dinat_isotropic_small", "efficientvit_mit_l1", "vitr
 BLOCKS = {*FAMILIES, *(name for name in LEADERS if name.startswith("agent_")), *OTHERS}
 
 
-def one_block_a_stage(name: str) -> dict[str, tuple[int, ...]]:
+def one_block_a_stage(name: str) -> dict[str, tuple]:
     return blocks_a_stage(name, 1)
 
 
-def blocks_a_stage(name: str, most: int) -> dict[str, tuple[int, ...]]:
+def blocks_a_stage(name: str, most: int) -> dict[str, tuple]:
+    """Arguments for so many blocks a stage; where a pattern names the kind of every block, of each kind."""
     row = vars(variants(name)[name])
-    return {key: tuple(min(most, depth) for depth in value) for key, value in row.items() if key.endswith("depths")}
+    fewer = {key: tuple(min(most, depth) for depth in value) for key, value in row.items() if key.endswith("depths")}
+    if "pattern" in row:
+        fewer["pattern"] = tuple(re.sub(r"(.)\1*", lambda same: same[0][:most], blocks) for blocks in row["pattern"])
+    return fewer
 
 
-def size(name: str) -> dict[str, tuple[int, ...]]:
+def size(name: str) -> dict[str, tuple]:
     """Arguments that keep the variant quick: two blocks a stage of a leader, since neighbours differ (windows shift,
     dilations alternate), one of others. What depends on the depth (names, layer decay, parameters, cards) is tested of
     all variants without running them; full networks are compared with the published ones.
@@ -61,22 +67,56 @@ def size(name: str) -> dict[str, tuple[int, ...]]:
     return blocks_a_stage(name, 2 if name in LEADERS else 1)
 
 
+# Blocks of every stage where a stage has the same kinds of layers as another one: it keeps its downsampling alone, or
+# (MaxViT, whose downsampling is in a block) is left out. Tracing takes time for every operator, drawing for
+# every weight.
+DEPTHS = dict(
+    agent_cswin_tiny=(1, 0, 1, 1),
+    agent_swin_tiny=(1, 0, 0, 1),
+    biformer_stl=(0, 1, 0, 1),
+    dat_plain_tiny=(1, 0, 0, 1),
+    dinat_mini=(1, 0, 0, 1),
+    efficientvit_mit_b0=(1, 0, 0, 1),
+    efficientvit_msra_m0=(1, 0, 1),
+    fastervit_0=(1, 0, 1, 1),
+    inline_cswin_tiny=(1, 0, 1, 1),
+    litv2_small=(1, 0, 1, 1),
+    partialnet_t0=(1, 0, 0, 1),
+    patnet_t0=(1, 0, 0, 1),
+    ravlt_tiny=(1, 0, 0, 1),
+)
+
+
 def shallow(name: str) -> torch.nn.Module:
-    """A variant with one block a stage and four stages at most: what costs time only in the number of blocks."""
+    """A variant with every kind of layer that `few_blocks` has, mostly once: for what every kind has to show."""
     return copy.deepcopy(_shallow(name))
 
 
 @functools.lru_cache(maxsize=1)  # tests go model by model (see `conftest`), and random weights take long to draw
 def _shallow(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=7, **few_blocks(name)).eval()
+    arguments = few_blocks(name)
+    if name in DEPTHS:
+        arguments["depths"] = DEPTHS[name]
+    if name == "maxvit_tiny":
+        arguments["dims"] = (64,) * 4
+    model = timm.create_model(name, num_classes=7, **arguments).eval()
+    if name == "maxvit_tiny":
+        model.stages = model.stages[:2]
+    return model
 
 
 def few_blocks(name: str) -> dict[str, tuple]:
-    """Arguments for one block a stage and four stages at most."""
+    """Arguments for one block a stage (one of each kind) and four stages at most."""
     row = vars(variants(name)[name])
     fewer = {key: value[:4] for key, value in row.items() if isinstance(value, tuple)}
-    return {key: (1,) * len(value) if key.endswith("depths") else value for key, value in fewer.items()}
+    return fewer | {key: value[:4] for key, value in one_block_a_stage(name).items()}
+
+
+def skeleton(name: str, **arguments) -> torch.nn.Module:
+    """A network on the meta device: for its names and shapes."""
+    with torch.device("meta"), goldens.Undrawn():
+        return timm.create_model(name, **arguments)
 
 
 def image(height=64, width=96, batch=2):
@@ -114,8 +154,7 @@ def assert_cost(card: Card, uncounted: float = 0.0, **tolerance: float) -> torch
 
     `uncounted`: GMACs that the card leaves out.
     """
-    with torch.device("meta"):
-        model = timm.create_model(card.name)
+    model = skeleton(card.name)
     assert sum(p.numel() for p in model.parameters()) == card.params
     assert model.num_classes == card.num_classes
     assert gmacs(model, *card.input_size) - uncounted == pytest.approx(card.gmacs, **tolerance)

@@ -22,6 +22,7 @@ from networks import (
     one_block_a_stage,
     shallow,
     size,
+    skeleton,
     variants_too,
 )
 from timm.models import is_model_in_modules
@@ -52,8 +53,7 @@ def meta():
 
     @functools.lru_cache(maxsize=1)  # tests are ordered by model
     def get(name: str) -> torch.nn.Module:
-        with torch.device("meta"):
-            return timm.create_model(name, **one_block_a_stage(name)).to("meta").eval()
+        return skeleton(name, **one_block_a_stage(name)).to("meta").eval()  # buffers from NumPy too
 
     return get
 
@@ -61,6 +61,12 @@ def meta():
 def test_there_are_models():
     assert len(MODELS) >= 5
     assert not is_model_in_modules("biformer_tiny", ["vision_transformer"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_small_networks_have_every_kind_of_layer(name):
+    kinds = {type(module) for module in skeleton(name, **few_blocks(name)).modules()}
+    assert {type(module) for module in shallow(name).modules()} == kinds
 
 
 @pytest.mark.filterwarnings("ignore:std_mean")  # of PyTorch, about no images
@@ -93,12 +99,15 @@ def test_default_cfg_is_complete(meta, name):
     assert f"{cfg['first_conv']}.weight" in state
     assert f"{cfg['classifier']}.weight" in state
     assert model.num_classes == cfg["num_classes"]
-    with torch.no_grad(), torch.device("meta"):
-        *_, last = model.forward_intermediates(torch.empty(1, *cfg["input_size"]), intermediates_only=True)
-        assert last.shape[-2:] == tuple(cfg["pool_size"])
+    pool_size = tuple(-(-pixels // model.feature_info[-1]["reduction"]) for pixels in cfg["input_size"][1:])
+    assert tuple(cfg["pool_size"]) == pool_size
+    if name in LEADERS:
+        with torch.no_grad(), torch.device("meta"):
+            *_, last = model.forward_intermediates(torch.empty(1, *cfg["input_size"]), intermediates_only=True)
+            assert last.shape[-2:] == pool_size
 
 
-@pytest.mark.parametrize("name", variants_too(BLOCKS))
+@pytest.mark.parametrize("name", variants_too([*FAMILIES, "agent_deit_tiny"]))  # a host with a head of its own
 def test_classifier_can_be_reset_or_removed(shared, name):
     model = copy.deepcopy(shared(name))
     with torch.no_grad():
@@ -126,12 +135,15 @@ def test_the_card_lists_the_feature_maps(meta, name):
     assert card.strides == tuple(level["reduction"] for level in info)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", variants_too())
 def test_the_card_has_the_number_of_parameters(name):
-    """For every tag, because some set arguments."""
-    with torch.device("meta"):
-        for card in {str(card.model_args): card for card in cards(name) if card.model == name}.values():
-            assert sum(p.numel() for p in timm.create_model(card.name).parameters()) == card.params, card.name
+    """For every tag, because some set arguments.
+
+    That the other sizes have as many as their published files, and that a card states it, is for the families' tests of
+    published state dicts and `test_cards`.
+    """
+    for card in {str(card.model_args): card for card in cards(name) if card.model == name}.values():
+        assert sum(p.numel() for p in skeleton(card.name).parameters()) == card.params, card.name
 
 
 @pytest.mark.parametrize("name", variants_too(BLOCKS))
@@ -192,8 +204,7 @@ def test_timms_other_feature_extractors_say_how_their_maps_lie(name):
 
 @pytest.mark.parametrize("name", variants_too())
 def test_layer_decay_orders_the_parameters_from_image_to_logits(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = skeleton(name)
     groups = param_groups_layer_decay(
         model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.9
     )
@@ -211,7 +222,8 @@ def test_layer_decay_orders_the_parameters_from_image_to_logits(name):
     assert len(set(ordered)) == sum(len(stage.blocks) for stage in model.stages)
 
 
-@pytest.mark.parametrize("name", leaders_of(FAMILIES))
+# All stages recompute by the same lines; here are those with several maps, with tokens, with windows and with neither.
+@pytest.mark.parametrize("name", leaders_of(["biformer_stl", "efficientvit_msra_m0", "fastervit_0", "overlock_xtiny"]))
 def test_grad_checkpointing_changes_nothing(shared, name):
     plain, checkpointed = copy.deepcopy(shared(name)), copy.deepcopy(shared(name))
     checkpointed.set_grad_checkpointing()
@@ -262,9 +274,9 @@ def test_drop_path_and_in_chans(name):
     torch.testing.assert_close(model(image()[:, :1]), model(image()[:, :1]))
 
 
-@pytest.mark.parametrize("name", leaders_of(["biformer_stl", "overlock_xtiny"]))
+@pytest.mark.parametrize("name", leaders_of(["biformer_stl"]))  # an operator with a gradient of its own, and routes
 def test_compiles_as_one_graph_forward_and_backward(name):
-    """The operators' own tests compile each of them in both directions."""
+    """The operators' own tests compile each of them, most in both directions."""
     torch._dynamo.reset()
     model = shallow(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -274,7 +286,7 @@ def test_compiles_as_one_graph_forward_and_backward(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", mostly(sorted(BLOCKS - {"biformer_stl", "overlock_xtiny"}), FAMILIES))
+@pytest.mark.parametrize("name", mostly(sorted(BLOCKS - {"biformer_stl"}), FAMILIES))
 def test_other_blocks_compile_as_one_graph(name):
     """Only the forward pass; the gradients of plain operators are PyTorch's."""
     torch._dynamo.reset()

@@ -137,11 +137,6 @@ def test_a_fused_network_is_for_inference_only():
     assert not model(torch.randn(1, 3, 64, 64)).requires_grad
 
 
-def small(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, depths=(1, 1, 1) if "msra" in name else (1, 1, 1, 1), num_classes=3).eval()
-
-
 def saved(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
@@ -156,7 +151,7 @@ KINDS = ["efficientvit_mit_b0", "patnet_t0", "maxvit_tiny", "agent_swin_tiny"]
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
 def test_a_fused_network_copies_pickles_and_is_saved(name, way):
-    model, x = small(name).fuse((64, 64)), torch.randn(1, 3, 64, 64)
+    model, x = shallow(name).fuse((64, 64)), torch.randn(1, 3, 64, 64)
     expected, twin = model(x), way(model)
     torch.testing.assert_close(twin(x), expected)
     assert not list(twin.parameters())
@@ -169,7 +164,7 @@ def test_a_fused_network_copies_pickles_and_is_saved(name, way):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # the forms; no GPU is needed for them
 def test_a_fused_network_can_be_moved_to_another_dtype_and_device(name, device):
-    model, x = small(name), torch.randn(2, 3, 64, 64)
+    model, x = shallow(name), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
         fused = copy.deepcopy(model).fuse((64, 64), device=device)
@@ -212,12 +207,12 @@ def kinds(model: nn.Module) -> Counter:
 @pytest.mark.parametrize("name", KINDS)
 def test_fusing_twice_changes_only_what_was_left_out(name):
     x = torch.randn(2, 3, 64, 64)
-    once = small(name).fuse((64, 64))
+    once = shallow(name).fuse((64, 64))
     expected, forms = once(x), kinds(once)
     assert kinds(once.fuse((64, 64))) == forms
     torch.testing.assert_close(once(x), expected)
     for first in (dict(portable=True), dict(device="cuda")):
-        model = small(name).fuse((64, 64), **first)
+        model = shallow(name).fuse((64, 64), **first)
         assert "PackedConv" not in kinds(model)
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
         assert kinds(model.fuse((64, 64), device="cpu")) == forms
@@ -236,7 +231,7 @@ def test_fusing_twice_reads_images_of_as_many_channels():
 @pytest.mark.parametrize("device", ["gpu", "", 1.5])
 def test_an_unknown_type_of_device_is_named(device):
     with pytest.raises(ValueError, match=f"device must be .*; got {device!r}"):
-        small("efficientvit_msra_m0").fuse(device=device)
+        shallow("efficientvit_msra_m0").fuse(device=device)
 
 
 class Adapted(nn.Module):
