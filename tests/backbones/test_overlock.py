@@ -15,7 +15,7 @@ from hybridzoo.checkpoints.keymaps import publish
 from hybridzoo.checkpoints.pretrained import Weights
 from hybridzoo.layers import DilatedReparamConv
 
-FIXTURES = goldens.structures("overlock", "overlock_t", "overlock_xt_160x224", "overlock_xt_200x264")
+FIXTURES = goldens.structures("overlock", "overlock_t", "overlock_xt", "overlock_xt_200x264")
 MANIFESTS = goldens.names("overlock", numeric=False)
 SIZES = {"xt": "xtiny", "t": "tiny", "s": "small", "b": "base"}
 ROW = dict(depths=(1, 1, 1, 1), focus_depths=(2, 1), dims=(16, 32, 64, 96), num_heads=(4, 6))
