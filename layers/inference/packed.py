@@ -244,6 +244,4 @@ def _(block: ConvNormAct) -> nn.Module:
     )
     if CONVOLUTION is None or post is None or not plain or not isinstance(block.norm, nn.Identity):
         return block
-    if post[0] == "none" and conv.groups == 1:
-        return block  # no gain: calling oneDNN through PyTorch is cheaper
     return PackedConv(conv, block.act, post)
