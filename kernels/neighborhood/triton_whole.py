@@ -33,6 +33,19 @@ registers: they hold offsets and fragments, not scores); `sum(grad * out)` inste
 instructions fewer, but the pipeline does not prefetch `out`); reading neighboring tiles through the L1 cache (copies to
 shared memory bypass it).
 
+Two backward passes for dilation 1 (625 us for both at 56 x 56, on an H100). Of the 525 instructions of a warp in the
+keys' pass, every pass needs 276: 128 multiplications, additions and exponentials of scores, 32 conversions, 64 products
+and 52 loads of their operands. 22 copy tokens (16 bytes a thread), and some 100 compute addresses. With a third fewer,
+52 would be left for addresses, barriers and stores. Left out, computed and not measured:
+
+* One pass, with 5 products instead of 7 and half of the exponentials. A key is seen by 6.25 tiles of queries, so its
+  gradients become sums over programs: 1,600 bytes in float32 for a query of a head, 1.28 GB to write and to read,
+  1,057 us. Overlapping windows in one program do not help: neighboring columns of tiles still share keys.
+* Weights and d(scores) kept for the keys' pass, which saves two of its four products and the exponentials: 822 MB to
+  write and read, 338 us, and a tile of keys would collect them from the blocks of six or more tiles of queries.
+* Copies by tensor descriptors: sides of their boxes are powers of two, so the 10 x 10 tokens that a tile meets would
+  need 16 x 16.
+
 Launches: one forward; two backward (one for a dense group), and two more for the bias: `bias_table` and a sum.
 """
 
@@ -106,9 +119,8 @@ def forward_whole(
     key_offsets = (class_h + key_h * dilation_h) * stride_h + (class_w + key_w * dilation_w) * stride_w
     first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
     image_pixels = height * width * heads
-    query += first * stride_b + head * stride_n
-    key += first * stride_b + head * stride_n
-    value += first * stride_b + head * stride_n
+    ahead = first * stride_b + head * stride_n
+    query, key, value = query + ahead, key + ahead, value + ahead
     out += first * image_pixels * HEAD_DIM
     lse += first * image_pixels
     for image in range(tl.minimum(images, batch - chunk * images)):
@@ -155,15 +167,13 @@ def backward_dense(
     dbias = tl.zeros([TOKENS, TOKENS], tl.float32)
     first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
     image_pixels = height * width * heads
-    query += first * stride_b + head * stride_n
-    key += first * stride_b + head * stride_n
-    value += first * stride_b + head * stride_n
+    ahead = first * stride_b + head * stride_n
+    query, key, value = query + ahead, key + ahead, value + ahead
     grad += first * image_pixels * HEAD_DIM
     grad_lse += first * image_pixels
     lse += first * image_pixels
-    dquery += first * height * width * grad_token
-    dkey += first * height * width * grad_token
-    dvalue += first * height * width * grad_token
+    ahead = first * height * width * grad_token
+    dquery, dkey, dvalue = dquery + ahead, dkey + ahead, dvalue + ahead
     for image in range(tl.minimum(images, batch - chunk * images)):
         start = image * stride_b
         first_pixel = image * image_pixels
@@ -231,9 +241,8 @@ def backward_query_whole(
     count = tl.where((size_h > 0) & (size_w > 0), tl.minimum(images, batch - chunk * images), 0)
     first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
     image_pixels = height * width * heads
-    query += first * stride_b + head * stride_n
-    key += first * stride_b + head * stride_n
-    value += first * stride_b + head * stride_n
+    ahead = first * stride_b + head * stride_n
+    query, key, value = query + ahead, key + ahead, value + ahead
     grad += first * image_pixels * HEAD_DIM
     grad_lse += first * image_pixels
     lse += first * image_pixels
@@ -303,9 +312,8 @@ def backward_key_whole(
     pixels = (row * width + column) * heads + head
     first = tl.cast(chunk * images, tl.int64)  # from here on, 32-bit offsets: see `MAX_OFFSET`
     image_pixels = height * width * heads
-    query += first * stride_b + head * stride_n
-    key += first * stride_b + head * stride_n
-    value += first * stride_b + head * stride_n
+    ahead = first * stride_b + head * stride_n
+    query, key, value = query + ahead, key + ahead, value + ahead
     grad += first * image_pixels * HEAD_DIM
     lse += first * image_pixels
     delta += first * image_pixels
