@@ -44,8 +44,8 @@ class Fusible(nn.Module):
 
     Attributes:
         forms: what `fuse()` has done: "folded", "swapped", "swapped for a CPU"; empty before. Afterwards `train()`,
-            `load_state_dict()` and `reset_classifier()` raise `FusedError`, and there are no parameters for an
-            optimizer.
+            `load_state_dict()` (of parts too) and `reset_classifier()` raise `FusedError`, and there are no parameters
+            for an optimizer.
     """
 
     forms: frozenset[str] = frozenset()
@@ -71,6 +71,7 @@ class Fusible(nn.Module):
 
         What other libraries changed stays in effect. Pruning and parametrizations are made permanent. Modules with
         adapters, quantized weights, hooks or parts of other classes are not replaced, so that they are not faster.
+        Dropout and batch statistics are gone (except with `portable`): `train()` of a part changes no results.
 
         All weights become buffers: `parameters()` is empty, and PyTorch's optimizers and timm's `create_optimizer_v2`
         raise their own `ValueError` ("optimizer got an empty parameter list"). The message is PyTorch's: an optimizer
@@ -145,7 +146,8 @@ def fuse(
             _swap(model, _SWAPS_FOR_CPU, SWAPPED_FOR_CPU)
     for network in networks:
         if not network.fused:
-            network.register_load_state_dict_pre_hook(_refuse_weights)
+            for module in network.modules():  # parts too: their weights are packed, and their tables stored
+                module.register_load_state_dict_pre_hook(_refuse_weights)
         network.forms |= forms
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -1,4 +1,4 @@
-"""Batch norms and identities fold into the linear layer or convolution before or after them."""
+"""Batch norms and identities fold into the linear layer or convolution before or after them; dropout goes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 from typing import Any, TypeGuard, TypeVar, get_args
 
 import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -13,7 +15,7 @@ from hybridzoo.layers.conv_norm_act import ConvNormAct
 from hybridzoo.layers.deformable_merging import DeformableMerging
 from hybridzoo.layers.depthwise_mlp import DepthwiseMlp
 from hybridzoo.layers.head import PooledHead
-from hybridzoo.layers.inference.fusing import folds
+from hybridzoo.layers.inference.fusing import folds, swaps
 from hybridzoo.layers.mbconv import MBConv
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -26,6 +28,38 @@ def folds_away(norm: nn.Module) -> TypeGuard[BatchNorm]:
     Libraries' subclasses may compute something else.
     """
     return type(norm) in get_args(BatchNorm) and norm.running_mean is not None
+
+
+class FixedNorm(nn.Module):
+    """A batch norm that no layer takes up: by its running statistics, also after `train()` of a part of the network."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, norm: BatchNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            tensor = getattr(norm, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+@swaps(nn.BatchNorm1d)
+@swaps(nn.BatchNorm2d)
+@swaps(nn.SyncBatchNorm)
+def _(norm: nn.Module) -> nn.Module:
+    return FixedNorm(norm) if folds_away(norm) else norm
+
+
+@swaps(nn.Dropout)
+@swaps(DropPath)
+def _(dropout: nn.Module) -> nn.Module:
+    return nn.Identity()
 
 
 @folds(ConvNormAct)

@@ -7,8 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
+from hybridzoo.layers.inference.fusing import swaps
 from hybridzoo.layers.inference.norms import scale_shift
-from hybridzoo.layers.partial_attention import DynamicPartialConv, PartialChannelAttention, SpatialGate, mean_std
+from hybridzoo.layers.partial_attention import (
+    DynamicPartialConv,
+    PartialAttention,
+    PartialChannelAttention,
+    SpatialGate,
+    mean_std,
+)
 from hybridzoo.layers.precision import without_autocast
 
 
@@ -112,3 +119,9 @@ def _pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device="meta")
     conv.weight, conv.bias = nn.Parameter(weight[:, :, None, None]), nn.Parameter(bias)
     return conv.eval()
+
+
+@swaps(PartialAttention)
+def _(attention: PartialAttention) -> nn.Module:
+    attention.attn_drop = 0.0  # in training only
+    return attention

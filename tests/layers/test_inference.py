@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import timm
 import torch
-from networks import shallow
+from networks import few_blocks, shallow
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
@@ -21,7 +21,7 @@ import hybridzoo  # noqa: F401
 from hybridzoo.layers import ConvNormAct, FusedMBConv, MBConv, Residual
 from hybridzoo.layers.inference import FusedError, fuse
 from hybridzoo.layers.inference.fusing import Fixed
-from hybridzoo.layers.inference.norms import fuse_norm_layer_eval
+from hybridzoo.layers.inference.norms import FixedNorm, fuse_norm_layer_eval
 from hybridzoo.layers.inference.packed import CONVOLUTION, PackedConv
 
 
@@ -81,7 +81,8 @@ def test_fuse_folds_all_norms_and_switches_to_evaluation():
     fuse(folded)
     assert not folded.training
     torch.testing.assert_close(folded(x), expected)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 1
+    assert sum(isinstance(m, FixedNorm) for m in folded.modules()) == 1
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 7
 
 
@@ -135,6 +136,30 @@ def test_a_fused_network_is_for_inference_only():
     with pytest.raises(ValueError, match="empty parameter list"):
         torch.optim.SGD(model.parameters(), lr=0.1)
     assert not model(torch.randn(1, 3, 64, 64)).requires_grad
+
+
+@pytest.mark.parametrize(
+    "name", ["biformer_stl", pytest.param("fastervit_0", marks=pytest.mark.exhaustive), "patnet_t0"]
+)
+def test_parts_of_a_fused_network_neither_train_nor_load(name):
+    """Norms that nothing folds, dropout anywhere; weights that are packed, tables that are stored."""
+    dropped = dict(attn_drop_rate=0.5, proj_drop_rate=0.5) if name == "patnet_t0" else {}
+    rates = dict(drop_rate=0.5, drop_path_rate=0.5)
+    model = timm.create_model(name, num_classes=7, **rates, **dropped, **few_blocks(name)).fuse((64, 64))
+    x = torch.randn(2, 3, 64, 64)
+    expected, before = model(x), copy.deepcopy(model.state_dict())
+    for child in model.children():
+        child.train()
+    assert torch.equal(model(x), expected)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for part in (model.stages, model.stages[0].blocks[0], copy.deepcopy(model).stages):
+        with pytest.raises(FusedError, match="load_state_dict"):
+            part.load_state_dict(part.state_dict())
+    model.requires_grad_()
+    assert not model(x).requires_grad
+    with pytest.raises(RuntimeError, match="not needed when a module doesn't have any parameter"):
+        nn.parallel.DistributedDataParallel(model, process_group=object())
+    assert torch.equal(nn.DataParallel(model)(x).cpu(), expected)
 
 
 def saved(model: nn.Module) -> nn.Module:
