@@ -1,9 +1,7 @@
 """Routed attention on the GPU: which kernels run, on which tiles, with which configuration.
 
-Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. There are two forms of the
-attention, `triton_listed` and `triton_small` (for small maps with tiny regions), which describe their cost, and the
-choice of regions, `triton_choice`. There are no atomics: one program computes each sum, in a fixed order. Backward
-passes recompute the weights from the log-sum-exp that the forward pass keeps. Scores exist only in registers.
+Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. `triton_kernels`
+describes the two forms and their cost.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import triton
 from torch import Tensor
 
 from hybridzoo.kernels import tuning
-from hybridzoo.kernels.routed import triton_choice, triton_configs, triton_listed, triton_small
+from hybridzoo.kernels.routed import triton_configs, triton_kernels
 from hybridzoo.kernels.routed.grid import Grid
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
 from hybridzoo.kernels.tuning import Config
@@ -218,9 +216,9 @@ def _route_recipes(call: _Call) -> list[Recipe]:
     )  # fmt: skip
     programs = batch * regions * 2 * heads
     warps = 2 if arguments["TOKENS"] > 16 else 1
-    means = Recipe.of(triton_choice.region_means, programs, arguments, Config(0, 0, warps, 1))
+    means = Recipe.of(triton_kernels.region_means, programs, arguments, Config(0, 0, warps, 1))
     config = Config(0, 0, 8 if many else 4, 1)
-    choice = Recipe.of(triton_choice.choose_regions, batch * tiles, arguments, config)
+    choice = Recipe.of(triton_kernels.choose_regions, batch * tiles, arguments, config)
     return [means, choice]
 
 
@@ -228,7 +226,7 @@ def _inversion(call: _Call) -> Recipe:
     regions, topk = call.grid.regions, call.topk
     block = min(INVERSION_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(regions * topk)))
     arguments = dict(regions=regions, topk=topk, BLOCK=block)
-    return Recipe.of(triton_listed.invert_routes, call.shape[0] * regions, arguments, Config(0, 0, 1, 1))
+    return Recipe.of(triton_kernels.invert_routes, call.shape[0] * regions, arguments, Config(0, 0, 1, 1))
 
 
 def _sizes(call: _Call) -> dict[str, Any]:
@@ -267,7 +265,7 @@ def _tiled(kind: str, call: _Call) -> Recipe:
         APART=_apart(grid.tokens, listed, block),
     )  # fmt: skip
     programs = call.shape[3] * tiles * grid.regions * call.shape[0]
-    return Recipe.of(getattr(triton_listed, kind), programs, arguments, config)
+    return Recipe.of(getattr(triton_kernels, kind), programs, arguments, config)
 
 
 def _small(kind: str, call: _Call) -> Recipe:
@@ -287,7 +285,7 @@ def _small(kind: str, call: _Call) -> Recipe:
         tiles=tiles, QUERIES=queries, KEYS=keys, LAST=last, SLOTS=triton.next_power_of_2(call.topk),
         REGIONS=grid.regions, COLUMNS=grid.columns, REGION_H=grid.height, REGION_W=grid.width,
     )  # fmt: skip
-    return Recipe.of(getattr(triton_small, kind), call.shape[3] * tiles * call.shape[0], arguments, config)
+    return Recipe.of(getattr(triton_kernels, kind), call.shape[3] * tiles * call.shape[0], arguments, config)
 
 
 def _apart(tokens: int, listed: int, block: int) -> bool:

@@ -28,7 +28,7 @@ import triton.language as tl
 from hybridzoo.kernels import routed_attention2d, triton_common
 from hybridzoo.kernels.routed import api, operators, reference, torch_impl, triton_configs, triton_impl
 from hybridzoo.kernels.routed.grid import Grid
-from hybridzoo.kernels.routed.triton_listed import divide, inverse
+from hybridzoo.kernels.routed.triton_kernels import divide, inverse
 from hybridzoo.kernels.triton_common import Config
 
 CASES = {  # batch, map, heads, head_dim, grid, topk, fill, small form
