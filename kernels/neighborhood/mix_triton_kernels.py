@@ -1,6 +1,6 @@
 """The dynamic convolution of neighborhoods in Triton: the kernels.
 
-Tiles, dilation groups and places are those of `triton_places`. A row of scores has a column for every place of the
+Tiles, dilation groups and places are those of `triton_kernels`. A row of scores has a column for every place of the
 query's window, TAPS columns with padding. One product of a tile's queries with the image's taps computes them, so the
 whole softmax happens in registers for any size of the map. `tl.gather` moves a row from the window's places to the keys
 of the tile (every query has a different shift), and the gradient of the weights back.
@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.neighborhood.triton_places import (
+from hybridzoo.kernels.neighborhood.triton_kernels import (
     SIZES,
     bias_of,
     keys_of,

@@ -1,8 +1,7 @@
 """Neighborhood attention on the GPU: which kernels run, on which tiles, with which configuration.
 
 Tensors are `(batch, height, width, heads, head_dim)`; launches are those of `triton_common`. Everything that does not
-depend on the tensors' memory is computed once for each shape, dtype and strides, and cached. The kernels of
-`triton_whole` run where a block of scores can hold a tile, those of `triton_tiled` for all else.
+depend on the tensors' memory is computed once for each shape, dtype and strides, and cached.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import triton
 from torch import Tensor
 
 from hybridzoo.kernels import tuning
-from hybridzoo.kernels.neighborhood import triton_configs, triton_tiled, triton_whole
+from hybridzoo.kernels.neighborhood import triton_configs, triton_kernels
 from hybridzoo.kernels.neighborhood.given import Maps, Window
 from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision, same_strides
@@ -91,7 +90,7 @@ def backward_launches(
         heads, entries = call.shape[3], math.prod(2 * k - 1 for k in window.kernel)
         last = recipes[-1]
         tables = last.programs
-        if last.kernel is triton_whole.bias_table:
+        if last.kernel is triton_kernels.bias_table:
             tables = last.arguments["groups"]
             block = last.arguments["QUERIES"] * last.arguments["KEYS"]
             blocks = lse.new_empty(recipes[0].programs, block)
@@ -152,7 +151,7 @@ def _backward_recipes(call: _Call, grad_token: int, want_bias: bool, grad_lse: b
     else:
         recipes = [_fitting("backward_query", call, fixed), _fitting("backward_key", call, fixed)]
     if want_bias:
-        of_query = recipes[0].kernel is triton_tiled.backward_query  # does not compute the gradient of the bias
+        of_query = recipes[0].kernel is triton_kernels.backward_query  # does not compute the gradient of the bias
         recipes.append(_bias_recipe(call) if of_query else _table_recipe(call, recipes[0]))
     return recipes
 
@@ -173,7 +172,7 @@ def _table_recipe(call: _Call, first: Recipe) -> Recipe:
     arguments = known | tiles | dict(chunks=first.programs // groups, groups=groups)
     arguments |= dict(QUERIES=block[0], KEYS=block[1], ENTRIES=ENTRIES)
     parts = math.ceil(math.prod(2 * k - 1 for k in call.window.kernel) / ENTRIES)
-    return Recipe.of(triton_whole.bias_table, groups * parts, arguments, Config(*block, warps=4, stages=2))
+    return Recipe.of(triton_kernels.bias_table, groups * parts, arguments, Config(*block, warps=4, stages=2))
 
 
 def _fitting(direction: str, call: _Call, more: dict[str, Any] | None = None) -> Recipe:
@@ -213,7 +212,7 @@ def _recipe(kind: str, call: _Call, cut: Cut, more: dict[str, Any] | None = None
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
         QUERIES=cut.config.queries, KEYS=cut.config.keys, BIAS=call.bias, PRECISION=call.precision,
     )  # fmt: skip
-    kernel = getattr(triton_whole if kind in triton_configs.WHOLE else triton_tiled, kind)
+    kernel = getattr(triton_kernels, kind)
     return Recipe.of(kernel, programs * math.ceil(batch / images), arguments | (more or {}), cut.config)
 
 
