@@ -12,8 +12,12 @@ import torch
 from benchmarks.gpu import cases, timing
 from benchmarks.gpu.rows import Row, Store, Task
 
-CODE = {op: ("kernels/" + folder, "kernels/operators_common.py", "kernels/triton_common.py", "kernels/tuning.py")
-        for op, folder in (("na2d", "neighborhood"), ("routed", "routed"), ("mix2d", "neighborhood"))}  # fmt: skip
+COMMON = ("kernels/operators_common.py", "kernels/triton_common.py", "kernels/tuning.py")
+CODE = {
+    "na2d": ("kernels/neighborhood", *COMMON),
+    "routed": ("kernels/routed", *COMMON),
+    "mix2d": ("kernels/mix", "kernels/neighborhood", *COMMON),
+}
 SLOW_TO_START = ("ours", "auto", "flex")
 
 

@@ -74,51 +74,21 @@ def forward(
 ) -> Tensor:
     """See `api.na2d`."""
     height, width, heads = query.shape[1:4]
-    rows, columns, q, keys, bias = _cut_map(query, rpb, kernel, dilation, fill is not None)
+    rows, columns, q, keys, bias = cut_map(query, rpb, kernel, dilation, fill is not None)
     if fill is not None:  # one additional token represents all tokens beyond the map
         beyond = _pairs((rows.keys >= height).long(), (columns.keys >= width).long()) > 0
         keys = torch.where(beyond, height * width, keys)
     k, v = (
-        _tiles((t.flatten(1, 2) if fill is None else _with_token(t, fill[i])).to(q.dtype), keys)
+        take_tiles((t.flatten(1, 2) if fill is None else _with_token(t, fill[i])).to(q.dtype), keys)
         for i, t in enumerate((key, value))
     )
     bias = bias.transpose(0, 1).expand(-1, heads, -1, -1).flatten(0, 1)
     out = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
     out = out.unflatten(1, (-1, heads)).transpose(2, 3).flatten(1, 2)
-    return out.index_select(1, _back(rows, columns)).unflatten(1, (height, width)).to(query.dtype)
+    return out.index_select(1, back(rows, columns)).unflatten(1, (height, width)).to(query.dtype)
 
 
-def mix(
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Tensor:
-    """See `mix.neighborhood_mix2d`."""
-    height, width, heads = query.shape[1:4]
-    rows, columns, q, seen, bias = _cut_map(query, rpb, kernel, dilation, False)
-    tiles, queries, keys = bias.shape[1:]
-    v = _tiles(value.flatten(1, 2).to(q.dtype), seen)
-    q, v = (t.unflatten(1, (tiles, heads)).transpose(1, 2) for t in (q, v))
-    scores = (q.flatten(2, 3) @ taps.to(q.dtype).transpose(2, 3)).mul(scale)  # (batch, heads, tiles * queries, places)
-    if tap_bias is not None:
-        scores = scores + tap_bias.to(q.dtype)[:, None]
-    # From a window's places to a tile's keys.
-    place = rows.places[:, None, :, None, :, None] * kernel[1] + columns.places[:, None, :, None]
-    place = place.flatten(4).flatten(0, 3)
-    token = torch.arange(tiles * queries, device=query.device)[:, None]
-    index = (token * (kernel[0] * kernel[1]) + place).flatten()
-    scores = scores.flatten(2).index_select(2, index).unflatten(2, (tiles, queries, keys))
-    out = ((scores + bias).softmax(-1) @ v).flatten(2, 3)
-    out = out.index_select(2, _back(rows, columns)).transpose(1, 2)
-    return out.unflatten(1, (height, width)).to(query.dtype)
-
-
-def _cut_map(
+def cut_map(
     query: Tensor, rpb: Tensor | None, kernel: tuple[int, int], dilation: tuple[int, int], extends: bool
 ) -> tuple[Axis, Axis, Tensor, Tensor, Tensor]:
     """Both axes, the queries of all tiles, the positions of their keys `(tiles, keys)` on the map, and the bias.
@@ -130,7 +100,7 @@ def _cut_map(
         cut(length, k, d, extends, query.device) for length, k, d in zip((height, width), kernel, dilation, strict=True)
     )
     wide = query.flatten(1, 2).to(torch.promote_types(query.dtype, torch.float32))
-    q = _tiles(wide, _pairs(rows.queries * width, columns.queries))
+    q = take_tiles(wide, _pairs(rows.queries * width, columns.queries))
     keys = _pairs(rows.keys.clamp(max=height - 1) * width, columns.keys.clamp(max=width - 1))
     if rpb is None:
         rpb = query.new_zeros(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
@@ -142,7 +112,7 @@ def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows[:, None, :, None] + columns[:, None]).flatten(2).flatten(0, 1)
 
 
-def _tiles(tokens: Tensor, index: Tensor) -> Tensor:
+def take_tiles(tokens: Tensor, index: Tensor) -> Tensor:
     """`(batch, tokens, heads, d)` -> `(batch, tiles * heads, size, d)`, selected by an index `(tiles, size)`."""
     taken = tokens.index_select(1, index.flatten()).unflatten(1, (-1, index.shape[1]))
     return taken.transpose(2, 3).flatten(1, 2)
@@ -153,7 +123,7 @@ def _with_token(x: Tensor, token: Tensor) -> Tensor:
     return torch.cat((x.flatten(1, 2), token.to(x.dtype).expand(x.shape[0], 1, -1, -1)), dim=1)
 
 
-def _back(rows: Axis, columns: Axis) -> Tensor:
+def back(rows: Axis, columns: Axis) -> Tensor:
     """Where the tokens of a map, row by row, are among the queries of all tiles."""
     tile = rows.tile[:, None] * columns.queries.shape[0] + columns.tile
     place = rows.place[:, None] * columns.queries.shape[1] + columns.place

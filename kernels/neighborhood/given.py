@@ -34,13 +34,3 @@ class Maps(NamedTuple):
         if key is None or value is None:
             return cls(*query.unbind(3))
         return cls(query, key, value)
-
-
-class Mix(NamedTuple):
-    """Tensor arguments of `neighborhood_mix2d`, or their gradients."""
-
-    query: Tensor
-    taps: Tensor
-    value: Tensor
-    tap_bias: Tensor | None
-    rpb: Tensor | None

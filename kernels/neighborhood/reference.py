@@ -1,8 +1,7 @@
-"""The formulas: attention with a dense mask (quadratic in tokens) and dynamic convolution. For tests in float64."""
+"""The formula: attention with a dense mask, quadratic in tokens. For tests in float64."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -59,28 +58,3 @@ def na2d(
     scores = scores.masked_fill(~visible, -math.inf)
     weight = scores.flatten(-2).softmax(-1).view_as(scores)
     return torch.einsum("bhyxuv,buvhd->byxhd", weight, value)
-
-
-def neighborhood_mix2d(
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Tensor:
-    """One query at a time, in the dtype of `query`. Differentiable."""
-    rows, columns = (axis_table(*axis) for axis in zip(query.shape[1:3], kernel, dilation, strict=True))
-    out = []
-    for (y, (keys_h, entries_h)), (x, (keys_w, entries_w)) in itertools.product(enumerate(rows), enumerate(columns)):
-        seen = torch.arange(kernel[0] * kernel[1]).view(kernel)[: len(keys_h), : len(keys_w)].flatten()
-        scores = scale * torch.einsum("bhd,bhtd->bht", query[:, y, x], taps[:, :, seen])
-        if tap_bias is not None:
-            scores = scores + tap_bias[:, seen]
-        if rpb is not None:
-            scores = scores + rpb[:, entries_h][:, :, entries_w].flatten(1)
-        window = value[:, keys_h][:, :, keys_w].flatten(1, 2)
-        out.append(torch.einsum("bht,bthe->bhe", scores.softmax(-1), window))
-    return torch.stack(out, 1).view(*query.shape[:4], value.shape[4])

@@ -1,9 +1,9 @@
 """The dynamic convolution of neighborhoods in Triton: the kernels.
 
-Tiles, dilation groups and places are those of `triton_kernels`. A row of scores has a column for every place of the
-query's window, TAPS columns with padding. One product of a tile's queries with the image's taps computes them, so the
-whole softmax happens in registers for any size of the map. `tl.gather` moves a row from the window's places to the keys
-of the tile (every query has a different shift), and the gradient of the weights back.
+Tiles, dilation groups and places are those of neighborhood attention. A row of scores has a column for every place of
+the query's window, TAPS columns with padding. One product of a tile's queries with the image's taps computes them, so
+the whole softmax happens in registers for any size of the map. `tl.gather` moves a row from the window's places to the
+keys of the tile (every query has a different shift), and the gradient of the weights back.
 
 There are no atomics: one program computes each sum, in a fixed order. A program sums the gradients of taps and of both
 tables over its share of an image's tiles and writes them to its own slot; PyTorch adds the slots. In backward passes,

@@ -1,6 +1,6 @@
 """The public operator of dynamic convolution: neighborhood attention whose keys are the places of the window.
 
-Layout, neighborhoods and border rule are those of `na2d`, see `api`. Only the scores differ: an image has one vector (a
+Layout, neighborhoods and border rule are those of `na2d`. Only the scores differ: an image has one vector (a
 *tap*) for every place of the window, row by row. The score of a key is the dot product of the query with the tap of the
 key's place in the window. At a border, where the window is shifted inward, places keep their taps: the window's first
 token always has the first tap.
@@ -13,9 +13,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridzoo.kernels import arguments
-from hybridzoo.kernels.neighborhood import any_size, mix_operators, mix_torch
+from hybridzoo.kernels.mix import any_size, operators, torch_impl
+from hybridzoo.kernels.mix.given import Mix
 from hybridzoo.kernels.neighborhood.api import limit
-from hybridzoo.kernels.neighborhood.given import Mix, Window
+from hybridzoo.kernels.neighborhood.given import Window
 from hybridzoo.kernels.operators_common import full_precision
 
 TRITON_WIDTHS = (1, 32)  # smallest and largest width of a head, for queries and for values
@@ -87,9 +88,9 @@ def neighborhood_mix2d(
     if arguments.exporting():
         with full_precision(query):
             if arguments.open_map(query):
-                return any_size.mix(query, taps, value, tap_bias, rpb, *window)
-            return mix_torch.exportable_forward(Mix(query, taps, value, tap_bias, rpb), window)
-    return mix_operators.mix(query, taps, value, tap_bias, rpb, *window, impl)[0]
+                return any_size.forward(query, taps, value, tap_bias, rpb, *window)
+            return torch_impl.exportable_forward(Mix(query, taps, value, tap_bias, rpb), window)
+    return operators.mix(query, taps, value, tap_bias, rpb, *window, impl)[0]
 
 
 def _shaped(name: str, value: Tensor, query: Tensor, axes: str, shape: tuple[int, ...]) -> None:

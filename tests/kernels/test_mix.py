@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridzoo.kernels import neighborhood_mix2d
-from hybridzoo.kernels.neighborhood import mix_operators, mix_torch, reference
-from hybridzoo.kernels.neighborhood.given import Mix, Window
+from hybridzoo.kernels.mix import operators, reference, torch_impl
+from hybridzoo.kernels.mix.given import Mix
+from hybridzoo.kernels.neighborhood.given import Window
 
 CASES = [name for name in goldens.names("ops", numeric=True) if name.startswith("contmix_core_")]
 
@@ -67,7 +68,7 @@ sides, kernels, dilations = st.integers(1, 20), st.sampled_from([1, 3, 5, 7, 9])
 @given(
     size=st.tuples(sides, sides), kernel=st.tuples(kernels, kernels), dilation=st.tuples(dilations, dilations),
     batch=st.integers(1, 2), heads=st.integers(1, 2), widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    biased=st.booleans(), seed=st.integers(0, 99), chunk=st.sampled_from([1, 3000, mix_torch.CHUNK]),
+    biased=st.booleans(), seed=st.integers(0, 99), chunk=st.sampled_from([1, 3000, torch_impl.CHUNK]),
 )  # fmt: skip
 def test_any_shape_equals_the_reference(size, kernel, dilation, batch, heads, widths, biased, seed, chunk):
     torch.manual_seed(seed)
@@ -79,12 +80,12 @@ def test_any_shape_equals_the_reference(size, kernel, dilation, batch, heads, wi
 
     expected = result_and_gradients(through(reference.neighborhood_mix2d), leaves, grad)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mix_torch, "CHUNK", chunk)
-        ours = result_and_gradients(through(lambda *args: mix_operators.mix(*args, "torch")[0]), leaves, grad)
+        patch.setattr(torch_impl, "CHUNK", chunk)
+        ours = result_and_gradients(through(lambda *args: operators.mix(*args, "torch")[0]), leaves, grad)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
     def exportable(*args):
-        return mix_torch.exportable_forward(Mix(*args[:5]), Window(*args[5:]))
+        return torch_impl.exportable_forward(Mix(*args[:5]), Window(*args[5:]))
 
     graph = result_and_gradients(through(exportable), leaves, grad)
     torch.testing.assert_close(graph, expected, rtol=1e-9, atol=1e-9)
@@ -119,11 +120,11 @@ def test_operators_are_well_formed(biased):
     leaves = [t.requires_grad_() for t in inputs(2, 6, 8, 2, 4, 3, (3, 3))[: 5 if biased else 3]]
     where = [3, 3], [1, 2], 0.5, "torch"
     nothing = [] if biased else [None, None]
-    torch.library.opcheck(mix_operators.neighborhood_mix2d, (*leaves, *nothing, *where))
+    torch.library.opcheck(operators.neighborhood_mix2d, (*leaves, *nothing, *where))
     tensors = [*(t.detach() for t in leaves), *nothing]
-    out, lse = mix_operators.neighborhood_mix2d(*tensors, *where)
+    out, lse = operators.neighborhood_mix2d(*tensors, *where)
     args = (torch.randn_like(out), *tensors, out, lse, *where)
-    torch.library.opcheck(mix_operators.neighborhood_mix2d_backward, args)
+    torch.library.opcheck(operators.neighborhood_mix2d_backward, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,9 +185,9 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_is_as_wide_as_a_window():
     leaves, window = inputs(1, 84, 84, 2, 8, 8, (13, 13)), Window((13, 13), (1, 1), 1.0)
     with _Largest() as mode:
-        out = mix_torch.forward(Mix(*leaves), window)
-        mix_torch.backward(out, Mix(*leaves), out, window)
-    assert mode.bytes <= max(3 * leaves[0].untyped_storage().nbytes(), 8 * mix_torch.CHUNK)
+        out = torch_impl.forward(Mix(*leaves), window)
+        torch_impl.backward(out, Mix(*leaves), out, window)
+    assert mode.bytes <= max(3 * leaves[0].untyped_storage().nbytes(), 8 * torch_impl.CHUNK)
     assert mode.bytes < 169 * leaves[0][..., 0].numel() * 4 / 4  # the scores of all places
 
 

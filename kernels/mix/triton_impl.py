@@ -1,6 +1,6 @@
 """The dynamic convolution of neighborhoods on the GPU: which kernels run, on which tiles, with which configuration.
 
-It works like `triton_impl`. Taps and tables are made contiguous; query and value may have any strides.
+It works like that of neighborhood attention. Taps and tables are made contiguous; query and value may have any strides.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import triton
 from torch import Tensor
 
 from hybridzoo.kernels import tuning
-from hybridzoo.kernels.neighborhood import mix_triton_kernels, triton_configs
-from hybridzoo.kernels.neighborhood.given import Mix, Window
+from hybridzoo.kernels.mix import triton_kernels
+from hybridzoo.kernels.mix.given import Mix
+from hybridzoo.kernels.neighborhood import triton_configs
+from hybridzoo.kernels.neighborhood.given import Window
 from hybridzoo.kernels.neighborhood.triton_configs import Axis, Cut
 from hybridzoo.kernels.neighborhood.triton_impl import multiprocessors
 from hybridzoo.kernels.triton_common import Launch, Recipe, precision
@@ -156,7 +158,7 @@ def _recipe(kind: str, call: _Call) -> Recipe:
         PART=PART, COLUMNS=table_columns, ROWS=triton.next_power_of_2(math.ceil(entries / table_columns)),
         TAP_BIAS=call.tap_bias, BIAS=call.bias, PRECISION=call.precision,
     )  # fmt: skip
-    return Recipe.of(getattr(mix_triton_kernels, kind), programs, arguments, cut.config)
+    return Recipe.of(getattr(triton_kernels, kind), programs, arguments, cut.config)
 
 
 def _cut(kind: str, rows: Axis, columns: Axis, block: int, call: _Call) -> Cut:

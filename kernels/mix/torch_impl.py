@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hybridzoo.kernels.mix.given import Mix
 from hybridzoo.kernels.neighborhood import tiles
-from hybridzoo.kernels.neighborhood.given import Mix, Window
+from hybridzoo.kernels.neighborhood.given import Window
 from hybridzoo.kernels.neighborhood.torch_impl import chunks
 
 # Measured on a CPU. Larger tiles copy fewer keys twice, but multiply with more zeros.
@@ -105,7 +106,7 @@ def _budget(query: Tensor, block: tiles.Block) -> int:
 
 
 def forward(given: Mix, window: Window) -> Tensor:
-    """See `mix.neighborhood_mix2d`."""
+    """See `api.neighborhood_mix2d`."""
     query, taps, value, tap_bias, rpb = given
     plan = tiles.plan(query, rpb, window.kernel, window.dilation, SHAPE, taps=True)
     result = value.new_empty(value.shape)

@@ -10,8 +10,9 @@ from triton_tests import DEVICE, INTERPRETED, assert_as_good, compiles, computes
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from hybridzoo.kernels import neighborhood_mix2d, triton_common, tuning
-from hybridzoo.kernels.neighborhood import mix, mix_operators, mix_triton, reference
-from hybridzoo.kernels.neighborhood.given import Mix, Window
+from hybridzoo.kernels.mix import api, operators, reference, triton_impl
+from hybridzoo.kernels.mix.given import Mix
+from hybridzoo.kernels.neighborhood.given import Window
 
 CASES = {  # batch, height, width, heads, head_dim, value_dim, kernel, dilation, tap bias, position bias
     "a group is a window": (2, 3, 3, 2, 16, 16, (3, 3), (1, 1), True, True),
@@ -58,7 +59,7 @@ def test_values_and_gradients(case, dtype):
     *shape, kernel, dilation, tap_bias, bias = CASES[case]
     torch.manual_seed(0)
     tensors = leaves(*shape, kernel, tap_bias, bias, dtype)
-    if reason := triton_common.unsupported(tensors[1], mix.TRITON_WIDTHS):
+    if reason := triton_common.unsupported(tensors[1], api.TRITON_WIDTHS):
         pytest.skip(reason)
     if INTERPRETED and dtype == torch.float16 and "a group" not in case:
         pytest.skip("slow to interpret; float32 covers the shape")
@@ -69,7 +70,7 @@ def test_values_and_gradients(case, dtype):
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_sums_are_complete_for_any_number_of_programs(programs, monkeypatch):
     """And a class may have no token in its last tile."""
-    monkeypatch.setattr(mix_triton, "PROGRAMS", programs / 132)
+    monkeypatch.setattr(triton_impl, "PROGRAMS", programs / 132)
     torch.manual_seed(0)
     assert_as_good_as_the_definition(leaves(1, 25, 1, 1, 16, 16, (3, 3), True, True, torch.float32), (3, 3), (2, 1))
 
@@ -106,11 +107,11 @@ def test_operators_are_well_formed():
     torch.manual_seed(0)
     value, query, taps, tap_bias, rpb = leaves(1, 2, 3, 1, 16, 8, (3, 3), True, True, torch.float32)
     where = [3, 3], [1, 1], 0.3, "triton"
-    torch.library.opcheck(mix_operators.neighborhood_mix2d, (query, taps, value, tap_bias, rpb, *where))
+    torch.library.opcheck(operators.neighborhood_mix2d, (query, taps, value, tap_bias, rpb, *where))
     tensors = [t.detach() for t in (query, taps, value, tap_bias, rpb)]
-    out, lse = mix_operators.neighborhood_mix2d(*tensors, *where)
+    out, lse = operators.neighborhood_mix2d(*tensors, *where)
     args = (torch.randn_like(out), *tensors, out, lse, *where)
-    torch.library.opcheck(mix_operators.neighborhood_mix2d_backward, args)
+    torch.library.opcheck(operators.neighborhood_mix2d_backward, args)
 
 
 def launches(side, heads, width, kernel, dtype, tables=True):
@@ -123,8 +124,8 @@ def launches(side, heads, width, kernel, dtype, tables=True):
     rpb = torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1, device="meta") if tables else None
     lse, window = torch.empty(shape[:4], device="meta"), Window((kernel, kernel), (1, 1), 0.3)
     given = Mix(query, taps, value, tap_bias, rpb)
-    forward = mix_triton.forward_launch(given, out, lse, window)
-    backward, _ = mix_triton.backward_launches(out, given, out, lse, query, out, window)
+    forward = triton_impl.forward_launch(given, out, lse, window)
+    backward, _ = triton_impl.backward_launches(out, given, out, lse, query, out, window)
     return [forward, *backward]
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hybridzoo.kernels.neighborhood import mix_torch
-from hybridzoo.kernels.neighborhood.given import Mix, Window
+from hybridzoo.kernels.mix import torch_impl
+from hybridzoo.kernels.mix.given import Mix
+from hybridzoo.kernels.neighborhood.given import Window
 from hybridzoo.kernels.neighborhood.operators import pairs
 from hybridzoo.kernels.operators_common import differentiable, differentiable_once, full_precision, operator
 
@@ -27,11 +28,11 @@ def neighborhood_mix2d(
     """The result, and the log-sum-exp of the scores `(B, H, W, heads)`, which is empty if `impl` is not `"triton"`."""
     given, window = Mix(query, taps, value, tap_bias, rpb), Window.of(kernel, dilation, scale)
     if impl == "triton":
-        from hybridzoo.kernels.neighborhood import mix_triton  # slow to import, so only if used
+        from hybridzoo.kernels.mix import triton_impl  # slow to import, so only if used
 
-        return mix_triton.forward(given, window)
+        return triton_impl.forward(given, window)
     with full_precision(query):
-        return mix_torch.forward(given, window), _log_sum_exp(query, impl)
+        return torch_impl.forward(given, window), _log_sum_exp(query, impl)
 
 
 @operator
@@ -52,12 +53,12 @@ def neighborhood_mix2d_backward(
     """Gradients of query, taps, value, tap_bias and rpb; an empty tensor for a table that was not given."""
     given, window = Mix(query, taps, value, tap_bias, rpb), Window.of(kernel, dilation, scale)
     if impl == "triton":
-        from hybridzoo.kernels.neighborhood import mix_triton
+        from hybridzoo.kernels.mix import triton_impl
 
-        grads = mix_triton.backward(grad, given, out, lse, window)
+        grads = triton_impl.backward(grad, given, out, lse, window)
     else:
         with full_precision(query):
-            grads = mix_torch.backward(grad, given, out, window)
+            grads = torch_impl.backward(grad, given, out, window)
     tables = [query.new_empty(0) if t is None else t for t in grads[3:]]
     return *grads[:3], tables[0], tables[1]
 
