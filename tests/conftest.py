@@ -14,7 +14,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 # What collecting imports and makes stays: looking for garbage in it takes a fifth of the time, and more in every test.
 gc.disable()
-atexit.register(gc.unfreeze)  # some libraries complain of what is left; not before pytest has looked for garbage again
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)  # it has reported by now, and freeing all that it holds takes ten seconds
+else:
+    atexit.register(gc.unfreeze)  # some libraries complain of what is left; after pytest has looked for garbage again
 
 # mmengine looks into transformers, which peft brings, for one optimizer: 2.6 CPU seconds. It is hidden while tests are
 # collected, which imports all else.
@@ -25,7 +28,7 @@ if HIDDEN not in sys.modules:
 pytest_plugins = ["cpu_seconds"]
 
 # In the order of their longest files.
-FOLDERS = {n: i for i, n in enumerate(("train", "tests", "backbones", "kernels", "checkpoints", "layers"))}
+FOLDERS = {n: i for i, n in enumerate(("train", "tests", "backbones", "layers", "kernels", "checkpoints"))}
 
 # Sweeps draw new examples in every run but CI's, which judges a change and must not fail by the day's luck. No example
 # fails for taking long: a loaded machine is no defect.

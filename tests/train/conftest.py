@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.utils.data
 from hub_server import TOKEN, Hub
 from mmengine import Config
 from PIL import Image
@@ -25,6 +26,14 @@ def _unformatted() -> Iterator[None]:
     """mmengine formats a run's config for every checkpoint, up to a CPU second each; it means the same without."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yapf_api, "FormatCode", lambda text, **options: (text, True))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _impatient() -> Iterator[None]:
+    """PyTorch waits up to five seconds for readers that an exception left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
         yield
 
 

@@ -201,8 +201,9 @@ def test_options_reach_the_run(call, here):
     assert "epoch 1/2" not in out
 
 
-def test_interrupting_a_training_exits_130(here):
-    argv = ["train", "biformer_tiny_digits", "--no-wandb", "--cfg-options", *TINY, "train_cfg.max_epochs=1000"]
+def test_interrupting_a_training_exits_130(here, image_folder):
+    size = ["--img-size", "32", "--batch-size", "12", "--epochs", "1000", "--workers", "0"]
+    argv = ["train", "test_resnet", "--data", str(image_folder), "--weights", "none", "--no-wandb", *size]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "hybridzoo", *argv],
         stdout=subprocess.PIPE,
