@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-# What `import hybridzoo` does and takes after timm, said by two forks. Then runs a program for every line that it
+# What `import hybridzoo` does and takes after timm, said by three forks. Then runs a program for every line that it
 # reads, in a fork that finds timm imported, and answers with its exit code.
 FORKS = """
 import json, os, sys, time, warnings
@@ -36,7 +37,7 @@ def timed():
         ours=len(timm.list_models()) - len(timms),
     )
 
-for _ in range(2):
+for _ in range(3):
     child = os.fork()
     if not child:
         print(json.dumps(timed()), flush=True)
@@ -60,10 +61,10 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def forks():
-    """The process, and what its first two forks said."""
+    """The process, and what its first three forks said."""
     command = [sys.executable, "-c", FORKS]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process, [json.loads(process.stdout.readline()) for _ in range(2)]
+        yield process, [json.loads(process.stdout.readline()) for _ in range(3)]
         process.stdin.close()
 
 
@@ -84,7 +85,7 @@ def printed_by(forks, tmp_path_factory):
 
 @pytest.fixture
 def imports(forks) -> list[dict]:
-    """What importing hybridzoo after timm does and takes, twice."""
+    """What importing hybridzoo after timm does and takes, three times."""
     return forks[1]
 
 
@@ -99,7 +100,7 @@ def test_import_adds_nothing_heavy(imports):
 def test_import_costs_little_more_than_timm(imports):
     """At most 1.15 times `import timm`: what comes after timm is timed in the same process, so that noise is shared."""
     ratios = [found["ratio"] for found in imports]
-    assert min(ratios) <= 1.15, ratios
+    assert statistics.median(ratios) <= 1.15, ratios
 
 
 def test_no_name_of_timm_is_overwritten(imports):

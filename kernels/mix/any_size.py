@@ -5,20 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybridzoo.kernels.mix.given import Mix
 from hybridzoo.kernels.neighborhood.any_size import back, cut_map, take_tiles
+from hybridzoo.kernels.neighborhood.given import Window
 
 
-def forward(
-    query: Tensor,
-    taps: Tensor,
-    value: Tensor,
-    tap_bias: Tensor | None,
-    rpb: Tensor | None,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-) -> Tensor:
+def forward(given: Mix, window: Window) -> Tensor:
     """See `api.neighborhood_mix2d`."""
+    (query, taps, value, tap_bias, rpb), (kernel, dilation, scale) = given, window
     height, width, heads = query.shape[1:4]
     rows, columns, q, seen, bias = cut_map(query, rpb, kernel, dilation, False)
     tiles, queries, keys = bias.shape[1:]

@@ -86,10 +86,9 @@ def neighborhood_mix2d(
     window = Window(kernel, steps, arguments.factor("scale", scale, query.shape[4] ** -0.5))
     impl = arguments.implementation(impl, query, limit(window) or _too_wide(value), widths=TRITON_WIDTHS)
     if arguments.exporting():
+        forward = any_size.forward if arguments.open_map(query) else torch_impl.exportable_forward
         with full_precision(query):
-            if arguments.open_map(query):
-                return any_size.forward(query, taps, value, tap_bias, rpb, *window)
-            return torch_impl.exportable_forward(Mix(query, taps, value, tap_bias, rpb), window)
+            return forward(Mix(query, taps, value, tap_bias, rpb), window)
     return operators.mix(query, taps, value, tap_bias, rpb, *window, impl)[0]
 
 
