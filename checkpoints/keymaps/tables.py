@@ -52,14 +52,7 @@ def published_bias_table(tensor: Tensor) -> Tensor:
 
 
 def _replaced(name: str, old: str, new: str) -> str:
-    if _longest(old) not in name:  # of most rows, and much quicker than a pattern
-        return name
     return _pattern(old).sub(_replacement(new), name, count=1)
-
-
-@functools.cache
-def _longest(part: str) -> str:
-    return max(part.split("*"), key=len)
 
 
 @functools.cache
